@@ -1,0 +1,169 @@
+"""The command line. Errors are one line and exit code 2."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedelta import __version__
+from fedelta.errors import FedeltaError
+
+app = typer.Typer(
+    help="Federated fine-tuning of language models with LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="No file: the built-in example."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished round, if there is one.")]
+
+
+def _config(arguments: list[str] | None) -> Any:
+    from fedelta.config import load_config
+
+    arguments = list(arguments or [])
+    source = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
+    return load_config(source, arguments)
+
+
+def _finish(runs: list[Any], folder: Path) -> None:
+    """Table on the terminal; plot, table and page in the folder."""
+    from fedelta.atomic import write_file
+    from fedelta.report import console_table, plot_accuracy, summarise, write_page
+    from fedelta.report.table import default_target
+
+    plots = plot_accuracy(runs, folder)
+    page = write_page(runs, folder)
+    target = default_target(runs)
+    rows = [row.as_dict() for row in summarise(runs, target)]
+    write_file(folder / "table.json", json.dumps({"target": target, "rows": rows}, indent=2) + "\n")
+    out.print(console_table(runs))
+    # soft_wrap: a path that is cut in two can't be copied.
+    out.print("plots    ", *plots, highlight=False, soft_wrap=True)
+    out.print("report   ", page, highlight=False, soft_wrap=True)
+    for run in runs:
+        out.print("adapter  ", run.folder.adapter_folder, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(arguments: Arguments = None, resume: Resume = False) -> None:
+    """Train one configuration to its end."""
+    from fedelta.progress import TerminalProgress
+    from fedelta.runner import run as run_config
+
+    config = _config(arguments)
+    with TerminalProgress(err) as progress:
+        finished = run_config(config, resume=resume, observer=progress)
+    _finish([finished], config.folder)
+
+
+@app.command()
+def compare(
+    arguments: Arguments = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each method.", min=1)] = None,
+    resume: Resume = False,
+) -> None:
+    """Train several methods on the same data and initial weights: one table, one plot."""
+    from fedelta.progress import TerminalProgress
+    from fedelta.runner import comparison_configs
+    from fedelta.runner import run as run_config
+
+    config = _config(arguments)
+    names = tuple(methods.split(",")) if methods else config.compare.methods
+    configs = comparison_configs(config, names, seeds or config.compare.seeds)
+    if not resume:
+        from fedelta.tracking import RunFolder
+
+        for each in configs:
+            RunFolder(each.folder, {}).refuse_existing()
+    finished = []
+    with TerminalProgress(err, len(configs)) as progress:
+        # Seed by seed, so that an interrupted comparison still compares.
+        for each in sorted(configs, key=lambda c: c.seed):
+            finished.append(run_config(each, resume=resume, observer=progress))
+    finished.sort(key=lambda r: (names.index(r.config.method.name), r.config.seed))
+    _finish(finished, config.folder)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and the properties that they hold."""
+    from fedelta.methods import methods as registry
+
+    table = Table(caption="exact, no-op, gauge: where the property holds, among the ranks that a method takes")
+    for name in ("method", "ranks", "exact", "no-op invariant", "gauge invariant", "linear"):
+        table.add_column(name)
+    for name, method in registry().items():
+        ranks, linear = "mixed" if method.mixed_ranks else "equal", "yes" if method.linear else "no"
+        table.add_row(name, ranks, method.exact, method.no_op_invariant, method.gauge_invariant, linear)
+    out.print(table)
+    for name, method in registry().items():
+        out.print(f"[bold]{name}[/bold]: {method.summary} ({method.paper})", highlight=False)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Rebuild the table, plot and page of a run or a comparison from its files."""
+    from fedelta.runner import open_runs
+
+    _finish(open_runs(folder), folder)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    adapter: Annotated[Path | None, typer.Option(help="Write one PEFT adapter here.")] = None,
+    merged: Annotated[Path | None, typer.Option(help="Write the merged model and its tokenizer here.")] = None,
+) -> None:
+    """Export the model after a run's last finished round, base patches folded in."""
+    from fedelta.runner import export_run
+
+    if adapter is None and merged is None:
+        raise FedeltaError("export: say --adapter OUT, --merged OUT, or both")
+    for line in export_run(folder, adapter, merged):
+        out.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__, highlight=False)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on standard error and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=False)
+    except FedeltaError as error:
+        _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        err.print("stopped; finished rounds are kept, --resume goes on from them")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        # Typer's own usage errors (an unknown option, a missing argument) are for people too.
+        if hasattr(error, "format_message"):
+            _fail(error.format_message())
+        raise
+
+
+def _fail(message: str) -> None:
+    err.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True, markup=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

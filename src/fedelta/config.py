@@ -1,0 +1,165 @@
+"""The configuration of a run: one YAML, every key known, overrides as key=value."""
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from fedelta.data import DataSettings, PartitionSettings
+from fedelta.errors import FedeltaError
+from fedelta.methods import Method, make_method, nearest
+from fedelta.model import LoraSettings, ModelSettings
+from fedelta.ranks import RankSettings
+from fedelta.server import FederationSettings
+from fedelta.settings import Settings
+from fedelta.training import TrainingSettings
+
+DEMO = "demo.yaml"
+
+
+class EvaluationSettings(Settings):
+    """The server's evaluation of the global model.
+
+    Args:
+        every: rounds between evaluations on the validation split; the last round always has one. The test split is
+            used once, after the last round.
+        batch_size: texts in a batch.
+        target: validation accuracy for «rounds to target»; None takes 95 % of the best final one compared.
+    """
+
+    every: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    target: float | None = Field(default=None, gt=0, le=1)
+
+
+class MethodSettings(Settings):
+    """A method's name and its options."""
+
+    name: str = "replication"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def make(self) -> Method:
+        return make_method(self.name, **self.options)
+
+
+class CompareSettings(Settings):
+    """What `fedelta compare` runs unless told otherwise: these methods, with the seeds seed, seed + 1, …"""
+
+    methods: tuple[str, ...] = ("zero-padding", "replication", "fedex")
+    seeds: int = Field(default=1, ge=1)
+
+
+class Config(Settings):
+    """Everything that a run depends on."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = "runs"
+    seed: int = Field(default=0, ge=0)
+    rounds: int = Field(default=10, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    method: MethodSettings = MethodSettings()
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    ranks: RankSettings = RankSettings()
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    federation: FederationSettings = FederationSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    compare: CompareSettings = CompareSettings()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        """`method: fedex`, or `method: {name: fedex, option: …}` with the options beside the name."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "options" not in value:
+            return {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
+        return value
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves its files."""
+        return Path(self.output) / self.name
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data, every default written out; `method` as it is written by hand."""
+        data = self.model_dump(mode="json")
+        data["method"] = {"name": self.method.name, **self.method.options}
+        return data
+
+
+def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, or the built-in example, and apply overrides such as `training.steps=5`.
+
+    Raises:
+        FedeltaError: one line that names the key, what was found and what was expected.
+    """
+    name = str(source) if source else "the built-in example"
+    try:
+        text = source.read_text() if source else (files("fedelta") / "examples" / DEMO).read_text()
+    except OSError as error:
+        raise FedeltaError(f"configuration {name}: {error.strerror}") from error
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise FedeltaError(f"configuration {name}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise FedeltaError(f"configuration {name} holds a {type(data).__name__}, expected keys and values")
+    for override in overrides:
+        _override(data, override)
+    return parse_config(data, name)
+
+
+def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config:
+    """Plain data as a `Config`, with errors for people."""
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise FedeltaError(f"{name}: {_explain(error)}") from error
+    config.method.make()
+    return config
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise FedeltaError(f"override {override!r}: expected key=value, such as training.steps=5")
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = data.get(parent)
+        if parent == "method" and isinstance(below, str):
+            below = {"name": below}
+        data[parent] = data = dict(below) if isinstance(below, Mapping) else {}
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FedeltaError(f"override {override!r}: {' '.join(str(error).split())}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        return f"unknown key {where!r}{nearest(str(first['loc'][-1]), known)}{more}"
+    found = first.get("input")
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(found, dict) else f", found {found!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}{more}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *get_args(field.annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(model.model_fields) if model else []

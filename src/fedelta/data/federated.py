@@ -1,0 +1,103 @@
+"""Put together: source, tokens and partition as what a federation trains and is judged on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedelta.data.examples import Examples, tokenise
+from fedelta.data.partition import PartitionSettings, partition
+from fedelta.data.sources import DataSettings, load_splits
+from fedelta.errors import FedeltaError
+from fedelta.seeds import derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One client's rows: those it trains on, and those it holds out for its own validation loss."""
+
+    train: Examples
+    validation: Examples
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """Everything a run reads.
+
+    Args:
+        shards: client id → its rows.
+        validation, test: the server's; never seen in training.
+        classes: label of each class index.
+    """
+
+    shards: Mapping[str, Shard]
+    validation: Examples
+    test: Examples
+    classes: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokenised splits before they are shared out: the same for every seed and method."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    classes: list[str]
+    rows: Any
+
+
+def label_classes(settings: DataSettings) -> tuple[dict[str, Any], list[Any], list[str]]:
+    """The splits, the label values in the order of their class index, and their names.
+
+    Raises:
+        FedeltaError: if labels are not classes, or validation or test has one that training lacks.
+    """
+    splits = load_splits(settings)
+    feature = splits["train"].features[settings.label]
+    values = sorted(set(splits["train"].unique(settings.label)))
+    names = [str(value) for value in values]
+    if hasattr(feature, "names"):
+        values, names = list(range(len(feature.names))), list(feature.names)
+    if any(isinstance(value, float) for value in values):
+        raise FedeltaError(f"column {settings.label!r} holds numbers like {values[0]}, expected classes")
+    if len(values) < 2:
+        raise FedeltaError(f"column {settings.label!r} holds one class only: {names}")
+    for name in ("validation", "test"):
+        unknown = sorted(set(splits[name].unique(settings.label)) - set(values))
+        if unknown:
+            raise FedeltaError(f"split {name} has the label {unknown[0]!r}, which no training row has")
+    return splits, values, names
+
+
+def build_corpus(
+    settings: DataSettings, tokenizer: Any, splits: dict[str, Any], values: list[Any], names: list[str]
+) -> Corpus:
+    """Tokenise each split, once."""
+    examples = {
+        name: tokenise(split, settings.text_columns, settings.label, values, tokenizer, settings.max_length)
+        for name, split in splits.items()
+    }
+    return Corpus(**examples, classes=names, rows=splits["train"])
+
+
+def build_data(corpus: Corpus, settings: DataSettings, sharing: PartitionSettings, seed: int) -> FederatedData:
+    """Share the training rows out to clients, each with its own held-out part.
+
+    Raises:
+        FedeltaError: if a client has too few rows to hold some out and train on the others.
+    """
+    shards = {}
+    parts = partition(corpus.rows, list(corpus.train.labels), sharing, seed)
+    digits = max(3, len(str(len(parts) - 1)))
+    for i, rows in enumerate(parts):
+        client = f"client-{i:0{digits}d}"
+        held = 0
+        if settings.client_validation > 0:
+            held = max(1, round(settings.client_validation * len(rows)))
+            if held >= len(rows):
+                raise FedeltaError(f"{client} has {len(rows)} rows, too few to hold out {held} and train on the rest")
+        order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
+        shards[client] = Shard(corpus.train.select(sorted(order[held:])), corpus.train.select(sorted(order[:held])))
+    return FederatedData(shards, corpus.validation, corpus.test, corpus.classes)

@@ -1,0 +1,122 @@
+"""Where texts and labels come from: the built-in set, local files and folders, or a hub.
+
+Everything local goes through `datasets.load_dataset`, which knows CSV, JSONL and Parquet and how a folder
+names its splits; so a local copy of a hub data set reads exactly like the hub's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fedelta.data.pydoc import read_pydoc
+from fedelta.errors import FedeltaError
+from fedelta.seeds import derive_seed
+from fedelta.settings import Settings
+
+BUILT_IN = "pydoc"
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+class DataSettings(Settings):
+    """Texts, labels and splits.
+
+    Args:
+        source: `pydoc`, a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or a hub name.
+        configuration: of a hub data set, e.g. `mrpc` of `glue`.
+        text: column of the text, or two columns for pairs.
+        label: column of the label.
+        max_length: tokens; longer texts are cut.
+        validation, test: shares taken from the training rows where the source has no such split.
+        limit: at most so many training rows, a seeded draw.
+        evaluation_limit: at most so many rows in each of validation and test, a seeded draw.
+        client_validation: share of each client's rows that it holds out for its own validation loss.
+        split_seed: of the splits; apart from the run's seed, so that all seeds share one test set.
+    """
+
+    source: str = BUILT_IN
+    configuration: str | None = None
+    text: str | tuple[str, str] = "text"
+    label: str = "label"
+    max_length: int = Field(default=128, ge=2)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    test: float = Field(default=0.2, gt=0, lt=1)
+    limit: int | None = Field(default=None, ge=1)
+    evaluation_limit: int | None = Field(default=None, ge=1)
+    client_validation: float = Field(default=0.1, ge=0, lt=1)
+    split_seed: int = 0
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+
+def load_splits(settings: DataSettings) -> dict[str, Any]:
+    """`train`, `validation` and `test` as `datasets.Dataset`, disjoint, the same in every run.
+
+    Raises:
+        FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
+    """
+    splits = _load(settings)
+    if "train" not in splits:
+        raise FedeltaError(f"data source {settings.source} has splits {sorted(splits)}, expected one named train")
+    for name, split in splits.items():
+        for column in (*settings.text_columns, settings.label):
+            if column not in split.column_names:
+                raise FedeltaError(
+                    f"data source {settings.source}: no column {column!r} in split {name}, "
+                    f"found {', '.join(split.column_names)}"
+                )
+            if split.num_rows and split.data.column(column).null_count:
+                raise FedeltaError(f"data source {settings.source}: empty cells in column {column!r} of {name}")
+    train = splits["train"]
+    held_out = {}
+    for name in ("test", "validation"):
+        if name in splits:
+            held_out[name] = splits[name]
+            continue
+        if train.num_rows < 2:
+            raise FedeltaError(f"data source {settings.source}: {train.num_rows} rows leave none to split off")
+        seed = derive_seed(settings.split_seed, "split", name) % 2**32
+        parts = train.train_test_split(getattr(settings, name), seed=seed, load_from_cache_file=False)
+        train, held_out[name] = parts["train"], parts["test"]
+    return {
+        "train": _draw(train, settings.limit, settings.split_seed, "train"),
+        "validation": _draw(held_out["validation"], settings.evaluation_limit, settings.split_seed, "validation"),
+        "test": _draw(held_out["test"], settings.evaluation_limit, settings.split_seed, "test"),
+    }
+
+
+def _draw(split: Any, limit: int | None, seed: int, name: str) -> Any:
+    if limit is None or split.num_rows <= limit:
+        return split
+    return split.shuffle(derive_seed(seed, "limit", name) % 2**32, load_from_cache_file=False).select(range(limit))
+
+
+def _load(settings: DataSettings) -> dict[str, Any]:
+    # Slow to import, and needed by nothing but this.
+    import datasets
+
+    datasets.disable_progress_bars()
+    source = settings.source
+    if source == BUILT_IN:
+        return {"train": datasets.Dataset.from_list(read_pydoc())}
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in FORMATS:
+                raise FedeltaError(f"data file {source}: unknown ending, expected one of {', '.join(FORMATS)}")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return dict(datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), **options))
+        # A path that is not there must not turn into a question to a hub.
+        if not path.is_dir() and (
+            source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in FORMATS
+        ):
+            raise FedeltaError(f"data source {source}: no such file or folder")
+        return dict(datasets.load_dataset(source, settings.configuration))
+    except FedeltaError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        line = str(cause).strip().splitlines()
+        raise FedeltaError(f"data source {source}: {line[0] if line else type(cause).__name__}") from error

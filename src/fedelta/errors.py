@@ -1,0 +1,14 @@
+"""The one error type: a line for a person, naming what was found and what was expected."""
+
+
+class FedeltaError(Exception):
+    """Bad input. Its text is one clear line; the command line prints it and exits with code 2."""
+
+
+class BadUpdate(FedeltaError):
+    """A client's update that can't be used. The server skips the client or stops, by setting."""
+
+    def __init__(self, client: str, reason: str) -> None:
+        super().__init__(f"client {client}: {reason}")
+        self.client = client
+        self.reason = reason

@@ -1,0 +1,63 @@
+"""What a run leaves to the world: one PEFT adapter, or a merged model, equal to the server's global model."""
+
+from pathlib import Path
+from typing import Any
+
+from fedelta.adapter import Adapter, LoraPair
+from fedelta.atomic import new_folder
+from fedelta.lowrank import LowRank
+from fedelta.model import LoraModel
+from fedelta.patch_log import PatchedBase
+from fedelta.peft_io import write_adapter
+from fedelta.server import ServerState
+
+
+def single_adapter(state: ServerState, scale: float) -> Adapter:
+    """C + s·B·A as one adapter, exact to rounding.
+
+    Without base patches that is the global adapter itself, at the scale that a client of its rank has. With
+    patches every module is recompressed to its numerical rank, with balanced factors and scale 1.
+    """
+    if state.log.version == 0:
+        return state.method.adapter.with_scale(scale)
+    base = PatchedBase()
+    base.apply(state.log.since(0))
+    pairs = {}
+    for module, product in state.method.adapter.products().items():
+        terms = [product]
+        if module in base.total:
+            terms.append(LowRank.from_dense(base.total[module]))
+        whole = LowRank.sum(terms).recompress()
+        # PEFT knows no rank 0: a module that nobody changed keeps one rank index of zeros.
+        pairs[module] = LoraPair(whole.V, whole.U) if whole.width else state.method.adapter[module].truncate(1)
+    return Adapter(pairs)
+
+
+def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float) -> Adapter:
+    """Write the global model as one PEFT folder and return its adapter."""
+    adapter = single_adapter(state, scale)
+    write_adapter(
+        folder,
+        adapter,
+        state.heads,
+        base_model=model.base_name,
+        modules_to_save=model.head_modules,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
+    )
+    return adapter
+
+
+def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any) -> None:
+    """Write the base model with an exported adapter merged into it, and its tokenizer.
+
+    Args:
+        folder: appears whole, or not at all.
+        adapter_folder: as written by `export_adapter`.
+        base: a fresh `AutoModelForSequenceClassification`.
+    """
+    import peft
+
+    merged = peft.PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
+    with new_folder(folder) as temporary:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

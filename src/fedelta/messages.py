@@ -1,0 +1,304 @@
+"""The two messages of a round. Nothing else crosses between server and client.
+
+A message is one safetensors blob: tensors under `A/…`, `B/…`, `head/…`, `patch/…`, everything else as JSON in
+the blob's metadata. Bytes are counted from that blob, never estimated. Pickle is never read.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedelta.adapter import Adapter, LoraPair, Shapes, draw_A
+from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.lowrank import LowRank
+from fedelta.patch_log import PatchDelta
+
+METADATA_KEY = "fedelta"
+
+
+class ByteCount(NamedTuple):
+    """Bytes of serialised messages by content; `overhead` is names, shapes and metadata."""
+
+    adapter: int = 0
+    heads: int = 0
+    patch: int = 0
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def plus(self, other: "ByteCount") -> "ByteCount":
+        return ByteCount(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def _header(blob: bytes) -> dict[str, Any]:
+    length = int.from_bytes(blob[:8], "little")
+    if len(blob) < 8 or length > len(blob) - 8:
+        raise FedeltaError(f"truncated message: {len(blob)} bytes, its header alone claims {length}")
+    try:
+        return json.loads(blob[8 : 8 + length])
+    except ValueError as error:
+        raise FedeltaError("damaged message: its header is not JSON") from error
+
+
+def count_bytes(blob: bytes) -> ByteCount:
+    """Bytes of a message by content, read from its own header."""
+    sizes = {"A": 0, "B": 0, "head": 0, "patch": 0}
+    for key, entry in _header(blob).items():
+        if key != "__metadata__":
+            begin, end = entry["data_offsets"]
+            sizes[key.split("/", 1)[0]] += end - begin
+    return ByteCount(sizes["A"] + sizes["B"], sizes["head"], sizes["patch"], len(blob) - sum(sizes.values()))
+
+
+def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
+    """Tensors and JSON facts as one safetensors blob; equal content gives equal bytes."""
+    contiguous = {key: tensors[key].detach().contiguous() for key in sorted(tensors)}
+    return safetensors.torch.save(contiguous, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
+
+
+def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a blob.
+
+    Raises:
+        FedeltaError: if the blob is truncated or is not one of ours.
+    """
+    metadata = _header(blob).get("__metadata__") or {}
+    if METADATA_KEY not in metadata:
+        raise FedeltaError("not a fedelta message: its metadata lacks the key 'fedelta'")
+    try:
+        return safetensors.torch.load(blob), json.loads(metadata[METADATA_KEY])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise FedeltaError(f"damaged message: {error}") from error
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take out, and remove, every tensor under a prefix; what nobody takes is an error in the end."""
+    return {key.removeprefix(f"{prefix}/"): tensors.pop(key) for key in list(tensors) if key.startswith(f"{prefix}/")}
+
+
+def _nothing_left(kind: str, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        raise FedeltaError(f"{kind} holds tensors that nothing reads: {', '.join(sorted(tensors)[:3])}")
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast:
+    """Server to one client: where to start from and what to train.
+
+    Args:
+        client: its id.
+        round: counted from 0.
+        rank: r_i.
+        scale: s_i, by which the client's LoRA layers multiply B·A.
+        train: which factors the client trains, out of "A" and "B".
+        A: module → (r_i, n). Empty when the client is to draw A from `seed_A`.
+        B: module → (m, r_i), to be used with `scale`.
+        seed_A: seed of `draw_A`, or None when A is in the message.
+        heads: name → tensor, the trained modules outside LoRA.
+        patch: what the client's base has not seen.
+        wants_validation: whether the client is to report the loss on its own held-out part.
+    """
+
+    client: str
+    round: int
+    rank: int
+    scale: float
+    train: frozenset[str]
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    patch: PatchDelta
+    seed_A: int | None = None
+    wants_validation: bool = False
+
+    def adapter(self, shapes: Shapes) -> Adapter:
+        """The adapter that the client starts from, A drawn from the seed where it was not sent.
+
+        Args:
+            shapes: the client's own adapted layers.
+
+        Raises:
+            FedeltaError: if a module is missing, unknown or of another shape.
+        """
+        if set(self.B) != set(shapes):
+            odd = sorted(set(self.B) ^ set(shapes))[0]
+            raise FedeltaError(f"broadcast and model differ in adapted modules, first: {odd}")
+        pairs = {}
+        for module, (m, n) in shapes.items():
+            A = draw_A(module, self.rank, n, self.seed_A) if self.seed_A is not None else self.A[module]
+            pairs[module] = LoraPair(A, self.B[module], self.scale)
+            if pairs[module].shape != (m, n) or pairs[module].rank != self.rank:
+                raise FedeltaError(
+                    f"module {module}: broadcast A {tuple(A.shape)}, B {tuple(self.B[module].shape)} "
+                    f"does not fit a {m}×{n} layer at rank {self.rank}"
+                )
+        return Adapter(pairs)
+
+    def to_bytes(self) -> bytes:
+        tensors = with_prefix("A", self.A) | with_prefix("B", self.B) | with_prefix("head", self.heads)
+        for version, entry in self.patch.entries.items():
+            for module, product in entry.items():
+                tensors[f"patch/{version}/U/{module}"] = product.U
+                tensors[f"patch/{version}/V/{module}"] = product.V
+        tensors |= with_prefix("patch/total", self.patch.total or {})
+        facts = {name: getattr(self, name) for name in ("client", "round", "rank", "scale", "seed_A")}
+        facts |= {"train": sorted(self.train), "wants_validation": self.wants_validation}
+        facts["patch"] = {
+            "start": self.patch.start,
+            "end": self.patch.end,
+            "digests": {str(v): digest for v, digest in self.patch.digests.items()},
+            "dense": self.patch.total is not None,
+        }
+        return pack(tensors, facts)
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> "Broadcast":
+        tensors, facts = unpack(blob)
+        log = facts.pop("patch")
+        total = take_prefix("patch/total", tensors)
+        entries: dict[int, dict[str, LowRank]] = {}
+        if not log["dense"]:
+            for version in range(log["start"] + 1, log["end"] + 1):
+                U = take_prefix(f"patch/{version}/U", tensors)
+                V = take_prefix(f"patch/{version}/V", tensors)
+                entries[version] = {module: LowRank(U[module], V[module]) for module in U}
+        delta = PatchDelta(
+            log["start"],
+            log["end"],
+            {int(v): digest for v, digest in log["digests"].items()},
+            entries,
+            total if log["dense"] else None,
+        )
+        facts["train"] = frozenset(facts["train"])
+        A, B, heads = (take_prefix(prefix, tensors) for prefix in ("A", "B", "head"))
+        _nothing_left("broadcast", tensors)
+        return cls(A=A, B=B, heads=heads, patch=delta, **facts)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientUpdate:
+    """One client to the server: the factors it trained, and how it went.
+
+    Args:
+        client, round, rank, scale: as in the broadcast that it answers.
+        version, digest: the base it trained on.
+        examples: number of training examples, its weight.
+        A: module → (r_i, n) as trained; empty if A was frozen.
+        B: module → (m, r_i) as trained; empty if B was frozen.
+        heads: name → tensor.
+        metrics: e.g. `train_loss`, `validation_loss`.
+    """
+
+    client: str
+    round: int
+    rank: int
+    scale: float
+    version: int
+    digest: str
+    examples: int
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        tensors = with_prefix("A", self.A) | with_prefix("B", self.B) | with_prefix("head", self.heads)
+        names = ("client", "round", "rank", "scale", "version", "digest", "examples")
+        return pack(tensors, {name: getattr(self, name) for name in names} | {"metrics": dict(self.metrics)})
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> "ClientUpdate":
+        tensors, facts = unpack(blob)
+        A, B, heads = (take_prefix(prefix, tensors) for prefix in ("A", "B", "head"))
+        _nothing_left("update", tensors)
+        try:
+            return cls(A=A, B=B, heads=heads, **facts)
+        except TypeError as error:
+            raise FedeltaError(f"damaged update: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """An update that has passed the door, complete with the factors that were frozen.
+
+    Args:
+        client: its id.
+        weight: w_i, not normalised.
+        adapter: s_i·B_i·A_i of every module.
+        heads: name → tensor.
+    """
+
+    client: str
+    weight: float
+    adapter: Adapter
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is seven times as fast as a mask and finite only if every term is (or on overflow: then look).
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float | None = None) -> Contribution:
+    """Check an update against the broadcast that it answers. The door: nothing is checked again inside.
+
+    Args:
+        update: what the client sent.
+        sent: what it was sent.
+        shapes: module → (m, n) of the adapted layers.
+        weight: w_i; None takes the number of examples.
+
+    Raises:
+        BadUpdate: naming the client, what was found and what was expected.
+    """
+
+    def refuse(reason: str) -> BadUpdate:
+        return BadUpdate(sent.client, reason)
+
+    for name in ("client", "round", "rank", "scale"):
+        found, expected = getattr(update, name), getattr(sent, name)
+        if found != expected:
+            raise refuse(f"its update says {name} {found}, expected {expected}")
+    if (update.version, update.digest) != (sent.patch.end, sent.patch.digests[sent.patch.end]):
+        raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
+    if not isinstance(update.examples, int) or update.examples < 1:
+        raise refuse(f"it reports {update.examples} training examples, expected at least 1")
+    start = sent.adapter(shapes)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for factor, found in (("A", update.A), ("B", update.B)):
+        wanted = {module: getattr(pair, factor) for module, pair in start.items()}
+        if factor in sent.train:
+            _same_tensors(found, wanted, f"{factor} of module", refuse)
+        elif found:
+            raise refuse(f"it sent {factor}, which was frozen in this round")
+        factors[factor] = dict(found) or wanted
+    _same_tensors(update.heads, sent.heads, "head", refuse)
+    pairs = {m: LoraPair(factors["A"][m], factors["B"][m], sent.scale) for m in shapes}
+    return Contribution(sent.client, update.examples if weight is None else weight, Adapter(pairs), update.heads)
+
+
+def _same_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, refuse: Any) -> None:
+    if set(found) != set(wanted):
+        missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+        raise refuse(f"{what} {missing[0]} is missing" if missing else f"{what} {extra[0]} was not asked for")
+    for name, tensor in found.items():
+        expected = wanted[name]
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise refuse(
+                f"{what} {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected {expected.dtype} {tuple(expected.shape)}"
+            )
+        if not _finite(tensor):
+            raise refuse(f"{what} {name} holds NaN or infinite values")

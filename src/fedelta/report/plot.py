@@ -1,0 +1,56 @@
+"""Validation accuracy by round, as SVG and PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, pstdev
+
+from fedelta.atomic import write_file
+from fedelta.runner import Run
+
+
+def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
+    """Method → (finished rounds, mean accuracy, standard deviation over seeds), where rounds were evaluated."""
+    result = {}
+    for method in dict.fromkeys(run.config.method.name for run in runs):
+        by_round: dict[int, list[float]] = {}
+        for run in runs:
+            if run.config.method.name == method:
+                for record in run.records:
+                    if record["validation"]:
+                        by_round.setdefault(record["round"] + 1, []).append(record["validation"]["accuracy"])
+        result[method] = [(r, mean(values), pstdev(values)) for r, values in sorted(by_round.items())]
+    return result
+
+
+def plot_accuracy(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write `accuracy.svg` and `accuracy.png` into the folder and return their paths."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Text stays text, and equal runs draw equal files.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedelta"})
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, points in curves(runs).items():
+        rounds, means, spreads = zip(*points, strict=True)
+        line = axes.plot(rounds, means, marker="o", markersize=3, label=method)[0]
+        low = [m - s for m, s in zip(means, spreads, strict=True)]
+        high = [m + s for m, s in zip(means, spreads, strict=True)]
+        axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    majority = runs[0].result["majority"]
+    axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
+    axes.set(xlabel="round", ylabel="validation accuracy", title=f"{runs[0].config.data.source}, {len(runs)} runs")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    paths = []
+    for suffix in ("svg", "png"):
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
+        paths.append(folder / f"accuracy.{suffix}")
+        write_file(paths[-1], buffer.getvalue())
+    plt.close(figure)
+    return paths

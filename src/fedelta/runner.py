@@ -1,0 +1,211 @@
+"""From a configuration to a finished run, or to a comparison of methods on the same data and weights."""
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fedelta.checkpoint import load_checkpoint
+from fedelta.client import Trainer
+from fedelta.config import Config, parse_config
+from fedelta.data import Corpus, build_corpus, build_data, label_classes
+from fedelta.engines import Observer
+from fedelta.engines.local import LocalEngine
+from fedelta.errors import FedeltaError
+from fedelta.export import export_adapter, export_merged
+from fedelta.methods import make_method
+from fedelta.model import LoraModel, load_base, load_tokenizer
+from fedelta.seeds import derive_seed
+from fedelta.server import Server
+from fedelta.tracking import RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run: its configuration and what its folder holds."""
+
+    config: Config
+    folder: RunFolder
+    records: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def make_server(config: Config) -> Server:
+    """The rules that a configuration states."""
+    return Server(
+        config.method.make(),
+        config.federation,
+        config.ranks,
+        config.lora.alpha,
+        config.lora.scale,
+        config.seed,
+    )
+
+
+def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
+    """The base model with LoRA; its new head depends on the run's seed, not on the method."""
+    base = load_base(config.model, classes, tokenizer.pad_token_id, derive_seed(config.seed, "head") % 2**32)
+    return LoraModel(base, config.lora)
+
+
+@functools.lru_cache(maxsize=1)
+def _corpus(key: str) -> tuple[Corpus, Any]:
+    """Splits and tokens, read once for all seeds and methods of a comparison."""
+    config = parse_config(json.loads(key))
+    splits, values, names = label_classes(config.data)
+    tokenizer = load_tokenizer(config.model)
+    return build_corpus(config.data, tokenizer, splits, values, names), tokenizer
+
+
+def run(config: Config, *, resume: bool = False, observer: Observer | None = None) -> Run:
+    """Run a configuration to its end and leave its folder.
+
+    Args:
+        resume: go on from the checkpoint in the run's folder, if there is one.
+
+    Raises:
+        FedeltaError: for bad input; whatever rounds had finished are kept.
+    """
+    observer = observer or Observer()
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    folder = RunFolder(config.folder, config.dump())
+    server = make_server(config)
+    if resume:
+        state = folder.resume()
+        result = folder.result()
+        if result is not None:
+            return Run(config, folder, folder.records(), result)
+    else:
+        folder.refuse_existing()
+        state = None
+    corpus, tokenizer = _corpus(_corpus_key(config))
+    data = build_data(corpus, config.data, config.partition, config.seed)
+    model = make_model(config, len(data.classes), tokenizer)
+    if state is None:
+        state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
+        folder.begin(state)
+    elif state.log.shapes != model.shapes or set(state.ranks) != set(data.shards):
+        raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
+    trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
+    engine = LocalEngine(server, trainer, data.shards, data.validation, folder, observer)
+    observer.run_started(f"{config.method.name}, seed {config.seed}", state.round, config.rounds)
+    state = engine.run(state, config.rounds, config.evaluation.every)
+    exported = export_adapter(folder.adapter_folder, state, model, server.scale(state.method.adapter.rank))
+    records = folder.records()
+    result = {
+        "method": config.method.name,
+        "seed": config.seed,
+        "rounds": state.round,
+        "classes": data.classes,
+        "clients": {client: len(shard.train) for client, shard in data.shards.items()},
+        "majority": _majority(corpus),
+        "validation": records[-1]["validation"],
+        "test": engine.evaluate(state, data.test, "test"),
+        "adapter_rank": exported.rank,
+        "lora_parameters": {
+            str(rank): state.method.adapter.truncate(rank).parameters for rank in sorted(set(state.ranks.values()))
+        },
+    }
+    folder.finish(result)
+    observer.run_done()
+    return Run(config, folder, records, result)
+
+
+def _corpus_key(config: Config) -> str:
+    return json.dumps({"data": config.data.model_dump(), "model": config.model.model_dump()}, sort_keys=True)
+
+
+def _majority(corpus: Corpus) -> float:
+    """Test accuracy of always answering the most frequent training label."""
+    most = max(set(corpus.train.labels), key=list(corpus.train.labels).count)
+    return list(corpus.test.labels).count(most) / len(corpus.test)
+
+
+def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> list[Config]:
+    """One configuration for each method and seed; the runs of a seed share data and initial weights.
+
+    Raises:
+        FedeltaError: for an unknown method, or one that can't take the configured ranks.
+    """
+    configs = []
+    for method in methods:
+        # The configured options belong to the configured method, and to no other.
+        options = config.method.options if method == config.method.name else {}
+        make_method(method, **options)
+        for seed in range(config.seed, config.seed + seeds):
+            configs.append(
+                config.model_copy(
+                    update={
+                        "name": f"{config.name}/{method}-seed{seed}",
+                        "seed": seed,
+                        "method": config.method.model_copy(update={"name": method, "options": options}),
+                    }
+                )
+            )
+    for each in configs:
+        make_server(each)
+    return configs
+
+
+def open_run(folder: Path) -> Run:
+    """A finished run from its folder.
+
+    Raises:
+        FedeltaError: if there is no run, or it has not ended.
+    """
+    try:
+        data = yaml.safe_load((folder / "config.yaml").read_text())
+    except OSError as error:
+        raise FedeltaError(f"{folder}: no run here (no config.yaml)") from error
+    config = parse_config(data, str(folder / "config.yaml"))
+    run_folder = RunFolder(folder, config.dump())
+    result = run_folder.result()
+    if result is None:
+        raise FedeltaError(f"{folder}: this run has not ended; go on with it by --resume")
+    return Run(config, run_folder, run_folder.records(), result)
+
+
+def open_runs(folder: Path) -> list[Run]:
+    """The finished run in a folder, or the finished runs of a comparison below it."""
+    if (folder / "config.yaml").exists():
+        return [open_run(folder)]
+    below = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    if not below:
+        raise FedeltaError(f"{folder}: no run here (no config.yaml)")
+    return [open_run(path) for path in below]
+
+
+def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[str]:
+    """Write the model of a run's checkpoint as a PEFT adapter, a merged model, or both.
+
+    Returns:
+        A line for each thing written.
+
+    Raises:
+        FedeltaError: if there is no checkpoint, or an output exists.
+    """
+    for output in (adapter, merged):
+        if output is not None and output.exists():
+            raise FedeltaError(f"{output} exists already")
+    state, data = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
+    config = parse_config(data, str(folder))
+    tokenizer = load_tokenizer(config.model)
+    lines = []
+    with tempfile.TemporaryDirectory() as scratch:
+        target = adapter or Path(scratch) / "adapter"
+        model = make_model(config, len(state.classes), tokenizer)
+        exported = export_adapter(target, state, model, make_server(config).scale(state.method.adapter.rank))
+        if adapter:
+            lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters")
+        if merged:
+            base = load_base(config.model, len(state.classes), tokenizer.pad_token_id, seed=0)
+            base.config.id2label = dict(enumerate(state.classes))
+            base.config.label2id = {label: i for i, label in enumerate(state.classes)}
+            export_merged(merged, target, base, tokenizer)
+            lines.append(f"merged    {merged}")
+    return lines

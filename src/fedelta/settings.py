@@ -1,0 +1,12 @@
+"""What every settings class shares: unknown keys are refused, values never change.
+
+Each room declares its own settings beside the code that reads them; `config.py` puts them together.
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and a key that does not exist is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

@@ -1,0 +1,135 @@
+"""A run's folder: what is written while it goes on, so that it can be watched, killed and resumed.
+
+config.yaml     as resolved, every default written out
+rounds.jsonl    a line a round: clients, losses, scores, bytes, deviation. Equal runs give equal bytes
+timings.jsonl   a line a round: seconds by phase, which no two runs share
+checkpoint/     the server's state after the last finished round
+result.json     the scores of the final model
+adapter/        the final model as a PEFT adapter
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedelta.atomic import write_file
+from fedelta.checkpoint import load_checkpoint, save_checkpoint
+from fedelta.errors import FedeltaError
+from fedelta.server import ServerState
+
+EXTENDABLE = ("rounds", "compare", "output", "name")
+"""Keys in which a checkpoint's configuration may differ: a run may be moved, and may be given more rounds."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: its place.
+        config: the run's configuration as plain data.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.config = dict(config)
+
+    @property
+    def rounds_file(self) -> Path:
+        return self.path / "rounds.jsonl"
+
+    @property
+    def timings_file(self) -> Path:
+        return self.path / "timings.jsonl"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.path / "checkpoint" / "state.safetensors"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.path / "adapter"
+
+    def begin(self, state: ServerState) -> None:
+        """Start a new run here.
+
+        Raises:
+            FedeltaError: if there is one already.
+        """
+        self.refuse_existing()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        write_file(self.rounds_file, "")
+        write_file(self.timings_file, "")
+        save_checkpoint(self.checkpoint_file, state, self.config)
+
+    def refuse_existing(self) -> None:
+        if self.checkpoint_file.exists():
+            raise FedeltaError(f"{self.path} holds a run already; go on with it by --resume, or choose another name=…")
+
+    def resume(self) -> ServerState | None:
+        """The state to go on from, or None if no run has begun here. Forgets rounds after the checkpoint.
+
+        Raises:
+            FedeltaError: if the checkpoint is damaged or was made under another configuration.
+        """
+        if not self.checkpoint_file.exists():
+            return None
+        state, before = load_checkpoint(self.checkpoint_file)
+        changed = _first_difference(before, json.loads(json.dumps(self.config)))
+        if changed:
+            raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
+        if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
+            raise FedeltaError(f"{self.path} has {state.round} rounds already, asked for {self.config['rounds']}")
+        write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        if state.round < self.config["rounds"]:
+            self.result_file.unlink(missing_ok=True)
+        for file in (self.rounds_file, self.timings_file):
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            write_file(file, "".join(lines[: state.round]))
+        return state
+
+    def finish_round(self, state: ServerState, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """Make a round last. The checkpoint comes last: lines without it are dropped and made again."""
+        _append(self.rounds_file, record)
+        _append(self.timings_file, timing)
+        save_checkpoint(self.checkpoint_file, state, self.config)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        write_file(self.result_file, json.dumps(result, indent=2) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `rounds.jsonl`."""
+        return [json.loads(line) for line in self.rounds_file.read_text().splitlines()]
+
+    def result(self) -> dict[str, Any] | None:
+        """`result.json`, or None while the run has not ended."""
+        return json.loads(self.result_file.read_text()) if self.result_file.exists() else None
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    with file.open("a") as stream:
+        stream.write(json.dumps(record, sort_keys=True) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:
+    for key in sorted({*before, *now}):
+        if not prefix and key in EXTENDABLE:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            inner = _first_difference(old, new, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif old != new:
+            return f"{prefix}{key} was {old!r}, now {new!r}"
+    return None
