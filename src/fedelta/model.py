@@ -158,8 +158,10 @@ class LoraModel:
     def __init__(self, base: Any, settings: LoraSettings) -> None:
         import peft
         from peft.tuners.lora import LoraLayer
+        from transformers.pytorch_utils import Conv1D
 
         self.settings = settings
+        self._conv1d = any(isinstance(module, Conv1D) for module in base.modules())
         self.base_name = str(base.config._name_or_path)
         self.head_modules = list(settings.modules_to_save or find_heads(base))
         try:
@@ -196,6 +198,7 @@ class LoraModel:
             lora_dropout=self.settings.dropout,
             target_modules=list(targets) if isinstance(targets, tuple) else targets,
             modules_to_save=list(self.head_modules),  # PEFT extends the list that it is given
+            fan_in_fan_out=self._conv1d,
             task_type="SEQ_CLS",
         )
 

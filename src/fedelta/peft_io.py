@@ -194,6 +194,9 @@ def write_adapter(
     )
     with new_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
+        # PEFT keeps names in a set, whose order differs from process to process; equal runs leave equal files.
+        written = json.loads((temporary / CONFIG).read_text()) | {"target_modules": sorted(adapter)}
+        (temporary / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         safetensors.torch.save_file(
             {key: tensor.contiguous() for key, tensor in sorted(tensors.items())},
             temporary / WEIGHTS,

@@ -141,7 +141,8 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
             configs.append(
                 config.model_copy(
                     update={
-                        "name": f"{config.name}/{method}-seed{seed}",
+                        "name": f"{method}-seed{seed}",
+                        "output": str(config.folder),
                         "seed": seed,
                         "method": config.method.model_copy(update={"name": method, "options": options}),
                     }

@@ -92,8 +92,10 @@ class RunFolder:
         if state.round < self.config["rounds"]:
             self.result_file.unlink(missing_ok=True)
         for file in (self.rounds_file, self.timings_file):
-            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-            write_file(file, "".join(lines[: state.round]))
+            found = file.read_text() if file.exists() else ""
+            kept = "".join(found.splitlines(keepends=True)[: state.round])
+            if kept != found:
+                write_file(file, kept)
         return state
 
     def finish_round(self, state: ServerState, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:

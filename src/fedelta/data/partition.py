@@ -60,6 +60,8 @@ def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: i
     """
     import datasets
 
+    if settings.kind != "natural" and (settings.clients or 0) > len(labels):
+        raise FedeltaError(f"partition {settings.kind}: {settings.clients} clients, but only {len(labels)} rows")
     draw = derive_seed(seed, "partition") % 2**32
     # Shuffled, because a source may come sorted by label and the IID partitioner cuts it in order.
     order = np.random.default_rng(draw).permutation(len(labels)).tolist()
@@ -132,8 +134,6 @@ def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[lis
     clients = settings.clients or 1
     good = int(settings.share * clients + 0.5)
     size = table.num_rows // clients
-    if size == 0:
-        raise FedeltaError(f"partition two-quality: {table.num_rows} rows for {clients} clients")
     shards: list[list[int]] = []
     for count, alpha, part in (
         (good, settings.alpha_high, range(good * size)),

@@ -1,0 +1,340 @@
+"""Whole runs in process, on a real model, real texts and real messages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedelta.adapter import lora_scale
+from fedelta.client import Trainer
+from fedelta.engines import Observer
+from fedelta.engines.local import LocalEngine
+from fedelta.errors import FedeltaError
+from fedelta.messages import Broadcast, ClientUpdate, count_bytes
+from fedelta.methods import methods
+from fedelta.patch_log import PatchedBase, PatchLog
+from fedelta.runner import Run, run
+from fedelta.server import Server, ServerState
+
+CHURN = {"participation": 0.5}
+HARD = {"epochs": 4, "batch_size": 8, "learning_rate": 0.01}
+
+
+class Tap(Observer):
+    """Collects every warning."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+    """Every broadcast and update of the runs of a test, as bytes, in order."""
+    messages: list[tuple[bytes, bytes]] = []
+    answer = Trainer.answer
+
+    def listen(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        reply = answer(self, blob, shard)
+        messages.append((blob, reply))
+        return reply
+
+    monkeypatch.setattr(Trainer, "answer", listen)
+    return messages
+
+
+def files(finished: Run) -> tuple[bytes, bytes]:
+    adapter = (finished.folder.adapter_folder / "adapter_model.safetensors").read_bytes()
+    return adapter, finished.folder.rounds_file.read_bytes()
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_learns(name: str, tiny_config: Any) -> None:
+    ranks = {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5}
+    if not methods()[name].mixed_ranks:
+        ranks = {"allocation": "uniform", "high": 4}
+    finished = run(tiny_config(method=name, ranks=ranks, rounds=12, training=HARD))
+    assert finished.result["test"]["accuracy"] > finished.result["majority"] + 0.2
+    assert [r["round"] for r in finished.records] == list(range(12))
+    for record in finished.records:
+        assert all(0 <= d < 3 for d in record["deviation"].values())
+
+
+def test_equal_runs_give_equal_bytes(tiny_config: Any) -> None:
+    one, two = run(tiny_config(name="one", method="fedex")), run(tiny_config(name="two", method="fedex"))
+    assert files(one) == files(two)
+
+
+def test_equal_ranks_give_identical_adapters_for_three_methods(tiny_config: Any) -> None:
+    results = {
+        name: files(run(tiny_config(name=name, method=name, ranks={"allocation": "uniform", "high": 3})))
+        for name in ("fedit", "zero-padding", "replication")
+    }
+    assert results["fedit"] == results["zero-padding"] == results["replication"]
+
+
+def test_the_method_changes_what_clients_upload_in_the_next_round(
+    tiny_config: Any, wire: list[tuple[bytes, bytes]]
+) -> None:
+    uploads = {}
+    for name in ("zero-padding", "replication", "fedex"):
+        wire.clear()
+        run(tiny_config(name=name, method=name, rounds=2))
+        uploads[name] = [reply for _, reply in wire]
+    first = [replies[:4] for replies in uploads.values()]
+    assert first[0] == first[1] == first[2], "round 0 starts from the same model and data"
+    second = [b"".join(replies[4:]) for replies in uploads.values()]
+    assert len(set(second)) == 3
+
+
+def test_ffa_clients_never_send_or_receive_A_and_keep_it_frozen(
+    tiny_config: Any, wire: list[tuple[bytes, bytes]]
+) -> None:
+    trained = []
+    finished = run(tiny_config(method="ffa"))
+    for blob, reply in wire:
+        sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply)
+        assert not sent.A
+        assert not update.A
+        assert set(update.B) == set(sent.B)
+        trained.append(any(not torch.equal(update.B[m], sent.B[m]) for m in sent.B))
+    assert all(trained)
+    assert all(d < 1e-6 for record in finished.records for d in record["deviation"].values())
+
+
+def test_bytes_in_the_log_are_those_of_the_messages(tiny_config: Any, wire: list[tuple[bytes, bytes]]) -> None:
+    finished = run(tiny_config(method="fedex"))
+    for i, record in enumerate(finished.records):
+        mine = wire[4 * i : 4 * i + 4]
+        for key, blobs in (("bytes_down", [b for b, _ in mine]), ("bytes_up", [r for _, r in mine])):
+            assert record[key]["total"] == sum(map(len, blobs))
+            assert record[key]["patch"] == sum(count_bytes(blob).patch for blob in blobs)
+            assert record[key]["heads"] > 0
+    assert finished.records[1]["bytes_down"]["patch"] > 0
+    assert finished.records[1]["bytes_up"]["patch"] == 0
+
+
+def test_high_rank_clients_pay_for_their_rank(tiny_config: Any, wire: list[tuple[bytes, bytes]]) -> None:
+    run(tiny_config(rounds=1))
+    sizes = [count_bytes(reply).adapter for _, reply in wire]
+    assert sizes == [2 * sizes[2], 2 * sizes[2], sizes[2], sizes[2]]
+
+
+def test_every_client_that_takes_part_holds_the_servers_base_over_thirty_rounds(
+    tiny_config: Any, wire: list[tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each client folds only what it is sent, into a base of its own; the server's log is the reference."""
+    logs: list[PatchLog] = []
+    step = Server.step
+
+    def remember(self: Server, state: ServerState, sent: Any, replies: Any) -> Any:
+        logs.append(state.log)
+        return step(self, state, sent, replies)
+
+    monkeypatch.setattr(Server, "step", remember)
+    config = tiny_config(
+        method="fedex",
+        rounds=30,
+        partition={"kind": "iid", "clients": 6},
+        federation={"participation": 0.34},
+        training={"steps": 1, "batch_size": 8, "learning_rate": 0.01},
+        evaluation={"every": 30},
+        data={"source": tiny_config().data.source, "max_length": 16, "evaluation_limit": 5},
+    )
+    finished = run(config)
+    server, clients, missed = PatchedBase(), {}, []
+    messages = iter(wire)
+    for log, record in zip(logs, finished.records, strict=True):
+        server.apply(log.since(server.version))
+        for _ in record["clients"]:
+            sent = Broadcast.from_bytes(next(messages)[0])
+            mine = clients.setdefault(sent.client, PatchedBase())
+            missed.append(sent.patch.end - mine.version)
+            assert sent.patch.start == mine.version, "exactly what it has not seen"
+            mine.apply(sent.patch)
+            assert mine.content_hash() == server.content_hash()
+    assert len(clients) == 6
+    assert max(missed) > 3, "some client missed several rounds"
+    assert server.version >= 25
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_gpt2"])
+@pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
+def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
+    fixture: str, rule: str, tiny_config: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read off the model itself just before each local training, against a dense float64 sum of the messages."""
+    checked = []
+    original: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
+    folded = [0]
+    answer = Trainer.answer
+
+    def check(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        model = self.model
+        if not original:
+            for module, layer in model.layers.items():
+                weight = layer.get_base_layer().weight.detach().double().clone()
+                original[module] = weight.T if layer.fan_in_fan_out else weight
+                sums[module] = torch.zeros_like(original[module])
+        sent = Broadcast.from_bytes(blob)
+        for version, patch in sorted(sent.patch.entries.items()):
+            if version > folded[0]:
+                folded[0] = version
+                for module, product in patch.items():
+                    sums[module] += product.U.double() @ product.V.double()
+        load = model.load
+
+        def load_and_look(*arguments: Any) -> None:
+            load(*arguments)
+            model.peft.eval()
+            for module, layer in model.layers.items():
+                n = model.shapes[module][1]
+                with torch.no_grad():
+                    seen = (layer(torch.eye(n)) - layer(torch.zeros(1, n))).T.double()
+                A = (sent.A)[module].double()
+                s = lora_scale(8, sent.rank, rule)  # type: ignore[arg-type]
+                oracle = original[module] + sums[module] + s * sent.B[module].double() @ A
+                assert torch.allclose(seen, oracle, atol=1e-5)
+                checked.append(float(sums[module].norm()))
+
+        monkeypatch.setattr(model, "load", load_and_look)
+        reply = answer(self, blob, shard)
+        monkeypatch.setattr(model, "load", load)
+        return reply
+
+    monkeypatch.setattr(Trainer, "answer", check)
+    run(
+        tiny_config(
+            method="fedex",
+            model={"name": str(request.getfixturevalue(fixture))},
+            lora={"alpha": 8, "scale": rule},
+            rounds=4,
+            training={"steps": 2, "batch_size": 8, "learning_rate": 0.05},
+        )
+    )
+    assert len(checked) > 16
+    assert max(checked) > 1e-3, "patches were not negligible"
+
+
+def test_clients_that_drop_out_are_skipped_with_a_warning(tiny_config: Any) -> None:
+    tap = Tap()
+    finished = run(tiny_config(rounds=6, federation={"dropout": 0.4}), observer=tap)
+    skipped = [client for record in finished.records for client in record["skipped"]]
+    assert skipped
+    assert len(tap.warnings) == len(skipped)
+    assert "dropped out" in tap.warnings[0]
+    for record in finished.records:
+        assert len(record["clients"]) + len(record["skipped"]) == 4
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    answer = Trainer.answer
+
+    def spoil(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        update = ClientUpdate.from_bytes(answer(self, blob, shard))
+        if update.client == "client-002":
+            next(iter(update.B.values()))[0, 0] = value
+        return update.to_bytes()
+
+    monkeypatch.setattr(Trainer, "answer", spoil)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_poisoned_update_is_skipped_and_the_client_named(
+    value: float, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, value)
+    tap = Tap()
+    finished = run(tiny_config(rounds=2), observer=tap)
+    assert all("client-002 skipped: B of module" in warning for warning in tap.warnings)
+    assert len(tap.warnings) == 2
+    assert "client-002" not in finished.records[0]["clients"]
+    assert finished.result["test"]["loss"] < 10
+
+
+def test_a_poisoned_update_is_refused_by_setting(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, float("nan"))
+    config = tiny_config(federation={"on_bad_update": "refuse"})
+    with pytest.raises(FedeltaError, match="client client-002: B of module .* holds NaN or infinite values"):
+        run(config)
+    assert not (config.folder / "adapter").exists()
+
+
+def test_weights_are_renormalised_over_those_that_answered(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that fails leaves the same model as one that was never there."""
+    answer = Trainer.answer
+
+    def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        if Broadcast.from_bytes(blob).client == "client-003":
+            raise RuntimeError("out of memory")
+        return answer(self, blob, shard)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "answer", fail)
+        failing = run(tiny_config(name="failing", rounds=1))
+    weighted = run(tiny_config(name="weighted", rounds=1, federation={"weighting": [*_sizes(failing)[:3], 0]}))
+    assert files(failing)[0] == files(weighted)[0]
+    assert failing.records[0]["skipped"] == {"client-003": "RuntimeError: out of memory"}
+
+
+def _sizes(finished: Run) -> list[int]:
+    return list(finished.result["clients"].values())
+
+
+def test_too_few_usable_updates_stop_the_run(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:  # noqa: ARG001
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(Trainer, "answer", fail)
+    with pytest.raises(FedeltaError, match="round 0: 0 usable updates, expected at least 1 .*no disk"):
+        run(tiny_config())
+
+
+def test_loss_based_allocation_promotes_the_best_newcomers(tiny_config: Any) -> None:
+    config = tiny_config(ranks={"allocation": "loss", "low": 2, "high": 4, "share": 0.5}, rounds=3)
+    finished = run(config)
+    assert len(finished.records[0]["promoted"]) == 2
+    assert finished.records[0]["ranks"] == {"2": 2, "4": 2}
+    assert finished.records[1]["promoted"] == []
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "fixed", "random", "loss"])
+def test_every_allocation_runs(allocation: str, tiny_config: Any) -> None:
+    ranks = {"allocation": allocation, "low": 2, "high": 4, "share": 0.25}
+    finished = run(tiny_config(ranks=ranks, rounds=2, federation=CHURN))
+    assert finished.result["rounds"] == 2
+
+
+def test_a_bf16_base_runs_with_fp32_messages(
+    tiny_config: Any, tiny_bert: Path, wire: list[tuple[bytes, bytes]]
+) -> None:
+    finished = run(tiny_config(method="fedex", model={"name": str(tiny_bert), "dtype": "bfloat16"}))
+    for blob, reply in wire:
+        sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply)
+        tensors = [*sent.A.values(), *sent.heads.values(), *update.B.values(), *update.heads.values()]
+        assert {t.dtype for t in tensors} == {torch.float32}
+    assert finished.records[-1]["version"] == 3
+
+
+def test_an_engine_refuses_to_judge_a_model_on_a_stale_base(tiny_config: Any) -> None:
+    from fedelta.checkpoint import load_checkpoint
+
+    finished = run(tiny_config(method="fedex"))
+    state, _ = load_checkpoint(finished.folder.checkpoint_file)
+    engine = LocalEngine.__new__(LocalEngine)
+    engine.trainer = Trainer.__new__(Trainer)
+    engine.trainer.base = PatchedBase()
+    with pytest.raises(FedeltaError, match="base is at version 0, the server at 3"):
+        engine.evaluate(state, None, "test")  # type: ignore[arg-type]
+
+
+def test_rounds_hold_no_timings_and_timings_no_scores(tiny_config: Any) -> None:
+    finished = run(tiny_config())
+    timing = json.loads(finished.folder.timings_file.read_text().splitlines()[0])
+    assert set(timing) == {"round", "seconds"}
+    assert "seconds" not in finished.records[0]

@@ -1,0 +1,145 @@
+"""What a run leaves loads in plain PEFT and transformers, and scores what the run printed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from fedelta.adapter import LoraPair
+from fedelta.checkpoint import load_checkpoint
+from fedelta.errors import FedeltaError
+from fedelta.export import single_adapter
+from fedelta.methods import methods
+from fedelta.patch_log import PatchedBase
+from fedelta.runner import export_run, run
+
+# A user's script: no fedelta in it.
+PLAIN_PEFT = """
+import csv, json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+torch.set_num_threads(1)
+base, adapter, rows, merged = sys.argv[1:]
+rows = json.load(open(rows))
+tokenizer = AutoTokenizer.from_pretrained(base)
+if merged:
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+else:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
+    model = PeftModel.from_pretrained(model, adapter)
+model.eval()
+right = 0
+with torch.no_grad():
+    for text, label in rows:
+        tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=16)
+        right += int(model(**tokens).logits.argmax()) == label
+assert not any(name.startswith("fedelta") for name in sys.modules)
+print(right / len(rows))
+"""
+
+
+def test_rows(config: Any, classes: list[str]) -> list[tuple[str, int]]:
+    from fedelta.data.sources import load_splits
+
+    split = load_splits(config.data)["test"]
+    return [(text, classes.index(label)) for text, label in zip(split["text"][:], split["label"][:], strict=True)]
+
+
+test_rows.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_gpt2"])
+def test_plain_peft_reproduces_the_test_accuracy(
+    name: str, fixture: str, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(fixture)
+    ranks = {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5}
+    if not methods()[name].mixed_ranks:
+        ranks = {"allocation": "uniform", "high": 4}
+    config = tiny_config(
+        method=name,
+        model={"name": str(base)},
+        ranks=ranks,
+        rounds=6,
+        training={"epochs": 3, "batch_size": 8, "learning_rate": 0.01},
+    )
+    finished = run(config)
+    merged = tmp_path / "merged" if name == "fedex" else None
+    if merged:
+        export_run(config.folder, None, merged)
+    (tmp_path / "rows.json").write_text(json.dumps(test_rows(config, finished.result["classes"])))
+    arguments = [str(base), str(finished.folder.adapter_folder), str(tmp_path / "rows.json")]
+    for folder in filter(lambda x: x is not None, ["", merged]):
+        printed = subprocess.run(
+            [sys.executable, "-c", PLAIN_PEFT, *arguments, str(folder)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        ).stdout
+        assert float(printed) == pytest.approx(finished.result["test"]["accuracy"], abs=1e-9)
+    assert 0.2 < finished.result["test"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("rounds", [1, 25])
+def test_the_single_adapter_is_the_servers_weight_with_factors_and_dense_patches(rounds: int, tiny_config: Any) -> None:
+    finished = run(tiny_config(method="fedex", rounds=rounds))
+    state, _ = load_checkpoint(finished.folder.checkpoint_file)
+    assert (state.log.total is not None) == (rounds == 25), "both forms of the log are covered"
+    base = PatchedBase()
+    base.apply(state.log.since(0))
+    adapter = single_adapter(state, 2.0)
+    for module, pair in state.method.adapter.items():
+        expected = base.total[module].double() + pair.B.double() @ pair.A.double()
+        found = adapter[module].scale * adapter[module].B.double() @ adapter[module].A.double()
+        assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()) * 24)
+
+
+def test_without_patches_the_adapter_is_the_global_one_at_the_clients_scale(tiny_config: Any) -> None:
+    finished = run(tiny_config(method="replication"))
+    config = json.loads((finished.folder.adapter_folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert config["modules_to_save"] == ["bert.pooler", "classifier"]
+    assert finished.result["adapter_rank"] == 4
+
+
+def test_an_unchanged_module_keeps_a_rank_of_zeros(tiny_config: Any) -> None:
+    finished = run(tiny_config(method="fedex", rounds=1))
+    state, _ = load_checkpoint(finished.folder.checkpoint_file)
+    first = next(iter(state.method.adapter))
+    state.method.adapter.pairs[first] = LoraPair(  # type: ignore[index]
+        torch.zeros_like(state.method.adapter[first].A), torch.zeros_like(state.method.adapter[first].B)
+    )
+    for entry in state.log.entries.values():
+        entry.pop(first)  # type: ignore[attr-defined]
+    pair = single_adapter(state, 1.0)[first]
+    assert pair.rank == 1
+    assert not (pair.B @ pair.A).any()
+
+
+def test_the_merged_model_knows_its_labels(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config()
+    run(config)
+    export_run(config.folder, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "land", 1: "sea", 2: "sky"}
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_an_existing_output_is_never_overwritten(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config()
+    run(config)
+    with pytest.raises(FedeltaError, match="exists already"):
+        export_run(config.folder, tmp_path, None)
+    with pytest.raises(FedeltaError, match="no checkpoint at"):
+        export_run(tmp_path / "nowhere", tmp_path / "x", None)
+    assert not (tmp_path / "x").exists()
