@@ -56,8 +56,11 @@ def test_every_file_format_gives_the_same_rows(ending: str, texts: Path, tmp_pat
 
 def test_a_folders_own_test_split_is_used(texts: Path, tmp_path: Path) -> None:
     table = datasets.Dataset.from_csv(str(texts))
-    table.select(range(200)).to_parquet(tmp_path / "train.parquet")
-    table.select(range(200, 240)).to_parquet(tmp_path / "test.parquet")
+    table.select(range(100)).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    table.select(range(100, 200)).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    # As real folders do: the test split lacks one column of the training split.
+    table.select(range(200, 240)).remove_columns("author").to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "README.md").write_text("# texts")
     splits = load_splits(DataSettings(source=str(tmp_path)))
     assert splits["test"]["text"][:] == table["text"][200:]
     assert splits["train"].num_rows + splits["validation"].num_rows == 200

@@ -1,7 +1,7 @@
 """Where texts and labels come from: the built-in set, local files and folders, or a hub.
 
-Everything local goes through `datasets.load_dataset`, which knows CSV, JSONL and Parquet and how a folder
-names its splits; so a local copy of a hub data set reads exactly like the hub's.
+Everything goes through `datasets.load_dataset`, which knows CSV, JSONL and Parquet and the hub. The files of a
+local folder are loaded split by split, because real folders hold splits with different columns.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ from fedelta.settings import Settings
 
 BUILT_IN = "pydoc"
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SPLITS = {"train": ("train",), "validation": ("valid", "val", "dev"), "test": ("test",)}
 
 
 class DataSettings(Settings):
@@ -93,11 +94,38 @@ def _draw(split: Any, limit: int | None, seed: int, name: str) -> Any:
     return split.shuffle(derive_seed(seed, "limit", name) % 2**32, load_from_cache_file=False).select(range(limit))
 
 
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Split → its files, told by how their names begin: `train-00000-of-00002.parquet`, `dev.csv`, `test.jsonl`.
+
+    A folder with one file of another name holds training rows only. Empty where there are no such files (a
+    copy of a hub repository keeps them in folders of its own).
+    """
+    found: dict[str, list[Path]] = {}
+    files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
+    for file in files:
+        for split, beginnings in SPLITS.items():
+            if file.name.lower().startswith(beginnings):
+                found.setdefault(split, []).append(file)
+    return found or ({"train": files} if len(files) == 1 else {})
+
+
+def _load_files(files: list[Path]) -> Any:
+    import datasets
+
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1:
+        raise FedeltaError(f"data files of one split have different endings: {', '.join(file.name for file in files)}")
+    suffix = kinds.pop()
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    return datasets.load_dataset(FORMATS[suffix], data_files=[str(f) for f in files], split="train", **options)
+
+
 def _load(settings: DataSettings) -> dict[str, Any]:
     # Slow to import, and needed by nothing but this.
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     source = settings.source
     if source == BUILT_IN:
         return {"train": datasets.Dataset.from_list(read_pydoc())}
@@ -106,8 +134,9 @@ def _load(settings: DataSettings) -> dict[str, Any]:
         if path.is_file():
             if path.suffix not in FORMATS:
                 raise FedeltaError(f"data file {source}: unknown ending, expected one of {', '.join(FORMATS)}")
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return dict(datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), **options))
+            return {"train": _load_files([path])}
+        if path.is_dir() and (splits := _split_files(path)):
+            return {name: _load_files(files) for name, files in splits.items()}
         # A path that is not there must not turn into a question to a hub.
         if not path.is_dir() and (
             source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in FORMATS
