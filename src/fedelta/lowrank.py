@@ -1,6 +1,6 @@
 """`LowRank`: a matrix kept as the product of a tall and a wide factor, and never written out.
 
-Server mathematics is sums, norms and truncations of such products (METHODS.md 2). None of them needs the
+Server mathematics is sums, norms and truncations of such products. None of them needs the
 m×n matrix: sums stack the factors, norms and truncations go through QR of the factors and a small core.
 """
 
@@ -70,8 +70,8 @@ class LowRank:
     def norm(self) -> float:
         """‖U·V‖_F in float64.
 
-        Through QR of U rather than the traces of METHODS.md 2.3: a sum that nearly cancels (the deviation of
-        clients that agree) keeps its digits, where tr((UᵀU)(VVᵀ)) is noise below 1e-8 of the largest term.
+        Through QR of U rather than the traces tr((UᵀU)(VVᵀ)): a sum that nearly cancels (the deviation of
+        clients that agree) keeps its digits, where the traces are noise below 1e-8 of the largest term.
         """
         if self.width == 0:
             return 0.0
@@ -108,7 +108,7 @@ class LowRank:
 
         Raises:
             ValueError: if the shapes differ, or if the weight has fewer bits than the factors. A bf16 weight
-                loses most of a small residual (PERFORMANCE.md): fold into an fp32 patch instead.
+                loses most of a small residual: fold into an fp32 patch instead.
         """
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"cannot add a {self.shape} product to a {tuple(weight.shape)} weight")

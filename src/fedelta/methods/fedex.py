@@ -8,9 +8,9 @@ and since Σ p_i (s_i B_i − B̄) = 0, any client k can stand in for Ā:
 
     ΔW_res = [p_i (s_i B_i − B̄)]_{i≠k} · [A_i − A_k]_{i≠k}
 
-closed-form factors of width (K−1)r, no SVD and nothing dense (METHODS.md 2.1, 2.2).
+closed-form factors of width (K−1)r, no SVD and nothing dense (docs/methods.md 2).
 
-Mixed ranks (METHODS.md 2.5, first row): the factors are replication's contributor means, and what goes into
+Mixed ranks (docs/methods.md 3): the factors are replication's contributor means, and what goes into
 the base is Σ_j cov_j with cov_j = Σ_{S_j} p_i (b_ij − b̄_j)(a_ij − ā_j). Taking for k a client of the largest
 rank, which contributes to every index that anybody holds, gives factors of width Σ r_i − max r_i. So the new
 weight is the mean of products after replication; it equals the plain mean of products at equal ranks. (The
@@ -54,7 +54,7 @@ def residual(clients: list[tuple[float, LoraPair]], mean: LoraPair) -> LowRank:
 @register
 class FedEx(Method):
     name = "fedex"
-    paper = "FedEx-LoRA, arXiv 2410.09432; mixed ranks: METHODS.md 2.5"
+    paper = "FedEx-LoRA, arXiv 2410.09432; mixed ranks: docs/methods.md 3"
     summary = "mean of factors, and the exact residual folded into the base weight"
     mixed_ranks = True
     exact = "equal ranks"

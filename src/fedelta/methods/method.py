@@ -1,4 +1,4 @@
-"""What a method is: five choices (METHODS.md 5) as a few pure functions of state and contributions.
+"""What a method is: a few pure functions of state and contributions.
 
 A method never sees clients' data, heads, the patch log or the wire. It is given the global adapter and what
 the round's clients trained, and returns the next adapter and what goes into the base.

@@ -2,7 +2,7 @@
 
 A low-rank client's missing rows of A and columns of B are filled with the weighted mean of the clients that
 have them, then all are averaged. That is the weighted mean over the contributors of each rank index
-(METHODS.md 1), so one rule covers any number of rank levels:
+(docs/methods.md 1), so one rule covers any number of rank levels:
 
     b̄_j = Σ_{S_j} p_i s_i b_ij / c_j        ā_j = Σ_{S_j} p_i a_ij / c_j
 
