@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair, lora_scale
+from fedelta.contribution import Contribution
 from fedelta.lowrank import LowRank
-from fedelta.messages import Contribution
 from fedelta.methods import Method, MethodState
 
 SHAPES = {"square": (6, 6), "tall": (9, 5), "wide": (4, 8)}

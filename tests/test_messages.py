@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fedelta.adapter import LoraPair, initial_adapter
+from fedelta.contribution import receive
 from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lowrank import LowRank
-from fedelta.messages import Broadcast, ClientUpdate, count_bytes, receive
+from fedelta.messages import Broadcast, ClientUpdate, count_bytes
 from fedelta.patch_log import PatchLog
 
 SHAPES = {"x": (6, 4), "y": (5, 5)}

@@ -6,8 +6,8 @@ from hypothesis import given
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair
+from fedelta.contribution import Contribution
 from fedelta.errors import FedeltaError
-from fedelta.messages import Contribution
 from fedelta.methods import make_method, methods
 from fedelta.methods.fedex import residual
 from federation import Federation, assert_same, contributions, dense, federations, global_weight, received, start, train

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedelta.adapter import Adapter, LoraPair, lora_scale
+from fedelta.base_model import ModelSettings, find_heads, load_base, locate_model
 from fedelta.errors import FedeltaError
-from fedelta.model import LoraModel, LoraSettings, ModelSettings, find_heads, load_base, locate_model
+from fedelta.model import LoraModel, LoraSettings
 
 BERT_HEADS = ["bert.pooler", "classifier"]
 

@@ -9,8 +9,8 @@ ROOT = Path(fedelta.__file__).parent
 FLOORS = [
     ["errors", "settings", "seeds", "atomic", "__init__"],
     ["lowrank", "adapter"],
-    ["patch_log", "messages", "methods", "ranks", "deviation"],
-    ["data", "model", "peft_io", "metrics", "training"],
+    ["patch_log", "messages", "contribution", "methods", "ranks", "deviation"],
+    ["data", "base_model", "model", "peft_io", "metrics", "training"],
     ["server", "client", "checkpoint", "export", "engines", "tracking"],
     ["config", "runner", "report", "progress", "cli"],
 ]
@@ -28,7 +28,7 @@ def test_lower_floors_import_nothing_above_them() -> None:
 
 def test_files_are_one_idea_long() -> None:
     for file in ROOT.rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 330, file.name
+        assert len(file.read_text().splitlines()) <= 300, file.name
 
 
 def test_only_the_flower_engine_imports_flower() -> None:

@@ -76,7 +76,7 @@ def compare(
 ) -> None:
     """Train several methods on the same data and initial weights: one table, one plot."""
     from fedelta.progress import TerminalProgress
-    from fedelta.runner import comparison_configs
+    from fedelta.runner import comparison_configs, in_order
     from fedelta.runner import run as run_config
 
     config = _config(arguments)
@@ -92,8 +92,7 @@ def compare(
         # Seed by seed, so that an interrupted comparison still compares.
         for each in sorted(configs, key=lambda c: c.seed):
             finished.append(run_config(each, resume=resume, observer=progress))
-    finished.sort(key=lambda r: (names.index(r.config.method.name), r.config.seed))
-    _finish(finished, config.folder)
+    _finish(in_order(finished), config.folder)
 
 
 @app.command()

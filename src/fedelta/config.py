@@ -8,10 +8,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from fedelta.base_model import ModelSettings
 from fedelta.data import DataSettings, PartitionSettings
 from fedelta.errors import FedeltaError
 from fedelta.methods import Method, make_method, nearest
-from fedelta.model import LoraSettings, ModelSettings
+from fedelta.model import LoraSettings
 from fedelta.ranks import RankSettings
 from fedelta.server import FederationSettings
 from fedelta.settings import Settings

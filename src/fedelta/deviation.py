@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from fedelta.adapter import Adapter
+from fedelta.contribution import Contribution
 from fedelta.lowrank import LowRank
-from fedelta.messages import Contribution
 
 
 def deviation(contributions: Sequence[Contribution], factors: Adapter, absent: Adapter | None) -> dict[str, float]:

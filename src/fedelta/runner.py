@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from fedelta.base_model import load_base, load_tokenizer
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
 from fedelta.config import Config, parse_config
@@ -19,7 +20,7 @@ from fedelta.engines.local import LocalEngine
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged
 from fedelta.methods import make_method
-from fedelta.model import LoraModel, load_base, load_tokenizer
+from fedelta.model import LoraModel
 from fedelta.seeds import derive_seed
 from fedelta.server import Server
 from fedelta.tracking import RunFolder
@@ -143,6 +144,7 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
                     update={
                         "name": f"{method}-seed{seed}",
                         "output": str(config.folder),
+                        "compare": config.compare.model_copy(update={"methods": methods, "seeds": seeds}),
                         "seed": seed,
                         "method": config.method.model_copy(update={"name": method, "options": options}),
                     }
@@ -178,7 +180,13 @@ def open_runs(folder: Path) -> list[Run]:
     below = sorted(path.parent for path in folder.glob("*/config.yaml"))
     if not below:
         raise FedeltaError(f"{folder}: no run here (no config.yaml)")
-    return [open_run(path) for path in below]
+    return in_order([open_run(path) for path in below])
+
+
+def in_order(runs: list[Run]) -> list[Run]:
+    """The runs of a comparison as its methods were named, then by seed."""
+    order = {method: i for i, method in enumerate(runs[0].config.compare.methods)}
+    return sorted(runs, key=lambda run: (order.get(run.config.method.name, len(order)), run.config.seed))
 
 
 def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[str]:

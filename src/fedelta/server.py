@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedelta.adapter import ScaleRule, Shapes, lora_scale
+from fedelta.contribution import Contribution, receive
 from fedelta.deviation import deviation
 from fedelta.errors import BadUpdate, FedeltaError
-from fedelta.messages import Broadcast, ClientUpdate, Contribution, receive
+from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.methods.method import Method, MethodState
 from fedelta.patch_log import PatchLog
 from fedelta.ranks import RankSettings, initial_ranks, promote

@@ -32,10 +32,10 @@ class Examples:
     def lengths(self) -> list[int]:
         return [len(feature["input_ids"]) for feature in self.features]
 
-    def batch(self, indices: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int], tokenizer: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """These texts, padded to the longest of them."""
         rows = [{**self.features[i], "labels": self.labels[i]} for i in indices]
-        return dict(DataCollatorWithPadding(tokenizer)(rows))
+        return {key: tensor.to(device) for key, tensor in DataCollatorWithPadding(tokenizer)(rows).items()}
 
     def training_order(self, batch_size: int, seed: int) -> Iterator[list[int]]:
         """One epoch of batches: shuffled, texts of like length together, batches in random order."""

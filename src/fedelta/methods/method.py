@@ -12,8 +12,8 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from fedelta.adapter import Adapter, Shapes, initial_adapter
+from fedelta.contribution import Contribution
 from fedelta.lowrank import LowRank
-from fedelta.messages import Contribution
 from fedelta.patch_log import Patch
 
 Holds = Literal["never", "equal ranks", "always"]

@@ -77,7 +77,7 @@ def train(model: LoraModel, tokenizer: Any, examples: Examples, settings: Traini
         epoch = 0
         while len(losses) < steps:
             for rows in examples.training_order(settings.batch_size, derive_seed(seed, "epoch", epoch)):
-                loss = model.peft(**examples.batch(rows, tokenizer)).loss
+                loss = model.peft(**examples.batch(rows, tokenizer, model.device)).loss
                 loss.backward()
                 if settings.max_grad_norm is not None:
                     clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -109,7 +109,7 @@ def evaluate(
     labels: list[int] = []
     predictions: list[int] = []
     for rows in examples.evaluation_order(batch_size):
-        batch = examples.batch(rows, tokenizer)
+        batch = examples.batch(rows, tokenizer, model.device)
         output = model.peft(**batch)
         total += float(output.loss) * len(rows)
         labels += batch["labels"].tolist()

