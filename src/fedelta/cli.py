@@ -88,7 +88,7 @@ def compare(
         for each in configs:
             RunFolder(each.folder, {}).refuse_existing()
     finished = []
-    with TerminalProgress(err, len(configs)) as progress:
+    with TerminalProgress(err, sum(each.rounds for each in configs)) as progress:
         # Seed by seed, so that an interrupted comparison still compares.
         for each in sorted(configs, key=lambda c: c.seed):
             finished.append(run_config(each, resume=resume, observer=progress))

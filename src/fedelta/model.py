@@ -187,7 +187,8 @@ class LoraModel:
         """Make the base W0 + C.
 
         Args:
-            total: module → C, (m, n) out×in, fp32. Replaces the patch set before; must not change afterwards.
+            total: module → C, (m, n) out×in, fp32. Replaces the patch set before. Kept, not copied: set it again when
+                it changes.
         """
         total = {module: C.to(self.device) for module, C in total.items()}
         for module in [*total, *(self._patch.keys() - total.keys())]:

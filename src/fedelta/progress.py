@@ -1,20 +1,27 @@
 """Progress on a terminal: rounds with the time left, the clients of the round, evaluation. Quiet elsewhere."""
 
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 from fedelta.engines import Observer
+
+
+class TimeLeft(ProgressColumn):
+    """Time used and time left, by the mean pace so far.
+
+    Rich's own column looks back half a minute, in which a round may not end.
+    """
+
+    def render(self, task: Task) -> Text:
+        used = task.elapsed or 0.0
+        done = task.completed - task.fields.get("before", 0)
+        left = timedelta(seconds=round(used / done * (task.remaining or 0))) if done > 0 else "-:--:--"
+        return Text(f"{timedelta(seconds=round(used))}, {left} left")
 
 
 class TerminalProgress(Observer):
@@ -22,30 +29,28 @@ class TerminalProgress(Observer):
 
     Args:
         console: bars appear only if it is a terminal; warnings always do.
-        runs: number of runs that will follow one another.
+        all_rounds: rounds of all the runs that will follow one another; None for a single run.
     """
 
-    def __init__(self, console: Console, runs: int = 1) -> None:
+    def __init__(self, console: Console, all_rounds: int | None = None) -> None:
         self.console = console
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeLeft(),
             TextColumn("{task.fields[note]}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self.runs: TaskID | None = self._task("runs", runs) if runs > 1 else None
-        self.rounds = self._task("rounds", 1)
-        self.clients = self._task("clients", 1)
-        self.evaluation = self._task("evaluation", 1, visible=False)
+        self.all = self._task("all runs", all_rounds) if all_rounds is not None else None
+        self.rounds = self._task("rounds", None)
+        self.clients = self._task("clients", None)
+        self.evaluation = self._task("evaluation", None, visible=False)
 
-    def _task(self, name: str, total: int, **options: Any) -> TaskID:
-        return self.progress.add_task(name, total=total, note="", **options)
+    def _task(self, name: str, total: int | None, **options: Any) -> TaskID:
+        return self.progress.add_task(name, total=total, note="", before=0, **options)
 
     def __enter__(self) -> "TerminalProgress":
         self.progress.start()
@@ -55,7 +60,10 @@ class TerminalProgress(Observer):
         self.progress.stop()
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
-        self.progress.reset(self.rounds, total=rounds, completed=done, note=title)
+        self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
+        if self.all is not None:
+            before = next(task.fields.get("before", 0) for task in self.progress.tasks if task.id == self.all)
+            self.progress.update(self.all, advance=done, before=before + done)
 
     def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
         self.progress.update(self.evaluation, visible=False)
@@ -72,13 +80,11 @@ class TerminalProgress(Observer):
 
     def round_done(self, record: Any) -> None:
         self.progress.update(self.rounds, advance=1)
+        if self.all is not None:
+            self.progress.update(self.all, advance=1)
         if record["validation"]:
             accuracy = 100 * record["validation"]["accuracy"]
             self.progress.update(self.clients, note=f"validation accuracy {accuracy:.2f} %")
-
-    def run_done(self) -> None:
-        if self.runs is not None:
-            self.progress.update(self.runs, advance=1)
 
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)

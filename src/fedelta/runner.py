@@ -80,6 +80,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         state = folder.resume()
         result = folder.result()
         if result is not None:
+            observer.run_started(_title(config), config.rounds, config.rounds)
             return Run(config, folder, folder.records(), result)
     else:
         folder.refuse_existing()
@@ -94,7 +95,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
     trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
     engine = LocalEngine(server, trainer, data.shards, data.validation, folder, observer)
-    observer.run_started(f"{config.method.name}, seed {config.seed}", state.round, config.rounds)
+    observer.run_started(_title(config), state.round, config.rounds)
     state = engine.run(state, config.rounds, config.evaluation.every)
     exported = export_adapter(folder.adapter_folder, state, model, server.scale(state.method.adapter.rank))
     records = folder.records()
@@ -113,8 +114,11 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         },
     }
     folder.finish(result)
-    observer.run_done()
     return Run(config, folder, records, result)
+
+
+def _title(config: Config) -> str:
+    return f"{config.method.name}, seed {config.seed}"
 
 
 def _corpus_key(config: Config) -> str:

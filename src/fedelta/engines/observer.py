@@ -25,8 +25,5 @@ class Observer:
     def round_done(self, record: Mapping[str, Any]) -> None:
         """A round is finished and saved; the record is its line of `rounds.jsonl`."""
 
-    def run_done(self) -> None:
-        """The run has ended."""
-
     def warn(self, message: str) -> None:
         """Something went wrong that does not stop the run."""

@@ -1,5 +1,6 @@
 """Validation accuracy by round, as SVG and PNG."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, pstdev
@@ -24,14 +25,13 @@ def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
 
 def plot_accuracy(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write `accuracy.svg` and `accuracy.png` into the folder and return their paths."""
-    import io
-
     import matplotlib
 
     matplotlib.use("Agg")
     # Text stays text, and equal runs draw equal files.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedelta"})
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, points in curves(runs).items():
@@ -43,6 +43,7 @@ def plot_accuracy(runs: Sequence[Run], folder: Path) -> list[Path]:
     majority = runs[0].result["majority"]
     axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
     axes.set(xlabel="round", ylabel="validation accuracy", title=f"{runs[0].config.data.source}, {len(runs)} runs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     paths = []
