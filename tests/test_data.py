@@ -26,6 +26,11 @@ def test_pydoc_has_about_six_thousand_texts_in_eight_chapters() -> None:
     assert rows == read_pydoc()
 
 
+def test_a_python_without_sources_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedeltaError, match=f"no sources of the standard library under {tmp_path}"):
+        read_pydoc(tmp_path)
+
+
 def test_every_module_of_pydoc_has_one_chapter() -> None:
     modules = [module for names in CHAPTERS.values() for module in names.split()]
     assert not [module for module, count in Counter(modules).items() if count > 1]

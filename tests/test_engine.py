@@ -97,7 +97,7 @@ def test_ffa_clients_never_send_or_receive_A_and_keep_it_frozen(
     trained = []
     finished = run(tiny_config(method="ffa"))
     for blob, reply in wire:
-        sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply)
+        sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply, "sender")
         assert not sent.A
         assert not update.A
         assert set(update.B) == set(sent.B)
@@ -236,7 +236,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     answer = Trainer.answer
 
     def spoil(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        update = ClientUpdate.from_bytes(answer(self, blob, shard))
+        update = ClientUpdate.from_bytes(answer(self, blob, shard), "sender")
         if update.client == "client-002":
             next(iter(update.B.values()))[0, 0] = value
         return update.to_bytes()
@@ -263,6 +263,24 @@ def test_a_poisoned_update_is_refused_by_setting(tiny_config: Any, monkeypatch: 
     with pytest.raises(FedeltaError, match="client client-002: B of module .* holds NaN or infinite values"):
         run(config)
     assert not (config.folder / "adapter").exists()
+
+
+@pytest.mark.parametrize("setting", ["skip", "refuse"])
+def test_a_damaged_update_follows_the_setting(setting: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Trainer.answer
+    calls = [0]
+
+    def cut(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        calls[0] += 1
+        return answer(self, blob, shard)[: None if calls[0] != 2 else -9]
+
+    monkeypatch.setattr(Trainer, "answer", cut)
+    config = tiny_config(rounds=1, federation={"on_bad_update": setting})
+    if setting == "refuse":
+        with pytest.raises(FedeltaError, match="client client-001: damaged message"):
+            run(config)
+    else:
+        assert "damaged message" in run(config).records[0]["skipped"]["client-001"]
 
 
 def test_weights_are_renormalised_over_those_that_answered(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +333,7 @@ def test_a_bf16_base_runs_with_fp32_messages(
 ) -> None:
     finished = run(tiny_config(method="fedex", model={"name": str(tiny_bert), "dtype": "bfloat16"}))
     for blob, reply in wire:
-        sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply)
+        sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply, "sender")
         tensors = [*sent.A.values(), *sent.heads.values(), *update.B.values(), *update.heads.values()]
         assert {t.dtype for t in tensors} == {torch.float32}
     assert finished.records[-1]["version"] == 3

@@ -65,7 +65,7 @@ def test_a_broadcast_survives_the_wire(seed_A: int | None) -> None:
 
 def test_an_update_survives_the_wire() -> None:
     update = answer(broadcast())
-    got = ClientUpdate.from_bytes(update.to_bytes())
+    got = ClientUpdate.from_bytes(update.to_bytes(), "sender")
     assert got.metrics == {"train_loss": 1.5}
     assert torch.equal(got.B["y"], update.B["y"])
     assert got.to_bytes() == update.to_bytes()
@@ -94,7 +94,7 @@ def test_a_tensor_that_nothing_reads_is_refused() -> None:
     update = answer(broadcast())
     blob = replace(update, heads={**update.heads}).to_bytes()
     with pytest.raises(FedeltaError, match="holds tensors that nothing reads: patch"):
-        ClientUpdate.from_bytes(blob.replace(b"head/head.weight", b"patch/ad.weights"))
+        ClientUpdate.from_bytes(blob.replace(b"head/head.weight", b"patch/ad.weights"), "sender")
 
 
 def test_the_door_lets_a_good_update_in_with_frozen_factors_filled_in() -> None:
@@ -128,6 +128,8 @@ nan = torch.full((6, 2), float("nan"))
         (bad(B={**good.B, "x": torch.ones(4, 2)}), r"B of module x is torch.float32 \(4, 2\), expected .* \(6, 2\)"),
         (bad(B={"x": good.B["x"]}), "B of module y is missing"),
         (bad(A={**good.A, "z": good.A["x"]}), "A of module z was not asked for"),
+        (bad(metrics={"train_loss": float("nan")}), "reports train_loss nan, expected a finite number"),
+        (bad(metrics={"train_loss": "low"}), "reports train_loss 'low'"),
         (bad(heads={}), "head head.weight is missing"),
         (bad(heads={"head.weight": nan}), r"head head.weight is .* \(6, 2\), expected .* \(3, 5\)"),
         (bad(A={m: t.half() for m, t in good.A.items()}), "torch.float16"),

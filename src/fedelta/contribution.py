@@ -1,5 +1,6 @@
 """The door: an update is checked against the broadcast that it answers, once, and never again inside."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -57,6 +58,9 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
         raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
     if not isinstance(update.examples, int) or update.examples < 1:
         raise refuse(f"it reports {update.examples} training examples, expected at least 1")
+    for name, value in update.metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise refuse(f"it reports {name} {value!r}, expected a finite number")
     start = sent.adapter(shapes)
     factors: dict[str, dict[str, Tensor]] = {}
     for factor, found in (("A", update.A), ("B", update.B)):

@@ -14,7 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair, Shapes, draw_A
-from fedelta.errors import FedeltaError
+from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lowrank import LowRank
 from fedelta.patch_log import PatchDelta
 
@@ -218,11 +218,16 @@ class ClientUpdate:
         return pack(tensors, {name: getattr(self, name) for name in names} | {"metrics": dict(self.metrics)})
 
     @classmethod
-    def from_bytes(cls, blob: bytes) -> "ClientUpdate":
-        tensors, facts = unpack(blob)
-        A, B, heads = (take_prefix(prefix, tensors) for prefix in ("A", "B", "head"))
-        _nothing_left("update", tensors)
+    def from_bytes(cls, blob: bytes, sender: str) -> "ClientUpdate":
+        """Read an update.
+
+        Raises:
+            BadUpdate: naming the sender, if the blob is damaged or holds what an update does not.
+        """
         try:
+            tensors, facts = unpack(blob)
+            A, B, heads = (take_prefix(prefix, tensors) for prefix in ("A", "B", "head"))
+            _nothing_left("update", tensors)
             return cls(A=A, B=B, heads=heads, **facts)
-        except TypeError as error:
-            raise FedeltaError(f"damaged update: {error}") from error
+        except (FedeltaError, TypeError) as error:
+            raise BadUpdate(sender, str(error)) from error

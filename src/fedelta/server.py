@@ -245,13 +245,15 @@ class Server:
         weights = dict(zip(sorted(state.ranks), self._weights(len(state.ranks)), strict=True))
         for client in sorted(sent):
             reply = replies.get(client, TimeoutError("no reply"))
-            if isinstance(reply, Exception):
-                skipped[client] = f"{type(reply).__name__}: {reply}"
-                continue
             if weights[client] == 0:
                 skipped[client] = "its weight is 0"
                 continue
+            if isinstance(reply, Exception) and not isinstance(reply, BadUpdate):
+                skipped[client] = f"{type(reply).__name__}: {reply}"
+                continue
             try:
+                if isinstance(reply, BadUpdate):
+                    raise reply
                 contributions.append(receive(reply, sent[client], state.log.shapes, weights[client]))
             except BadUpdate as error:
                 if self.settings.on_bad_update == "refuse":

@@ -11,6 +11,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedelta.errors import FedeltaError
+
 CHAPTERS = {
     "text": """
         string re difflib textwrap stringprep rlcompleter codecs encodings gettext locale html xml
@@ -66,6 +68,8 @@ def read_pydoc(library: Path | None = None) -> list[dict[str, str]]:
             if len(text) >= SHORTEST and text not in seen:
                 seen.add(text)
                 rows.append({"text": text, "label": chapter_of[module], "module": module})
+    if not rows:
+        raise FedeltaError(f"data source pydoc: no sources of the standard library under {library}")
     return rows
 
 

@@ -84,8 +84,8 @@ class LocalEngine:
             watch.lap("messages")
             try:
                 reply = self._answer(state, client, blob)
+                replies[client] = ClientUpdate.from_bytes(reply, client)
                 up[client] = count_bytes(reply)
-                replies[client] = ClientUpdate.from_bytes(reply)
             except Exception as error:
                 # A client may fail in any way; the round goes on without it, and says so.
                 replies[client] = error
