@@ -17,37 +17,15 @@ from fedelta.errors import FedeltaError
 from fedelta.export import single_adapter
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
-from fedelta.runner import export_run, run
+from fedelta.runner import Run, export_run, run
 
-# A user's script: no fedelta in it.
-PLAIN_PEFT = """
-import csv, json, sys
-import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-torch.set_num_threads(1)
-base, adapter, rows, merged = sys.argv[1:]
-rows = json.load(open(rows))
-tokenizer = AutoTokenizer.from_pretrained(base)
-if merged:
-    model = AutoModelForSequenceClassification.from_pretrained(merged)
-else:
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
-    model = PeftModel.from_pretrained(model, adapter)
-model.eval()
-right = 0
-with torch.no_grad():
-    for text, label in rows:
-        tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=16)
-        right += int(model(**tokens).logits.argmax()) == label
-assert not any(name.startswith("fedelta") for name in sys.modules)
-print(right / len(rows))
-"""
+SCRIPT = Path(__file__).parent.parent / "examples" / "score_with_peft.py"
 
 
-def test_rows(config: Any, classes: list[str]) -> list[tuple[str, int]]:
+def test_rows(config: Any, finished: Run) -> list[tuple[str, int]]:
     from fedelta.data.sources import load_splits
 
+    classes = finished.result["classes"]
     split = load_splits(config.data)["test"]
     return [(text, classes.index(label)) for text, label in zip(split["text"][:], split["label"][:], strict=True)]
 
@@ -75,17 +53,24 @@ def test_plain_peft_reproduces_the_test_accuracy(
     merged = tmp_path / "merged" if name == "fedex" else None
     if merged:
         export_run(config.folder, None, merged)
-    (tmp_path / "rows.json").write_text(json.dumps(test_rows(config, finished.result["classes"])))
-    arguments = [str(base), str(finished.folder.adapter_folder), str(tmp_path / "rows.json")]
-    for folder in filter(lambda x: x is not None, ["", merged]):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in test_rows(config, finished)))
+    commands = [[str(base), str(rows), "--classes", "3", "--adapter", str(finished.folder.adapter_folder)]]
+    if merged:
+        commands.append([str(merged), str(rows)])
+    for arguments in commands:
         printed = subprocess.run(
-            [sys.executable, "-c", PLAIN_PEFT, *arguments, str(folder)],
+            [sys.executable, str(SCRIPT), *arguments, "--max-length", "16"],
             capture_output=True,
             text=True,
             check=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         ).stdout
-        assert float(printed) == pytest.approx(finished.result["test"]["accuracy"], abs=1e-9)
+        assert (
+            printed
+            == f"accuracy {finished.result['test']['accuracy']:.6f} on {len(rows.read_text().splitlines())} texts\n"
+        )
+    assert "fedelta" not in SCRIPT.read_text().split('"""', 2)[2], "a user's script knows nothing of fedelta"
     assert 0.2 < finished.result["test"]["accuracy"] <= 1
 
 
