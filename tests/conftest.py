@@ -107,7 +107,8 @@ def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
             "lora": {"alpha": 8},
             "ranks": {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5},
             "data": {"source": str(texts), "max_length": 16},
-            "partition": {"kind": "iid", "clients": 4},
+            # Unequal shards: seven authors, of whom one client has a single one.
+            "partition": {"kind": "natural", "by": "author", "clients": 4},
             "training": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
         }
         return parse_config(data | changes)

@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import BertForSequenceClassification
 
 from fedelta import cli
 
@@ -64,7 +68,7 @@ def test_compare_shares_data_and_weights_and_reports_the_spread(
     assert fedelta(*arguments) == 0
     printed = capsys.readouterr().out
     assert "±" in printed
-    folder = tmp_path / "runs" / "tiny"
+    folder = tmp_path / "runs" / "tiny-compare"
     rows = json.loads((folder / "table.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["zero-padding", "replication", "fedex"]
     assert all(row["seeds"] == 2 and row["accuracy_std"] is not None for row in rows)
@@ -75,7 +79,10 @@ def test_compare_shares_data_and_weights_and_reports_the_spread(
     assert fedelta(*arguments, "--resume") == 0
     assert (folder / "table.json").read_bytes() == before
     (folder / "report.html").unlink()
+    (folder / "table.json").unlink()
+    (folder / "fedex-seed7").mkdir()
     assert fedelta("report", str(folder)) == 0
+    assert (folder / "table.json").read_bytes() == before
     page = (folder / "report.html").read_text()
     assert page.count("<details>") == 7
     assert "<svg" in page
@@ -107,24 +114,131 @@ MISTAKES = {
     "label column": (["data.label=topic"], "no column 'topic' in split train"),
     "missing data file": (["data.source=nowhere.csv"], "data source nowhere.csv: no such file"),
     "missing model": (["model.name=./nowhere"], "model ./nowhere: no config.json in that folder"),
-    "empty shard": (["partition.clients=400"], "400 clients, but only 172 rows"),
-    "one row for a client": (["partition.clients=172"], "client-000 has 1 rows, too few to hold out 1"),
+    "empty shard": (["partition.kind=iid", "partition.clients=400"], "400 clients, but only 172 rows"),
+    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 rows, too few to hold"),
     "weights": (["federation.weighting=[1, 2]"], "has 2 weights, expected one for each of 4 clients"),
     "negative weight": (["federation.weighting=[1, 2, 3, -1]"], "must be ≥ 0"),
     "ranks": (["ranks.per_client=[1, 2]"], "has 2 ranks, expected one for each of 4 clients"),
     "unknown key": (["trainig.steps=1"], "unknown key 'trainig'; did you mean 'training'"),
     "equal-rank method": (["method=fedit"], "method fedit needs equal ranks"),
     "target modules": (["lora.target_modules=[nothing]"], "lora.target_modules"),
+    "modules to save": (["lora.modules_to_save=[nothing]"], "the model has no module 'nothing'"),
+    "texts too long for the model": (["data.max_length=64"], "data.max_length is 64, but the model takes 32 tokens"),
+    "more clients than sampled": (["federation.min_clients=9"], "min_clients is 9, but a round has 4 of 4 clients"),
+    "split too large": (["data.test=0.999"], "data.test=0.999 of 240 rows leaves too few"),
+    "split name": (["data.splits={test: exam}"], "has no split 'exam', found train"),
+    "negative seed": (["data.split_seed=-3"], "data.split_seed: input should be greater than or equal to 0"),
+    "brackets": (["data.source=./x[/b]"], "data source ./x[/b]: no such file or folder"),
+    "losses without held-out rows": (["ranks.allocation=loss", "data.client_validation=0"], "data.client_validation"),
+    "output is a file": (["output=TEXTS"], "texts.csv"),
+    "output cannot be made": (["output=/proc/nowhere"], "/proc/nowhere"),
+    "text of numbers": (["data.text=label", "data.label=author", "data.source=NUMBERS"], "holds int64, expected text"),
+    "damaged weights": (["model.name=DAMAGED"], "DAMAGED: "),
+    "head of another task": (["model.name=FIVE"], "FIVE: "),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    mistake: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mistake: str,
+    config: Path,
+    tmp_path: Path,
+    texts: Path,
+    tiny_bert: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides, expected = MISTAKES[mistake]
+    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.csv", "DAMAGED": tmp_path / "d", "FIVE": tmp_path / "f"}
+    places["NUMBERS"].write_text("label,author\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(40)))
+    for folder in (places["DAMAGED"], places["FIVE"]):
+        shutil.copytree(tiny_bert, folder)
+    weights = places["DAMAGED"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=5).save_pretrained(places["FIVE"])
+    capsys.readouterr()
+    for name, place in places.items():
+        overrides = [override.replace(name, str(place)) for override in overrides]
+        expected = expected.replace(name, str(place))
+    before = sorted(tmp_path.rglob("*"))
     assert expected in refusal(capsys, "run", str(config), *overrides)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"\x7fELF\x00\xff\xfe", "not a text file"), (b"a: [1", "while parsing"), (b"[]", "holds a list")],
+)
+def test_a_broken_configuration_is_one_line(
+    content: bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    assert expected in refusal(capsys, "run", str(tmp_path / "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ("replication,replication", "expected each once"),
+        ("", "unknown method ''"),
+        ("replication,,fedex", "unknown method ''"),
+    ],
+)
+def test_mistakes_in_methods_are_one_line(
+    methods: str, expected: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refusal(capsys, "compare", str(config), "--methods", methods)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_failed_in_its_first_round_does_not_block_the_corrected_one(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedelta("run", str(config), "training.learning_rate=1e30") == 2
+    assert "round 0: 0 usable updates" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert fedelta("run", str(config)) == 0
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_result_is_one_line(
+    content: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fedelta("run", str(config), "rounds=1")
+    capsys.readouterr()
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "result.json").write_text(content)
+    assert "result.json is damaged" in refusal(capsys, "report", str(folder))
+
+
+def test_lost_lines_are_noticed(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config))
+    capsys.readouterr()
+    (tmp_path / "runs" / "tiny" / "rounds.jsonl").write_text("")
+    assert "rounds.jsonl has 0 lines, but the checkpoint 3" in refusal(capsys, "run", str(config), "--resume")
+
+
+def test_one_place_for_two_exports_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config), "rounds=1")
+    capsys.readouterr()
+    same = str(tmp_path / "x")
+    assert "expected two places" in refusal(
+        capsys, "export", str(tmp_path / "runs" / "tiny"), "--adapter", same, "--merged", same
+    )
+
+
+def test_ctrl_c_says_that_nothing_is_lost_and_fails(config: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedelta.cli", "run", str(config), "rounds=500"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    rounds = tmp_path / "runs" / "tiny" / "rounds.jsonl"
+    while process.poll() is None and not (rounds.exists() and rounds.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on from them" in printed
 
 
 def test_a_missing_configuration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +280,7 @@ def test_a_truncated_checkpoint_is_refused(config: Path, tmp_path: Path, capsys:
 def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such option" in refusal(capsys, "run", "--nonsense")
     assert "say --adapter OUT" in refusal(capsys, "export", "somewhere")
-    assert "no run here" in refusal(capsys, "report", "somewhere")
+    assert "no finished run here" in refusal(capsys, "report", "somewhere")
 
 
 def test_the_installed_command_exits_with_code_2(config: Path) -> None:

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import torch
 from torch import nn
 
@@ -62,7 +63,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     return tokenizer
 
 
-def load_base(settings: ModelSettings, classes: int, pad_token: int | None, seed: int) -> Any:
+def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) -> Any:
     """An `AutoModelForSequenceClassification` whose new head is drawn from the seed.
 
     Raises:
@@ -81,18 +82,29 @@ def load_base(settings: ModelSettings, classes: int, pad_token: int | None, seed
             model = AutoModelForSequenceClassification.from_pretrained(
                 locate_model(settings.name), num_labels=classes, dtype=getattr(torch, settings.dtype)
             )
-    except (OSError, ValueError) as error:
-        raise FedeltaError(f"model {settings.name}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise FedeltaError(f"model {settings.name}: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(before)
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) < model.config.vocab_size // 2:
+        raise FedeltaError(
+            f"model {settings.name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
+            "are the tokenizer's files in the folder?"
+        )
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
     return model.to(device)
+
+
+def longest_text(config: Any, tokenizer: Any) -> int:
+    """Tokens that the model takes at most, as its configuration and its tokenizer say."""
+    # RoBERTa counts positions from the padding index on, which its tokenizer knows and its configuration does not.
+    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
 
 
 def find_heads(model: Any) -> list[str]:

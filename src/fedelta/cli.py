@@ -6,8 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedelta import __version__
@@ -19,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
@@ -76,11 +79,13 @@ def compare(
 ) -> None:
     """Train several methods on the same data and initial weights: one table, one plot."""
     from fedelta.progress import TerminalProgress
-    from fedelta.runner import comparison_configs, in_order
+    from fedelta.runner import comparison_configs, comparison_folder, in_order
     from fedelta.runner import run as run_config
 
     config = _config(arguments)
-    names = tuple(methods.split(",")) if methods else config.compare.methods
+    names = config.compare.methods
+    if methods is not None:
+        names = tuple(name.strip() for name in methods.split(","))
     configs = comparison_configs(config, names, seeds or config.compare.seeds)
     if not resume:
         from fedelta.tracking import RunFolder
@@ -92,7 +97,7 @@ def compare(
         # Seed by seed, so that an interrupted comparison still compares.
         for each in sorted(configs, key=lambda c: c.seed):
             finished.append(run_config(each, resume=resume, observer=progress))
-    _finish(in_order(finished), config.folder)
+    _finish(in_order(finished), comparison_folder(config))
 
 
 @app.command()
@@ -131,7 +136,7 @@ def export(
     if adapter is None and merged is None:
         raise FedeltaError("export: say --adapter OUT, --merged OUT, or both")
     for line in export_run(folder, adapter, merged):
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(escape(line), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -144,24 +149,23 @@ def main() -> None:
     """Entry point: bad input is one line on standard error and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(standalone_mode=False)
+        # Without its standalone mode Typer returns the exit code, also that of Ctrl-C.
+        code = app(standalone_mode=False) or 0
     except FedeltaError as error:
-        _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        err.print("stopped; finished rounds are kept, --resume goes on from them")
-        sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except Exception as error:
+        code = _fail(str(error))
+    except OSError as error:
+        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    except click.ClickException as error:
         # Typer's own usage errors (an unknown option, a missing argument) are for people too.
-        if hasattr(error, "format_message"):
-            _fail(error.format_message())
-        raise
+        code = _fail(error.format_message()) if error.format_message() else 2
+    if code == INTERRUPTED:
+        err.print("stopped; finished rounds are kept, --resume goes on from them")
+    sys.exit(code)
 
 
-def _fail(message: str) -> None:
-    err.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True, markup=True)
-    sys.exit(2)
+def _fail(message: str) -> int:
+    err.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    return 2
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedelta.base_model import ModelSettings
 from fedelta.data import DataSettings, PartitionSettings
@@ -49,7 +49,7 @@ class MethodSettings(Settings):
 class CompareSettings(Settings):
     """What `fedelta compare` runs unless told otherwise: these methods, with the seeds seed, seed + 1, …"""
 
-    methods: tuple[str, ...] = ("zero-padding", "replication", "fedex")
+    methods: tuple[str, ...] = Field(default=("zero-padding", "replication", "fedex"), min_length=1)
     seeds: int = Field(default=1, ge=1)
 
 
@@ -82,10 +82,16 @@ class Config(Settings):
             return {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
         return value
 
+    @model_validator(mode="after")
+    def _losses_to_rank_by(self) -> "Config":
+        if self.ranks.allocation == "loss" and self.data.client_validation == 0:
+            raise ValueError("ranks.allocation: loss needs rows that clients hold out, as data.client_validation")
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the run leaves its files."""
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     def dump(self) -> dict[str, Any]:
         """As plain data, every default written out; `method` as it is written by hand."""
@@ -105,10 +111,13 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
         text = source.read_text() if source else (files("fedelta") / "examples" / DEMO).read_text()
     except OSError as error:
         raise FedeltaError(f"configuration {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FedeltaError(f"configuration {name}: not a text file") from error
     try:
-        data = yaml.safe_load(text) or {}
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise FedeltaError(f"configuration {name}: {' '.join(str(error).split())}") from error
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise FedeltaError(f"configuration {name} holds a {type(data).__name__}, expected keys and values")
     for override in overrides:
@@ -152,7 +161,7 @@ def _explain(error: ValidationError) -> str:
     found = first.get("input")
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(found, dict) else f", found {found!r}"
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}{more}"
+    return f"{where + ': ' if where else ''}{message[0].lower()}{message[1:]}{shown}{more}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -11,6 +11,9 @@ from fedelta.adapter import Adapter, LoraPair, Shapes
 from fedelta.errors import BadUpdate
 from fedelta.messages import Broadcast, ClientUpdate
 
+MOST_EXAMPLES = 10**12
+"""A client that claims more would drown all others by a slip or by intent."""
+
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
@@ -56,8 +59,8 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
             raise refuse(f"its update says {name} {found}, expected {expected}")
     if (update.version, update.digest) != (sent.patch.end, sent.patch.digests[sent.patch.end]):
         raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
-    if not isinstance(update.examples, int) or update.examples < 1:
-        raise refuse(f"it reports {update.examples} training examples, expected at least 1")
+    if type(update.examples) is not int or not 1 <= update.examples <= MOST_EXAMPLES:
+        raise refuse(f"it reports {str(update.examples)[:20]} training examples, expected 1 to {MOST_EXAMPLES}")
     for name, value in update.metrics.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise refuse(f"it reports {name} {value!r}, expected a finite number")

@@ -42,9 +42,12 @@ def _header(blob: bytes) -> dict[str, Any]:
     if len(blob) < 8 or length > len(blob) - 8:
         raise FedeltaError(f"truncated message: {len(blob)} bytes, its header alone claims {length}")
     try:
-        return json.loads(blob[8 : 8 + length])
+        header = json.loads(blob[8 : 8 + length])
     except ValueError as error:
         raise FedeltaError("damaged message: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise FedeltaError(f"damaged message: its header is a {type(header).__name__}, expected names and shapes")
+    return header
 
 
 def count_bytes(blob: bytes) -> ByteCount:

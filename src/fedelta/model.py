@@ -28,7 +28,8 @@ class LoraSettings(Settings):
         alpha, scale: LoRA's α, and how it becomes s: α/r, α/√r (rsLoRA), or α itself at every rank.
         dropout: on the input of the LoRA branch.
         target_modules: names or endings of layers, or `all-linear`; None takes PEFT's choice for the model.
-        modules_to_save: modules trained whole besides LoRA; None finds the classification head.
+        modules_to_save: modules trained whole besides LoRA, by name or ending; None finds all that lies between the
+            backbone and the label. PEFT always adds the last layer (`classifier` or `score`).
     """
 
     alpha: float = Field(default=16, gt=0)
@@ -57,15 +58,21 @@ class LoraModel:
     def __init__(self, base: Any, settings: LoraSettings) -> None:
         import peft
         from peft.tuners.lora import LoraLayer
+        from peft.utils import ModulesToSaveWrapper
         from transformers.pytorch_utils import Conv1D
 
         self.settings = settings
         self._conv1d = any(isinstance(module, Conv1D) for module in base.modules())
         self.base_name = str(base.config._name_or_path)
-        self.head_modules = list(settings.modules_to_save or find_heads(base))
+        self.head_modules = _named_modules(base, settings.modules_to_save)
         try:
             self.peft: Any = peft.get_peft_model(base, self._config(1), adapter_name=peft_name(1))
         except ValueError as error:
+            if settings.target_modules is None:
+                raise FedeltaError(
+                    f"lora.target_modules: PEFT has no default for a {base.config.model_type} model; "
+                    "name its layers, or say all-linear"
+                ) from error
             raise FedeltaError(f"lora.target_modules: {error}") from error
         prefix = "base_model.model."
         self.layers: dict[str, Any] = {
@@ -77,9 +84,13 @@ class LoraModel:
             if layer.lora_embedding_A:
                 raise FedeltaError(f"module {name}: LoRA on an embedding is not supported")
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sorted(self.layers.items())}
+        # As PEFT wrapped them, which is not always what it was asked for: whatever trains must be in the messages.
         self._head_wrappers: dict[str, Any] = {
-            name: self.peft.get_submodule(prefix + name) for name in self.head_modules
+            name.removeprefix(prefix): module
+            for name, module in self.peft.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
         }
+        self.head_modules = sorted(self._head_wrappers)
         self._rank = 1
         self._ranks: set[int] = set()
         self._original: dict[str, Tensor] = {}
@@ -211,15 +222,19 @@ class LoraModel:
 
         return add_patch
 
-    def effective_weight(self, module: str) -> Tensor:
-        """W0 + C + s·B·A of a layer as the model runs it now, out×in, fp32 (for checks: this is dense)."""
-        layer = self.layers[module]
-        weight = layer.get_base_layer().weight.detach().float()
-        weight = weight.T if layer.fan_in_fan_out else weight
-        if layer.get_base_layer().weight.dtype != torch.float32 and module in self._patch:
-            weight = weight + self._patch[module]
-        A, B = layer.lora_A[self.active].weight.detach(), layer.lora_B[self.active].weight.detach()
-        return weight + layer.scaling[self.active] * (B @ A)
+
+def _named_modules(base: Any, names: tuple[str, ...] | None) -> list[str]:
+    """Full names of the modules to be trained whole."""
+    if names is None:
+        return find_heads(base)
+    known = [name for name, _ in base.named_modules()]
+    found = []
+    for name in names:
+        matches = [full for full in known if full == name or full.endswith(f".{name}")]
+        if not matches:
+            raise FedeltaError(f"lora.modules_to_save: the model has no module {name!r}")
+        found += matches
+    return sorted(set(found))
 
 
 def _inputs_to_float32(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ARG001

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from fedelta.base_model import load_base, load_tokenizer
+from fedelta.base_model import load_base, load_tokenizer, longest_text
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
-from fedelta.config import Config, parse_config
+from fedelta.config import Config, load_config, parse_config
 from fedelta.data import Corpus, build_corpus, build_data, label_classes
 from fedelta.engines import Observer
 from fedelta.engines.local import LocalEngine
@@ -50,7 +49,7 @@ def make_server(config: Config) -> Server:
 
 def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
     """The base model with LoRA; its new head depends on the run's seed, not on the method."""
-    base = load_base(config.model, classes, tokenizer.pad_token_id, derive_seed(config.seed, "head") % 2**32)
+    base = load_base(config.model, classes, tokenizer, derive_seed(config.seed, "head") % 2**32)
     return LoraModel(base, config.lora)
 
 
@@ -88,6 +87,8 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     corpus, tokenizer = _corpus(_corpus_key(config))
     data = build_data(corpus, config.data, config.partition, config.seed)
     model = make_model(config, len(data.classes), tokenizer)
+    if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
+        raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
     if state is None:
         state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
         folder.begin(state)
@@ -106,7 +107,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         "classes": data.classes,
         "clients": {client: len(shard.train) for client, shard in data.shards.items()},
         "majority": _majority(corpus),
-        "validation": records[-1]["validation"],
+        "validation": records[-1]["validation"] or engine.evaluate(state, data.validation, "validation"),
         "test": engine.evaluate(state, data.test, "test"),
         "adapter_rank": exported.rank,
         "lora_parameters": {
@@ -131,12 +132,19 @@ def _majority(corpus: Corpus) -> float:
     return list(corpus.test.labels).count(most) / len(corpus.test)
 
 
+def comparison_folder(config: Config) -> Path:
+    """Where a comparison leaves its files: beside the single run of the same name, not in it."""
+    return config.folder.with_name(f"{config.name}-compare")
+
+
 def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> list[Config]:
     """One configuration for each method and seed; the runs of a seed share data and initial weights.
 
     Raises:
         FedeltaError: for an unknown method, or one that can't take the configured ranks.
     """
+    if len(set(methods)) < len(methods):
+        raise FedeltaError(f"methods to compare: {', '.join(methods)}, expected each once")
     configs = []
     for method in methods:
         # The configured options belong to the configured method, and to no other.
@@ -147,7 +155,7 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
                 config.model_copy(
                     update={
                         "name": f"{method}-seed{seed}",
-                        "output": str(config.folder),
+                        "output": str(comparison_folder(config)),
                         "compare": config.compare.model_copy(update={"methods": methods, "seeds": seeds}),
                         "seed": seed,
                         "method": config.method.model_copy(update={"name": method, "options": options}),
@@ -165,11 +173,7 @@ def open_run(folder: Path) -> Run:
     Raises:
         FedeltaError: if there is no run, or it has not ended.
     """
-    try:
-        data = yaml.safe_load((folder / "config.yaml").read_text())
-    except OSError as error:
-        raise FedeltaError(f"{folder}: no run here (no config.yaml)") from error
-    config = parse_config(data, str(folder / "config.yaml"))
+    config = load_config(folder / "config.yaml")
     run_folder = RunFolder(folder, config.dump())
     result = run_folder.result()
     if result is None:
@@ -178,13 +182,17 @@ def open_run(folder: Path) -> Run:
 
 
 def open_runs(folder: Path) -> list[Run]:
-    """The finished run in a folder, or the finished runs of a comparison below it."""
+    """The finished run in a folder, or the finished runs of a comparison below it.
+
+    Raises:
+        FedeltaError: if there is none.
+    """
     if (folder / "config.yaml").exists():
         return [open_run(folder)]
-    below = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    if not below:
-        raise FedeltaError(f"{folder}: no run here (no config.yaml)")
-    return in_order([open_run(path) for path in below])
+    finished = [path.parent for path in sorted(folder.glob("*/result.json"))]
+    if not finished:
+        raise FedeltaError(f"{folder}: no finished run here")
+    return in_order([open_run(path) for path in finished])
 
 
 def in_order(runs: list[Run]) -> list[Run]:
@@ -202,6 +210,8 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[
     Raises:
         FedeltaError: if there is no checkpoint, or an output exists.
     """
+    if adapter is not None and adapter == merged:
+        raise FedeltaError(f"--adapter and --merged both say {adapter}, expected two places")
     for output in (adapter, merged):
         if output is not None and output.exists():
             raise FedeltaError(f"{output} exists already")
@@ -216,7 +226,9 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[
         if adapter:
             lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters")
         if merged:
-            base = load_base(config.model, len(state.classes), tokenizer.pad_token_id, seed=0)
+            # In fp32 whatever the base was trained in: rounding to bf16 would lose most of a small update.
+            whole = config.model.model_copy(update={"dtype": "float32"})
+            base = load_base(whole, len(state.classes), tokenizer, seed=0)
             base.config.id2label = dict(enumerate(state.classes))
             base.config.label2id = {label: i for i, label in enumerate(state.classes)}
             export_merged(merged, target, base, tokenizer)

@@ -20,7 +20,7 @@ from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.methods.method import Method, MethodState
 from fedelta.patch_log import PatchLog
-from fedelta.ranks import RankSettings, initial_ranks, promote
+from fedelta.ranks import RankSettings, initial_ranks, promote, quota
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings
 
@@ -133,6 +133,12 @@ class Server:
     ) -> ServerState:
         """The state before round 0: B is zero, so the global model is the base model with its initial heads."""
         clients = sorted(clients)
+        sampled = max(1, quota(self.settings.participation, len(clients)))
+        if self.settings.min_clients > sampled:
+            raise FedeltaError(
+                f"federation.min_clients is {self.settings.min_clients}, "
+                f"but a round has {sampled} of {len(clients)} clients"
+            )
         weights = self.settings.weighting
         if isinstance(weights, tuple):
             if len(weights) != len(clients):
@@ -152,8 +158,9 @@ class Server:
 
     def sample(self, state: ServerState) -> list[str]:
         """The clients of this round, drawn without replacement, in the order of their names."""
-        clients = sorted(state.ranks)
-        size = max(1, round(self.settings.participation * len(clients)))
+        # A client of weight 0 would train for nothing.
+        clients = [client for client, weight in self._weights(state).items() if weight != 0]
+        size = max(1, quota(self.settings.participation, len(clients)))
         rng = np.random.default_rng(derive_seed(self.seed, "sample", state.round))
         return [clients[i] for i in sorted(rng.choice(len(clients), size, replace=False))]
 
@@ -201,12 +208,17 @@ class Server:
         """
         contributions, skipped = self._receive(state, sent, replies)
         if len(contributions) < self.settings.min_clients:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(skipped.items())[:3])
+            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(skipped.items())[:3])
             raise FedeltaError(
                 f"round {state.round}: {len(contributions)} usable updates, "
                 f"expected at least {self.settings.min_clients} ({reasons})"
             )
         method, patch = self.method.aggregate(state.method, contributions)
+        for module, pair in method.adapter.items():
+            if not bool(torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
+                raise FedeltaError(
+                    f"round {state.round}: the mean of module {module} is not finite; updates are too large"
+                )
         accepted = {c.client: update for c in contributions if isinstance(update := replies[c.client], ClientUpdate)}
         newcomers = {
             client: update.metrics["validation_loss"]
@@ -242,12 +254,9 @@ class Server:
         replies: Mapping[str, ClientUpdate | Exception],
     ) -> tuple[list[Contribution], dict[str, str]]:
         contributions, skipped = [], {}
-        weights = dict(zip(sorted(state.ranks), self._weights(len(state.ranks)), strict=True))
+        weights = self._weights(state)
         for client in sorted(sent):
             reply = replies.get(client, TimeoutError("no reply"))
-            if weights[client] == 0:
-                skipped[client] = "its weight is 0"
-                continue
             if isinstance(reply, Exception) and not isinstance(reply, BadUpdate):
                 skipped[client] = f"{type(reply).__name__}: {reply}"
                 continue
@@ -261,12 +270,12 @@ class Server:
                 skipped[client] = error.reason
         return contributions, skipped
 
-    def _weights(self, clients: int) -> list[float | None]:
-        """w_i of each client in the order of names; None is its number of examples."""
-        weighting = self.settings.weighting
+    def _weights(self, state: ServerState) -> dict[str, float | None]:
+        """w_i of each client, in the order of names; None is its number of examples."""
+        weighting, clients = self.settings.weighting, sorted(state.ranks)
         if isinstance(weighting, tuple):
-            return list(weighting)
-        return [None if weighting == "examples" else 1.0] * clients
+            return dict(zip(clients, weighting, strict=True))
+        return dict.fromkeys(clients, None if weighting == "examples" else 1.0)
 
 
 def _mean_heads(contributions: list[Contribution], before: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,8 +21,23 @@ from fedelta.checkpoint import load_checkpoint, save_checkpoint
 from fedelta.errors import FedeltaError
 from fedelta.server import ServerState
 
-EXTENDABLE = ("rounds", "compare", "output", "name")
-"""Keys in which a checkpoint's configuration may differ: a run may be moved, and may be given more rounds."""
+EXTENDABLE = ("rounds", "compare", "output", "name", "evaluation.target")
+"""Keys in which a checkpoint's configuration may differ: a run may be moved, reported differently, and given more
+rounds (the former last round then keeps its evaluation, due or not)."""
+
+RESULT = (
+    "method",
+    "seed",
+    "rounds",
+    "classes",
+    "clients",
+    "majority",
+    "validation",
+    "test",
+    "adapter_rank",
+    "lora_parameters",
+)
+"""What `result.json` holds."""
 
 
 class RunFolder:
@@ -61,7 +76,7 @@ class RunFolder:
         """Start a new run here.
 
         Raises:
-            FedeltaError: if there is one already.
+            FedeltaError: if there is one already that has finished a round.
         """
         self.refuse_existing()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +86,7 @@ class RunFolder:
         save_checkpoint(self.checkpoint_file, state, self.config)
 
     def refuse_existing(self) -> None:
-        if self.checkpoint_file.exists():
+        if self.rounds_file.exists() and self.rounds_file.stat().st_size > 0:
             raise FedeltaError(f"{self.path} holds a run already; go on with it by --resume, or choose another name=…")
 
     def resume(self) -> ServerState | None:
@@ -88,14 +103,16 @@ class RunFolder:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
         if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
             raise FedeltaError(f"{self.path} has {state.round} rounds already, asked for {self.config['rounds']}")
+        for file in (self.rounds_file, self.timings_file):
+            found = file.read_text() if file.exists() else ""
+            lines = found.splitlines(keepends=True)
+            if len(lines) < state.round:
+                raise FedeltaError(f"{file} has {len(lines)} lines, but the checkpoint {state.round} finished rounds")
+            if len(lines) > state.round:
+                write_file(file, "".join(lines[: state.round]))
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         if state.round < self.config["rounds"]:
             self.result_file.unlink(missing_ok=True)
-        for file in (self.rounds_file, self.timings_file):
-            found = file.read_text() if file.exists() else ""
-            kept = "".join(found.splitlines(keepends=True)[: state.round])
-            if kept != found:
-                write_file(file, kept)
         return state
 
     def finish_round(self, state: ServerState, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
@@ -112,20 +129,30 @@ class RunFolder:
         return [json.loads(line) for line in self.rounds_file.read_text().splitlines()]
 
     def result(self) -> dict[str, Any] | None:
-        """`result.json`, or None while the run has not ended."""
-        return json.loads(self.result_file.read_text()) if self.result_file.exists() else None
+        """`result.json`, or None while the run has not ended.
+
+        Raises:
+            FedeltaError: if the file is damaged.
+        """
+        if not self.result_file.exists():
+            return None
+        try:
+            result = json.loads(self.result_file.read_text())
+            return {key: result[key] for key in RESULT}
+        except (ValueError, KeyError, TypeError) as error:
+            raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and go on by --resume") from error
 
 
 def _append(file: Path, record: Mapping[str, Any]) -> None:
     with file.open("a") as stream:
-        stream.write(json.dumps(record, sort_keys=True) + "\n")
+        stream.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:
     for key in sorted({*before, *now}):
-        if not prefix and key in EXTENDABLE:
+        if prefix + key in EXTENDABLE:
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

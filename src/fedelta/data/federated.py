@@ -56,18 +56,22 @@ def label_classes(settings: DataSettings) -> tuple[dict[str, Any], list[Any], li
     """
     splits = load_splits(settings)
     feature = splits["train"].features[settings.label]
+    kind = str(getattr(feature, "dtype", "lists"))
+    if not kind.startswith(("int", "uint", "string", "large_string", "bool")):
+        raise FedeltaError(f"column {settings.label!r} holds {kind}, expected classes: text or whole numbers")
     values = sorted(set(splits["train"].unique(settings.label)))
     names = [str(value) for value in values]
     if hasattr(feature, "names"):
         values, names = list(range(len(feature.names))), list(feature.names)
-    if any(isinstance(value, float) for value in values):
-        raise FedeltaError(f"column {settings.label!r} holds numbers like {values[0]}, expected classes")
     if len(values) < 2:
         raise FedeltaError(f"column {settings.label!r} holds one class only: {names}")
     for name in ("validation", "test"):
         unknown = sorted(set(splits[name].unique(settings.label)) - set(values))
         if unknown:
-            raise FedeltaError(f"split {name} has the label {unknown[0]!r}, which no training row has")
+            raise FedeltaError(
+                f"split {name} has the label {unknown[0]!r}, which no training row has; "
+                "name other splits by data.splits, or choose another data.split_seed"
+            )
     return splits, values, names
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from fedelta.errors import FedeltaError
+from fedelta.ranks import quota
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings
 
@@ -132,7 +133,7 @@ def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[lis
     from flwr_datasets import partitioner as flwr
 
     clients = settings.clients or 1
-    good = int(settings.share * clients + 0.5)
+    good = quota(settings.share, clients)
     size = table.num_rows // clients
     shards: list[list[int]] = []
     for count, alpha, part in (

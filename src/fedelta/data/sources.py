@@ -4,8 +4,9 @@ Everything goes through `datasets.load_dataset`, which knows CSV, JSONL and Parq
 local folder are loaded split by split, because real folders hold splits with different columns.
 """
 
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +17,13 @@ from fedelta.settings import Settings
 
 BUILT_IN = "pydoc"
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SPLITS = {"train": ("train",), "validation": ("valid", "val", "dev"), "test": ("test",)}
+SplitName = Literal["train", "validation", "test"]
+TEXT = ("string", "large_string", "null")
+SPLITS: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("valid", "val", "dev"),
+    "test": ("test",),
+}
 
 
 class DataSettings(Settings):
@@ -32,6 +39,8 @@ class DataSettings(Settings):
         limit: at most so many training rows, a seeded draw.
         evaluation_limit: at most so many rows in each of validation and test, a seeded draw.
         client_validation: share of each client's rows that it holds out for its own validation loss.
+        splits: the source's names for `train`, `validation` and `test` where they differ; null leaves a split out.
+            GLUE, whose test labels are secret: {test: validation, validation: null}.
         split_seed: of the splits; apart from the run's seed, so that all seeds share one test set.
     """
 
@@ -45,7 +54,8 @@ class DataSettings(Settings):
     limit: int | None = Field(default=None, ge=1)
     evaluation_limit: int | None = Field(default=None, ge=1)
     client_validation: float = Field(default=0.1, ge=0, lt=1)
-    split_seed: int = 0
+    split_seed: int = Field(default=0, ge=0)
+    splits: dict[SplitName, str | None] = Field(default_factory=dict)
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -58,9 +68,16 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
     Raises:
         FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
     """
-    splits = _load(settings)
+    found = _load(settings)
+    splits = {}
+    for name in SPLITS:
+        theirs = settings.splits.get(name, name if name in found else None)
+        if theirs is not None and theirs not in found:
+            raise FedeltaError(f"data.splits: {settings.source} has no split {theirs!r}, found {', '.join(found)}")
+        if theirs is not None:
+            splits[name] = found[theirs]
     if "train" not in splits:
-        raise FedeltaError(f"data source {settings.source} has splits {sorted(splits)}, expected one named train")
+        raise FedeltaError(f"data source {settings.source} has splits {sorted(found)}, expected one named train")
     for name, split in splits.items():
         for column in (*settings.text_columns, settings.label):
             if column not in split.column_names:
@@ -68,6 +85,9 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
                     f"data source {settings.source}: no column {column!r} in split {name}, "
                     f"found {', '.join(split.column_names)}"
                 )
+            kind = str(getattr(split.features[column], "dtype", "list"))
+            if column in settings.text_columns and kind not in TEXT:
+                raise FedeltaError(f"data source {settings.source}: column {column!r} holds {kind}, expected text")
             if split.num_rows and split.data.column(column).null_count:
                 raise FedeltaError(f"data source {settings.source}: empty cells in column {column!r} of {name}")
     train = splits["train"]
@@ -76,10 +96,11 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
         if name in splits:
             held_out[name] = splits[name]
             continue
-        if train.num_rows < 2:
-            raise FedeltaError(f"data source {settings.source}: {train.num_rows} rows leave none to split off")
+        share, rows = getattr(settings, name), train.num_rows
+        if not 0 < ceil(share * rows) < rows:
+            raise FedeltaError(f"data source {settings.source}: data.{name}={share} of {rows} rows leaves too few")
         seed = derive_seed(settings.split_seed, "split", name) % 2**32
-        parts = train.train_test_split(getattr(settings, name), seed=seed, load_from_cache_file=False)
+        parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
         train, held_out[name] = parts["train"], parts["test"]
     return {
         "train": _draw(train, settings.limit, settings.split_seed, "train"),
@@ -129,7 +150,7 @@ def _load(settings: DataSettings) -> dict[str, Any]:
     source = settings.source
     if source == BUILT_IN:
         return {"train": datasets.Dataset.from_list(read_pydoc())}
-    path = Path(source)
+    path = Path(source).expanduser()
     try:
         if path.is_file():
             if path.suffix not in FORMATS:

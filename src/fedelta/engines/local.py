@@ -11,7 +11,7 @@ from typing import Any
 from fedelta.client import Trainer
 from fedelta.data import Examples, Shard
 from fedelta.engines.observer import Observer
-from fedelta.errors import FedeltaError
+from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.messages import Broadcast, ByteCount, ClientUpdate, count_bytes
 from fedelta.server import RoundOutcome, Server, ServerState
 from fedelta.tracking import RunFolder
@@ -86,6 +86,8 @@ class LocalEngine:
                 reply = self._answer(state, client, blob)
                 replies[client] = ClientUpdate.from_bytes(reply, client)
                 up[client] = count_bytes(reply)
+            except FedeltaError as error:
+                replies[client] = error if isinstance(error, BadUpdate) else BadUpdate(client, str(error))
             except Exception as error:
                 # A client may fail in any way; the round goes on without it, and says so.
                 replies[client] = error

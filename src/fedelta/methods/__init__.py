@@ -28,7 +28,7 @@ def methods() -> dict[str, type[Method]]:
 def nearest(word: str, known: list[str]) -> str:
     """«; did you mean x?» for the known word closest to a mistyped one, or nothing."""
     close = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}" if close else ""
 
 
 def make_method(name: str, **options: Any) -> Method:
@@ -39,13 +39,13 @@ def make_method(name: str, **options: Any) -> Method:
     """
     if name not in _REGISTRY:
         known = sorted(_REGISTRY)
-        raise FedeltaError(f"unknown method {name!r}{nearest(name, known)} Known: {', '.join(known)}")
+        raise FedeltaError(f"unknown method {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
     known_options = [f.name for f in fields(_REGISTRY[name])]  # type: ignore[arg-type]
     for option in options:
         if option not in known_options:
             listed = ", ".join(known_options) or "none"
             hint = nearest(option, known_options)
-            raise FedeltaError(f"method {name} has no option {option!r}{hint} Its options: {listed}")
+            raise FedeltaError(f"method {name} has no option {option!r}{hint}. Its options: {listed}")
     return _REGISTRY[name](**options)
 
 

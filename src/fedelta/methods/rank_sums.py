@@ -1,7 +1,7 @@
 """Weighted sums over clients, rank index by rank index: what every mean of factors is made of.
 
 For rank index j: contributors S_j = {i : r_i > j}, mass c_j = Σ_{S_j} p_i. Sums run in float64, one client
-at a time, so memory does not grow with the number of clients and the order matters only to rounding.
+at a time, so the sums need no more memory for more clients, and the order matters only to rounding.
 """
 
 from collections.abc import Iterable
