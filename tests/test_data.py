@@ -226,3 +226,40 @@ def test_batches_are_padded_to_their_own_longest_and_grouped_by_length(tiny_bert
     assert padded < 64 * max(lengths)
     by_length = [lengths[i] for batch in examples.evaluation_order(8) for i in batch]
     assert by_length == sorted(lengths)
+
+
+def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(texts: Path, tiny_bert: Path) -> None:
+    file = texts.parent / "numbered.csv"
+    file.write_text(
+        "text,label\n" + "".join(f"{'the ' * (i // 60)}{'old ' * (i % 60)}sea,{'xy'[i % 2]}\n" for i in range(240))
+    )
+    settings = DataSettings(source=str(file), client_validation=0.25, max_length=100)
+    splits, values, names = label_classes(settings)
+    corpus = build_corpus(settings, AutoTokenizer.from_pretrained(tiny_bert), splits, values, names)
+    data = build_data(corpus, settings, PartitionSettings(clients=5), seed=0)
+    parts = [part for shard in data.shards.values() for part in (shard.train, shard.validation)]
+    texts_of = [[tuple(f["input_ids"]) for f in part.features] for part in (*parts, data.validation, data.test)]
+    everything = [text for part in texts_of for text in part]
+    assert len(everything) == 240
+    assert len(set(everything)) == 240
+    for shard in data.shards.values():
+        assert len(shard.validation) == round(0.25 * (len(shard.train) + len(shard.validation)))
+
+
+def test_a_limit_is_a_draw_and_not_the_first_rows(texts: Path) -> None:
+    full = rows_of(load_splits(DataSettings(source=str(texts))))["train"]
+    drawn = rows_of(load_splits(DataSettings(source=str(texts), limit=50)))["train"]
+    assert set(drawn) <= set(full)
+    assert drawn != full[:50]
+
+
+def test_glues_secret_test_labels_can_be_left_out(texts: Path, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_csv(str(texts))
+    table.select(range(150)).to_parquet(tmp_path / "train.parquet")
+    table.select(range(150, 200)).to_parquet(tmp_path / "validation.parquet")
+    table.select(range(200, 240)).remove_columns("label").to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(FedeltaError, match="no column 'label' in split test"):
+        load_splits(DataSettings(source=str(tmp_path)))
+    splits = load_splits(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
+    assert splits["test"]["text"][:] == table["text"][150:200]
+    assert splits["train"].num_rows == 135
