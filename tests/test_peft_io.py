@@ -111,6 +111,8 @@ def test_writing_and_reading_equal_scales_keeps_the_bits(tmp_path: Path) -> None
         assert torch.equal(again[module].A, pair.A)
         assert torch.equal(again[module].B, pair.B)
         assert again[module].scale == pair.scale
+    modes = {file.stat().st_mode & 0o044 for file in (tmp_path / "x").iterdir()}
+    assert len(modes) == 1, "whoever may read the configuration may read the weights"
 
 
 @pytest.fixture

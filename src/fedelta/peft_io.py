@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair, lora_alpha, lora_scale
-from fedelta.atomic import new_folder
+from fedelta.atomic import new_folder, write_file
 from fedelta.errors import FedeltaError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -197,8 +197,6 @@ def write_adapter(
         # PEFT keeps names in a set, whose order differs from process to process; equal runs leave equal files.
         written = json.loads((temporary / CONFIG).read_text()) | {"target_modules": sorted(adapter)}
         (temporary / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        safetensors.torch.save_file(
-            {key: tensor.contiguous() for key, tensor in sorted(tensors.items())},
-            temporary / WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        # Not by save_file, which leaves a file that only its owner can read: an adapter is made to be passed on.
+        contiguous = {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}
+        write_file(temporary / WEIGHTS, safetensors.torch.save(contiguous, metadata={"format": "pt"}))
