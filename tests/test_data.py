@@ -260,6 +260,8 @@ def test_glues_secret_test_labels_can_be_left_out(texts: Path, tmp_path: Path) -
     table.select(range(200, 240)).remove_columns("label").to_parquet(tmp_path / "test.parquet")
     with pytest.raises(FedeltaError, match="no column 'label' in split test"):
         load_splits(DataSettings(source=str(tmp_path)))
+    with pytest.raises(FedeltaError, match="'validation' would serve twice"):
+        load_splits(DataSettings(source=str(tmp_path), splits={"test": "validation"}))
     splits = load_splits(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
     assert splits["test"]["text"][:] == table["text"][150:200]
     assert splits["train"].num_rows == 135

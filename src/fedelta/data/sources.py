@@ -69,12 +69,16 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
         FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
     """
     found = _load(settings)
-    splits = {}
+    splits: dict[SplitName, Any] = {}
+    taken: list[str] = []
     for name in SPLITS:
         theirs = settings.splits.get(name, name if name in found else None)
         if theirs is not None and theirs not in found:
             raise FedeltaError(f"data.splits: {settings.source} has no split {theirs!r}, found {', '.join(found)}")
+        if theirs is not None and theirs in taken:
+            raise FedeltaError(f"data.splits: {theirs!r} would serve twice, expected disjoint splits; set one to null")
         if theirs is not None:
+            taken.append(theirs)
             splits[name] = found[theirs]
     if "train" not in splits:
         raise FedeltaError(f"data source {settings.source} has splits {sorted(found)}, expected one named train")
