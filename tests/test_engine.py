@@ -17,6 +17,7 @@ from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase, PatchLog
 from fedelta.runner import Run, run
 from fedelta.server import Server, ServerState
+from fedelta.training import evaluate
 
 CHURN = {"participation": 0.5}
 HARD = {"epochs": 4, "batch_size": 8, "learning_rate": 0.01}
@@ -356,3 +357,24 @@ def test_rounds_hold_no_timings_and_timings_no_scores(tiny_config: Any) -> None:
     timing = json.loads(finished.folder.timings_file.read_text().splitlines()[0])
     assert set(timing) == {"round", "seconds"}
     assert "seconds" not in finished.records[0]
+
+
+def test_clients_report_the_loss_on_rows_that_they_do_not_train_on(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Trainer.answer
+    compared = []
+
+    def check(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        reply = answer(self, blob, shard)
+        found = ClientUpdate.from_bytes(reply, "sender").metrics["validation_loss"]
+        on_held_out, on_trained = (
+            evaluate(self.model, self.tokenizer, rows, 64)["loss"] for rows in (shard.validation, shard.train)
+        )
+        assert found == pytest.approx(on_held_out, rel=1e-6)
+        compared.append(abs(found - on_trained))
+        return reply
+
+    monkeypatch.setattr(Trainer, "answer", check)
+    run(tiny_config(ranks={"allocation": "loss", "low": 2, "high": 4, "share": 0.5}, rounds=1))
+    assert max(compared) > 1e-3
