@@ -14,7 +14,6 @@ from torch import Tensor
 from fedelta.adapter import Adapter, Shapes, initial_adapter
 from fedelta.contribution import Contribution
 from fedelta.lowrank import LowRank
-from fedelta.patch_log import Patch
 
 Holds = Literal["never", "equal ranks", "always"]
 """Where a property holds. A method for equal ranks only says "always": it is never asked more."""
@@ -98,6 +97,3 @@ class Method(ABC):
         Returns:
             The state of the next round (scale 1) and the patch of the base, empty when there is none.
         """
-
-
-__all__ = ["Adapter", "Contribution", "Holds", "Method", "MethodState", "Patch", "Tailored"]
