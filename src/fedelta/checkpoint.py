@@ -11,8 +11,7 @@ from typing import Any
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
-from fedelta.lowrank import LowRank
-from fedelta.messages import pack, take_prefix, unpack, with_prefix
+from fedelta.messages import pack, patch_tensors, take_patches, take_prefix, unpack, with_prefix
 from fedelta.methods.method import MethodState
 from fedelta.patch_log import PatchLog
 from fedelta.server import ServerState
@@ -25,10 +24,7 @@ def save_checkpoint(path: Path, state: ServerState, config: Mapping[str, Any]) -
     tensors = with_prefix("A", {module: pair.A for module, pair in state.method.adapter.items()})
     tensors |= with_prefix("B", {module: pair.B for module, pair in state.method.adapter.items()})
     tensors |= with_prefix("memory", state.method.memory) | with_prefix("head", state.heads)
-    for version, patch in state.log.entries.items():
-        tensors |= with_prefix(f"patch/{version}/U", {module: product.U for module, product in patch.items()})
-        tensors |= with_prefix(f"patch/{version}/V", {module: product.V for module, product in patch.items()})
-    tensors |= with_prefix("patch/total", state.log.total or {})
+    tensors |= patch_tensors(state.log.entries, state.log.total)
     facts = {
         "format": FORMAT,
         "config": config,
@@ -60,11 +56,7 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
     if facts.get("format") != FORMAT:
         raise FedeltaError(f"checkpoint {path} has format {facts.get('format')}, expected {FORMAT}")
     A, B = take_prefix("A", tensors), take_prefix("B", tensors)
-    total = take_prefix("patch/total", tensors)
-    entries = {}
-    for version in facts["entries"]:
-        U, V = take_prefix(f"patch/{version}/U", tensors), take_prefix(f"patch/{version}/V", tensors)
-        entries[version] = {module: LowRank(U[module], V[module]) for module in U}
+    entries, total = take_patches(facts["entries"], tensors)
     state = ServerState(
         method=MethodState(
             facts["round"], Adapter({m: LoraPair(A[m], B[m]) for m in A}), take_prefix("memory", tensors)

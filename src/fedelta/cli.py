@@ -1,6 +1,5 @@
 """The command line. Errors are one line and exit code 2."""
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -41,15 +40,11 @@ def _config(arguments: list[str] | None) -> Any:
 
 def _finish(runs: list[Any], folder: Path) -> None:
     """Table on the terminal; plot, table and page in the folder."""
-    from fedelta.atomic import write_file
-    from fedelta.report import console_table, plot_accuracy, summarise, write_page
-    from fedelta.report.table import default_target
+    from fedelta.report import console_table, plot_accuracy, write_page, write_table
 
+    write_table(runs, folder)
     plots = plot_accuracy(runs, folder)
     page = write_page(runs, folder)
-    target = default_target(runs)
-    rows = [row.as_dict() for row in summarise(runs, target)]
-    write_file(folder / "table.json", json.dumps({"target": target, "rows": rows}, indent=2) + "\n")
     out.print(console_table(runs))
     # soft_wrap: a path that is cut in two can't be copied.
     out.print("plots    ", *plots, highlight=False, soft_wrap=True)

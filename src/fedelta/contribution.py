@@ -24,12 +24,14 @@ class Contribution:
         weight: w_i, not normalised.
         adapter: s_i·B_i·A_i of every module.
         heads: name → tensor.
+        metrics: finite numbers by name.
     """
 
     client: str
     weight: float
     adapter: Adapter
     heads: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -75,7 +77,8 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
         factors[factor] = dict(found) or wanted
     _same_tensors(update.heads, sent.heads, "head", refuse)
     pairs = {m: LoraPair(factors["A"][m], factors["B"][m], sent.scale) for m in shapes}
-    return Contribution(sent.client, update.examples if weight is None else weight, Adapter(pairs), update.heads)
+    w = update.examples if weight is None else weight
+    return Contribution(sent.client, w, Adapter(pairs), update.heads, update.metrics)
 
 
 def _same_tensors(

@@ -5,7 +5,7 @@ the blob's metadata. Bytes are counted from that blob, never estimated. Pickle i
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from fedelta.adapter import Adapter, LoraPair, Shapes, draw_A
 from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lowrank import LowRank
-from fedelta.patch_log import PatchDelta
+from fedelta.patch_log import Patch, PatchDelta
 
 METADATA_KEY = "fedelta"
 
@@ -90,6 +90,26 @@ def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(f"{prefix}/"): tensors.pop(key) for key in list(tensors) if key.startswith(f"{prefix}/")}
 
 
+def patch_tensors(entries: Mapping[int, Patch], total: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Base patches under `patch/…`, as messages and checkpoints hold them."""
+    tensors = with_prefix("patch/total", total or {})
+    for version, patch in entries.items():
+        tensors |= with_prefix(f"patch/{version}/U", {module: product.U for module, product in patch.items()})
+        tensors |= with_prefix(f"patch/{version}/V", {module: product.V for module, product in patch.items()})
+    return tensors
+
+
+def take_patches(
+    versions: Iterable[int], tensors: dict[str, Tensor]
+) -> tuple[dict[int, dict[str, LowRank]], dict[str, Tensor]]:
+    """Take out what `patch_tensors` put in: the entries of these versions, and the dense sum (empty without one)."""
+    entries = {}
+    for version in versions:
+        U, V = take_prefix(f"patch/{version}/U", tensors), take_prefix(f"patch/{version}/V", tensors)
+        entries[version] = {module: LowRank(U[module], V[module]) for module in U}
+    return entries, take_prefix("patch/total", tensors)
+
+
 def _nothing_left(kind: str, tensors: Mapping[str, Tensor]) -> None:
     if tensors:
         raise FedeltaError(f"{kind} holds tensors that nothing reads: {', '.join(sorted(tensors)[:3])}")
@@ -150,11 +170,7 @@ class Broadcast:
 
     def to_bytes(self) -> bytes:
         tensors = with_prefix("A", self.A) | with_prefix("B", self.B) | with_prefix("head", self.heads)
-        for version, entry in self.patch.entries.items():
-            for module, product in entry.items():
-                tensors[f"patch/{version}/U/{module}"] = product.U
-                tensors[f"patch/{version}/V/{module}"] = product.V
-        tensors |= with_prefix("patch/total", self.patch.total or {})
+        tensors |= patch_tensors(self.patch.entries, self.patch.total)
         facts = {name: getattr(self, name) for name in ("client", "round", "rank", "scale", "seed_A")}
         facts |= {"train": sorted(self.train), "wants_validation": self.wants_validation}
         facts["patch"] = {
@@ -169,13 +185,8 @@ class Broadcast:
     def from_bytes(cls, blob: bytes) -> "Broadcast":
         tensors, facts = unpack(blob)
         log = facts.pop("patch")
-        total = take_prefix("patch/total", tensors)
-        entries: dict[int, dict[str, LowRank]] = {}
-        if not log["dense"]:
-            for version in range(log["start"] + 1, log["end"] + 1):
-                U = take_prefix(f"patch/{version}/U", tensors)
-                V = take_prefix(f"patch/{version}/V", tensors)
-                entries[version] = {module: LowRank(U[module], V[module]) for module in U}
+        versions = [] if log["dense"] else range(log["start"] + 1, log["end"] + 1)
+        entries, total = take_patches(versions, tensors)
         delta = PatchDelta(
             log["start"],
             log["end"],

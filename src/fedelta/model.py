@@ -52,7 +52,7 @@ class LoraModel:
 
     Attributes:
         shapes: module → (m, n) of each adapted layer, out×in.
-        heads: names of the modules trained whole.
+        head_modules: names of the modules trained whole.
     """
 
     def __init__(self, base: Any, settings: LoraSettings) -> None:
@@ -91,12 +91,10 @@ class LoraModel:
             if isinstance(module, ModulesToSaveWrapper)
         }
         self.head_modules = sorted(self._head_wrappers)
-        self._rank = 1
-        self._ranks: set[int] = set()
         self._original: dict[str, Tensor] = {}
         self._patch: Mapping[str, Tensor] = {}
         self._hooked: set[str] = set()
-        self._add_rank(1)
+        self._prepare_heads()
 
     def _config(self, rank: int) -> Any:
         import peft
@@ -112,14 +110,11 @@ class LoraModel:
             task_type="SEQ_CLS",
         )
 
-    def _add_rank(self, rank: int) -> None:
-        if peft_name(rank) not in self.peft.peft_config:
-            self.peft.add_adapter(peft_name(rank), self._config(rank))
+    def _prepare_heads(self) -> None:
+        """Make the active heads compute in fp32, on whatever the backbone hands them."""
         for wrapper in self._head_wrappers.values():
-            head = wrapper.modules_to_save[peft_name(rank)].float()
-            # A head computes in fp32 on whatever the backbone hands it.
+            head = wrapper.modules_to_save[self.active].float()
             head.register_forward_pre_hook(_inputs_to_float32, with_kwargs=True)
-        self._ranks.add(rank)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -133,7 +128,8 @@ class LoraModel:
 
     @property
     def active(self) -> str:
-        return peft_name(self._rank)
+        """PEFT's name of the adapter that runs and trains."""
+        return self.peft.active_adapter
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Copies of the active heads on the CPU, `module.parameter` → tensor, fp32."""
@@ -157,11 +153,13 @@ class LoraModel:
         """
         if set(adapter) != set(self.layers):
             raise FedeltaError(f"adapter and model differ in module {sorted(set(adapter) ^ set(self.layers))[0]}")
-        rank = adapter.rank
-        if rank not in self._ranks:
-            self._add_rank(rank)
-        self._rank, train = rank, set(train)
-        self.peft.set_adapter(self.active)
+        adapter_name, train = peft_name(adapter.rank), set(train)
+        new = adapter_name not in self.peft.peft_config
+        if new:
+            self.peft.add_adapter(adapter_name, self._config(adapter.rank))
+        self.peft.set_adapter(adapter_name)
+        if new:
+            self._prepare_heads()
         for module, pair in adapter.items():
             layer = self.layers[module]
             _copy(layer.lora_A[self.active].weight, pair.A, f"A of module {module}")

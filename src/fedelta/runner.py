@@ -22,7 +22,7 @@ from fedelta.methods import make_method
 from fedelta.model import LoraModel
 from fedelta.seeds import derive_seed
 from fedelta.server import Server
-from fedelta.tracking import RunFolder
+from fedelta.tracking import Result, RunFolder
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Run:
     config: Config
     folder: RunFolder
     records: list[dict[str, Any]]
-    result: dict[str, Any]
+    result: Result
 
 
 def make_server(config: Config) -> Server:
@@ -100,7 +100,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     state = engine.run(state, config.rounds, config.evaluation.every)
     exported = export_adapter(folder.adapter_folder, state, model, server.scale(state.method.adapter.rank))
     records = folder.records()
-    result = {
+    finished: Result = {
         "method": config.method.name,
         "seed": config.seed,
         "rounds": state.round,
@@ -114,8 +114,8 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
             str(rank): state.method.adapter.truncate(rank).parameters for rank in sorted(set(state.ranks.values()))
         },
     }
-    folder.finish(result)
-    return Run(config, folder, records, result)
+    folder.finish(finished)
+    return Run(config, folder, records, finished)
 
 
 def _title(config: Config) -> str:

@@ -133,7 +133,7 @@ class Server:
     ) -> ServerState:
         """The state before round 0: B is zero, so the global model is the base model with its initial heads."""
         clients = sorted(clients)
-        sampled = max(1, quota(self.settings.participation, len(clients)))
+        sampled = self._round_size(len(clients))
         if self.settings.min_clients > sampled:
             raise FedeltaError(
                 f"federation.min_clients is {self.settings.min_clients}, "
@@ -160,9 +160,13 @@ class Server:
         """The clients of this round, drawn without replacement, in the order of their names."""
         # A client of weight 0 would train for nothing.
         clients = [client for client, weight in self._weights(state).items() if weight != 0]
-        size = max(1, quota(self.settings.participation, len(clients)))
+        size = self._round_size(len(clients))
         rng = np.random.default_rng(derive_seed(self.seed, "sample", state.round))
         return [clients[i] for i in sorted(rng.choice(len(clients), size, replace=False))]
+
+    def _round_size(self, clients: int) -> int:
+        """How many of so many clients take part in a round."""
+        return max(1, quota(self.settings.participation, clients))
 
     def drops_out(self, state: ServerState, client: str) -> bool:
         """Whether this client is simulated to vanish in this round."""
@@ -219,24 +223,23 @@ class Server:
                 raise FedeltaError(
                     f"round {state.round}: the mean of module {module} is not finite; updates are too large"
                 )
-        accepted = {c.client: update for c in contributions if isinstance(update := replies[c.client], ClientUpdate)}
         newcomers = {
-            client: update.metrics["validation_loss"]
-            for client, update in accepted.items()
-            if sent[client].wants_validation and "validation_loss" in update.metrics
+            c.client: c.metrics["validation_loss"]
+            for c in contributions
+            if sent[c.client].wants_validation and "validation_loss" in c.metrics
         }
         ranks = promote(state.ranks, state.first_losses, newcomers, self.ranks)
         outcome = RoundOutcome(
-            contributors=sorted(accepted),
+            contributors=[c.client for c in contributions],
             skipped=skipped,
             promoted=sorted(client for client in ranks if ranks[client] != state.ranks[client]),
-            train_loss=_mean_loss(contributions, accepted),
+            train_loss=_mean_loss(contributions),
             deviation=deviation(contributions, method.adapter, self.method.absent(state.method, method)),
             patch_width=max((product.width for product in patch.values()), default=0),
         )
         log = state.log.append(patch)
         # A client that failed may or may not have folded what it was sent; it skips what it already has.
-        versions = {**state.versions, **{client: sent[client].patch.end for client in accepted}}
+        versions = {**state.versions, **{c.client: sent[c.client].patch.end for c in contributions}}
         return ServerState(
             method=replace(method, round=state.round + 1),
             heads=_mean_heads(contributions, state.heads),
@@ -257,17 +260,15 @@ class Server:
         weights = self._weights(state)
         for client in sorted(sent):
             reply = replies.get(client, TimeoutError("no reply"))
-            if isinstance(reply, Exception) and not isinstance(reply, BadUpdate):
-                skipped[client] = f"{type(reply).__name__}: {reply}"
-                continue
-            try:
-                if isinstance(reply, BadUpdate):
-                    raise reply
-                contributions.append(receive(reply, sent[client], state.log.shapes, weights[client]))
-            except BadUpdate as error:
-                if self.settings.on_bad_update == "refuse":
-                    raise
-                skipped[client] = error.reason
+            if isinstance(reply, ClientUpdate):
+                try:
+                    contributions.append(receive(reply, sent[client], state.log.shapes, weights[client]))
+                    continue
+                except BadUpdate as error:
+                    reply = error
+            if isinstance(reply, BadUpdate) and self.settings.on_bad_update == "refuse":
+                raise reply
+            skipped[client] = reply.reason if isinstance(reply, BadUpdate) else f"{type(reply).__name__}: {reply}"
         return contributions, skipped
 
     def _weights(self, state: ServerState) -> dict[str, float | None]:
@@ -289,10 +290,6 @@ def _mean_heads(contributions: list[Contribution], before: Mapping[str, Tensor])
     return heads
 
 
-def _mean_loss(contributions: list[Contribution], accepted: Mapping[str, ClientUpdate]) -> float | None:
-    losses = [
-        (c.weight, accepted[c.client].metrics["train_loss"])
-        for c in contributions
-        if "train_loss" in accepted[c.client].metrics
-    ]
+def _mean_loss(contributions: list[Contribution]) -> float | None:
+    losses = [(c.weight, c.metrics["train_loss"]) for c in contributions if "train_loss" in c.metrics]
     return sum(w * loss for w, loss in losses) / sum(w for w, _ in losses) if losses else None

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
@@ -25,19 +25,20 @@ EXTENDABLE = ("rounds", "compare", "output", "name", "evaluation.target")
 """Keys in which a checkpoint's configuration may differ: a run may be moved, reported differently, and given more
 rounds (the former last round then keeps its evaluation, due or not)."""
 
-RESULT = (
-    "method",
-    "seed",
-    "rounds",
-    "classes",
-    "clients",
-    "majority",
-    "validation",
-    "test",
-    "adapter_rank",
-    "lora_parameters",
-)
-"""What `result.json` holds."""
+
+class Result(TypedDict):
+    """What `result.json` holds."""
+
+    method: str
+    seed: int
+    rounds: int
+    classes: list[str]
+    clients: dict[str, int]
+    majority: float
+    validation: dict[str, float]
+    test: dict[str, float]
+    adapter_rank: int
+    lora_parameters: dict[str, int]
 
 
 class RunFolder:
@@ -121,14 +122,14 @@ class RunFolder:
         _append(self.timings_file, timing)
         save_checkpoint(self.checkpoint_file, state, self.config)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         write_file(self.result_file, json.dumps(result, indent=2) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of `rounds.jsonl`."""
         return [json.loads(line) for line in self.rounds_file.read_text().splitlines()]
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Result | None:
         """`result.json`, or None while the run has not ended.
 
         Raises:
@@ -137,8 +138,8 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         try:
-            result = json.loads(self.result_file.read_text())
-            return {key: result[key] for key in RESULT}
+            found = json.loads(self.result_file.read_text())
+            return Result(**{key: found[key] for key in Result.__annotations__})  # type: ignore[typeddict-item]
         except (ValueError, KeyError, TypeError) as error:
             raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and go on by --resume") from error
 

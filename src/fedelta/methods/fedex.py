@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from fedelta.adapter import LoraPair
+from fedelta.adapter import Adapter, LoraPair
 from fedelta.lowrank import LowRank
 from fedelta.methods import register
 from fedelta.methods.method import Contribution, Method, MethodState
@@ -68,11 +68,12 @@ class FedEx(Method):
     ) -> tuple[MethodState, dict[str, LowRank]]:
         contributions = list(contributions)
         sums = RankSums.of(state.adapter, contributions)
-        means = sums.contributor_means()
-        patch = {}
-        for module, mean in sums.contributor_means(torch.float64).items():
+        means, patch, pairs = sums.contributor_means(torch.float64), {}, {}
+        for module, mean in means.items():
+            dtype = state.adapter[module].B.dtype
+            pairs[module] = LoraPair(mean.A.to(dtype), mean.B.to(dtype))
             clients = [(c.weight / sums.weight, c.adapter[module]) for c in contributions]
-            product = residual(clients, mean).to(means[module].B.dtype)
+            product = residual(clients, mean).to(dtype)
             if bool(product.U.any()) and bool(product.V.any()):
                 patch[module] = product
-        return replace(state, adapter=means), patch
+        return replace(state, adapter=Adapter(pairs)), patch

@@ -1,12 +1,14 @@
 """Runs of several methods and seeds as one table."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from rich.table import Table
 
+from fedelta.atomic import write_file
 from fedelta.runner import Run
 
 MB = 1e6
@@ -38,9 +40,6 @@ class MethodSummary:
     mb_down: float
     mb_up: float
     deviation: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def default_target(runs: Sequence[Run]) -> float:
@@ -119,6 +118,14 @@ def caption(runs: Sequence[Run]) -> str:
         f"frequent class: {100 * majority:.2f} %. Rounds until validation accuracy reached the target. Megabytes of a "
         "whole run, as serialised. Deviation: what averaging A and B apart loses of the mean product."
     )
+
+
+def write_table(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `table.json`: the target, and the fields of each `MethodSummary`."""
+    target = default_target(runs)
+    rows = [asdict(row) for row in summarise(runs, target)]
+    write_file(folder / "table.json", json.dumps({"target": target, "rows": rows}, indent=2) + "\n")
+    return folder / "table.json"
 
 
 def console_table(runs: Sequence[Run]) -> Table:
