@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedelta.adapter import LoraPair
 from fedelta.checkpoint import load_checkpoint
@@ -17,6 +18,7 @@ from fedelta.errors import FedeltaError
 from fedelta.export import single_adapter
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
+from fedelta.peft_io import read_adapter
 from fedelta.runner import Run, export_run, run
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "score_with_peft.py"
@@ -33,12 +35,7 @@ def test_rows(config: Any, finished: Run) -> list[tuple[str, int]]:
 test_rows.__test__ = False  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", methods())
-@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_gpt2"])
-def test_plain_peft_reproduces_the_test_accuracy(
-    name: str, fixture: str, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    base = request.getfixturevalue(fixture)
+def finished_run(name: str, base: Path, tiny_config: Any) -> tuple[Any, Run]:
     ranks = {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5}
     if not methods()[name].mixed_ranks:
         ranks = {"allocation": "uniform", "high": 4}
@@ -47,18 +44,50 @@ def test_plain_peft_reproduces_the_test_accuracy(
         model={"name": str(base)},
         ranks=ranks,
         rounds=6,
+        evaluation={"every": 6},
         training={"epochs": 3, "batch_size": 8, "learning_rate": 0.01},
     )
-    finished = run(config)
-    merged = tmp_path / "merged" if name == "fedex" else None
-    if merged:
-        export_run(config.folder, None, merged)
+    return config, run(config)
+
+
+def score(base: Path, adapter: Path, rows: list[tuple[str, int]]) -> float:
+    """Accuracy of a folder in plain PEFT, text by text."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    with torch.no_grad():
+        right = [
+            int(model(**tokenizer(text, truncation=True, max_length=16, return_tensors="pt")).logits.argmax()) == label
+            for text, label in rows
+        ]
+    return sum(right) / len(rows)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_plain_peft_reproduces_the_test_accuracy(name: str, tiny_config: Any, tiny_bert: Path) -> None:
+    config, finished = finished_run(name, tiny_bert, tiny_config)
+    rows = test_rows(config, finished)
+    folder = finished.folder.adapter_folder
+    folders = [folder] if not methods()[name].personal else sorted(folder.iterdir())
+    assert len(folders) == (4 if methods()[name].personal else 1)
+    found = sum(score(tiny_bert, each, rows) for each in folders) / len(folders)
+    assert found == pytest.approx(finished.result["test"]["accuracy"], abs=1e-9)
+    assert 0.2 < found <= 1
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_gpt2"])
+def test_a_users_script_without_fedelta_scores_adapter_and_merged_model_alike(
+    fixture: str, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(fixture)
+    config, finished = finished_run("fedex", base, tiny_config)
+    merged = tmp_path / "merged"
+    export_run(config.folder, None, merged)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in test_rows(config, finished)))
-    commands = [[str(base), str(rows), "--classes", "3", "--adapter", str(finished.folder.adapter_folder)]]
-    if merged:
-        commands.append([str(merged), str(rows)])
-    for arguments in commands:
+    adapter = str(finished.folder.adapter_folder)
+    for arguments in ([str(base), str(rows), "--classes", "3", "--adapter", adapter], [str(merged), str(rows)]):
         printed = subprocess.run(
             [sys.executable, str(SCRIPT), *arguments, "--max-length", "16"],
             capture_output=True,
@@ -66,18 +95,30 @@ def test_plain_peft_reproduces_the_test_accuracy(
             check=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         ).stdout
-        assert (
-            printed
-            == f"accuracy {finished.result['test']['accuracy']:.6f} on {len(rows.read_text().splitlines())} texts\n"
-        )
+        texts = len(rows.read_text().splitlines())
+        assert printed == f"accuracy {finished.result['test']['accuracy']:.6f} on {texts} texts\n"
     assert "fedelta" not in SCRIPT.read_text().split('"""', 2)[2], "a user's script knows nothing of fedelta"
-    assert 0.2 < finished.result["test"]["accuracy"] <= 1
+
+
+def test_a_method_without_a_global_model_exports_one_adapter_a_client(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(method="fedsa")
+    run(config)
+    export_run(config.folder, tmp_path / "adapters", None)
+    names = sorted(path.name for path in (tmp_path / "adapters").iterdir())
+    assert names == ["client-000", "client-001", "client-002", "client-003"]
+    products = [
+        read_adapter(tmp_path / "adapters" / name).adapter["bert.encoder.layer.0.attention.self.query"].product()
+        for name in names
+    ]
+    assert all(not torch.allclose(products[0].U @ products[0].V, p.U @ p.V, atol=1e-4) for p in products[1:])
+    with pytest.raises(FedeltaError, match="method fedsa has no global model"):
+        export_run(config.folder, None, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("rounds", [1, 25])
 def test_the_single_adapter_is_the_servers_weight_with_factors_and_dense_patches(rounds: int, tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedex", rounds=rounds))
-    state, _ = load_checkpoint(finished.folder.checkpoint_file)
+    state, *_ = load_checkpoint(finished.folder.checkpoint_file)
     assert (state.log.total is not None) == (rounds == 25), "both forms of the log are covered"
     base = PatchedBase()
     base.apply(state.log.since(0))
@@ -98,7 +139,7 @@ def test_without_patches_the_adapter_is_the_global_one_at_the_clients_scale(tiny
 
 def test_an_unchanged_module_keeps_a_rank_of_zeros(tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedex", rounds=1))
-    state, _ = load_checkpoint(finished.folder.checkpoint_file)
+    state, *_ = load_checkpoint(finished.folder.checkpoint_file)
     first = next(iter(state.method.adapter))
     state.method.adapter.pairs[first] = LoraPair(  # type: ignore[index]
         torch.zeros_like(state.method.adapter[first].A), torch.zeros_like(state.method.adapter[first].B)

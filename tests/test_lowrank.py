@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedelta.lowrank import LowRank
+from fedelta.lowrank import Dense, LowRank, Product, add, from_tensors
+from fedelta.product_sum import ProductSum
 
 
 def product(m: int, n: int, q: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -13,7 +14,9 @@ def product(m: int, n: int, q: int, seed: int = 0, dtype: torch.dtype = torch.fl
     )
 
 
-def dense(p: LowRank) -> torch.Tensor:
+def dense(p: Product) -> torch.Tensor:
+    if isinstance(p, Dense):
+        return p.W.double()
     return p.U.double() @ p.V.double()
 
 
@@ -69,12 +72,88 @@ def test_recompression_of_zero_has_width_zero() -> None:
     assert zero.shape == (4, 5)
 
 
-@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
-def test_a_dense_matrix_becomes_a_product_of_its_smaller_side(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape)
-    p = LowRank.from_dense(matrix)
-    assert p.width == min(shape)
-    assert torch.equal(p.U @ p.V, matrix)
+@pytest.mark.parametrize(("m", "n", "q"), [(40, 30, 6), (30, 40, 6), (8, 9, 20), (7, 5, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_of_a_product_is_that_of_the_matrix(m: int, n: int, q: int, dtype: torch.dtype) -> None:
+    p = product(m, n, q, dtype=dtype)
+    found = p.svd()
+    expected = torch.linalg.svdvals(dense(p))[: len(found.sigma)]
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    assert torch.allclose(found.sigma, expected, rtol=0, atol=tolerance * float(expected[0]))
+    whole = (found.left * found.sigma) @ found.right
+    assert torch.allclose(whole, dense(p), rtol=0, atol=tolerance * float(expected[0]))
+
+
+def test_fp32_svd_resolves_small_singular_values_of_nearly_parallel_columns() -> None:
+    """Stacks of clients that agree: columns of U differ by 1e-4, and so do the singular values."""
+    generator = torch.Generator().manual_seed(1)
+    B, A = torch.randn(60, 4, generator=generator), torch.randn(4, 50, generator=generator)
+    U = torch.cat([B + 1e-4 * torch.randn(60, 4, generator=generator) for _ in range(3)], dim=1)
+    V = torch.cat([A + 1e-4 * torch.randn(4, 50, generator=generator) for _ in range(3)])
+    p = LowRank(U, V)
+    expected = torch.linalg.svdvals(dense(p))
+    assert torch.allclose(p.svd().sigma[:4], expected[:4], rtol=1e-6)
+    assert (dense(p.truncate(4)) - dense(p)).norm() < 1.01 * expected[4:].norm() + 1e-7 * expected[0]
+
+
+def test_svd_of_zero_factors_is_zero_and_not_nan() -> None:
+    """B = 0, as in the first round."""
+    for dtype in (torch.float32, torch.float64):
+        svd = LowRank(torch.zeros(5, 2, dtype=dtype), torch.ones(2, 4, dtype=dtype)).svd()
+        assert not svd.sigma.any()
+        assert svd.rank(dtype) == svd.energy_rank(0.9) == 0
+        assert torch.isfinite(svd.left).all()
+        assert torch.isfinite(svd.right).all()
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])
+def test_energy_rank_is_the_fewest_that_reach_the_share(energy: float) -> None:
+    svd = product(12, 10, 6).svd()
+    squares = svd.sigma**2
+    q = svd.energy_rank(energy)
+    assert squares[:q].sum() >= energy * squares.sum() * (1 - 1e-12)
+    assert squares[: q - 1].sum() < energy * squares.sum()
+
+
+def test_norm_keeps_its_digits_when_terms_cancel() -> None:
+    p, q = product(20, 15, 3), product(20, 15, 2)
+    small = LowRank.sum([p, p.scaled(-1.0), q.scaled(1e-9)])
+    assert small.norm() == pytest.approx(1e-9 * float(dense(q).norm()), rel=1e-5)
+
+
+def test_a_dense_matrix_does_what_a_product_does() -> None:
+    p = product(6, 5, 2)
+    d = Dense(dense(p))
+    assert (d.shape, d.dtype, d.nbytes) == ((6, 5), torch.float64, 240)
+    assert d.norm() == pytest.approx(p.norm())
+    assert torch.allclose(dense(d.truncate(1)), dense(p.truncate(1)))
+    weight = torch.zeros(6, 5, dtype=torch.float64)
+    d.scaled(2).add_to(weight)
+    assert torch.allclose(weight, 2 * dense(p))
+    assert torch.allclose(dense(from_tensors(d.tensors)), dense(from_tensors(p.tensors)))
+    assert Dense(torch.zeros(2, 2)).is_zero()
+    assert not d.is_zero()
+
+
+@pytest.mark.parametrize("terms", [1, 3, 40, 400])
+def test_a_running_sum_is_factors_until_the_matrix_is_smaller(terms: int) -> None:
+    total = ProductSum((30, 20), torch.float64)
+    expected = torch.zeros(30, 20, dtype=torch.float64)
+    for i in range(terms):
+        p = product(30, 20, 3, seed=i)
+        total.add(p.U.T, p.V)
+        expected += dense(p)
+    value = total.value(0.5)
+    assert isinstance(value, LowRank) == (terms == 3 or terms == 1)
+    assert value.nbytes <= 8 * 30 * 20
+    assert torch.allclose(dense(value), 0.5 * expected)
+
+
+def test_a_sum_of_matrices_of_both_kinds() -> None:
+    p, q, d = product(6, 5, 2), product(6, 5, 1, seed=5), Dense(torch.randn(6, 5, dtype=torch.float64))
+    expected = dense(p) + dense(q) + d.W
+    assert torch.allclose(dense(add([p, q])), dense(p) + dense(q))
+    assert torch.allclose(dense(add([p, d, q])), expected)
 
 
 def test_add_to_changes_the_weight_in_place() -> None:

@@ -8,8 +8,8 @@ import fedelta
 ROOT = Path(fedelta.__file__).parent
 FLOORS = [
     ["errors", "settings", "seeds", "atomic", "__init__"],
-    ["lowrank", "adapter"],
-    ["patch_log", "messages", "contribution", "methods", "ranks", "deviation"],
+    ["lowrank", "product_sum", "adapter"],
+    ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
     ["data", "base_model", "model", "peft_io", "metrics", "training"],
     ["server", "client", "checkpoint", "export", "engines", "tracking"],
     ["config", "runner", "report", "progress", "cli"],

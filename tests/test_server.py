@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.intake import Reply
 from fedelta.messages import ClientUpdate
 from fedelta.methods import make_method
 from fedelta.ranks import RankSettings
@@ -37,15 +38,17 @@ def reply(
         version=sent.patch.end,
         digest=sent.patch.digests[sent.patch.end],
         examples=examples,
-        A={m: pair.A + value for m, pair in adapter.items()},
-        B={m: pair.B + value for m, pair in adapter.items()},
+        factors={
+            "A": {m: pair.A + value for m, pair in adapter.items()},
+            "B": {m: pair.B + value for m, pair in adapter.items()},
+        },
         heads={"head": torch.full((3,), value)},
         metrics=metrics,
     )
 
 
 def step(server: Server, state: ServerState, replies: dict[str, Any]) -> Any:
-    return server.step(state, {client: server.broadcast(state, client) for client in replies}, replies)
+    return server.step(state, (Reply(server.broadcast(state, client), replies[client]) for client in replies))
 
 
 @pytest.mark.parametrize(

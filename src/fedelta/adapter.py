@@ -72,6 +72,10 @@ class LoraPair:
             return self
         return LoraPair(self.A, self.B * (self.scale / scale), scale)
 
+    def select(self, indices: Tensor) -> "LoraPair":
+        """These rank indices alone."""
+        return LoraPair(self.A[indices].contiguous(), self.B[:, indices].contiguous(), self.scale)
+
     def truncate(self, rank: int) -> "LoraPair":
         """The first `rank` columns of B and rows of A: what a client of that rank downloads."""
         return LoraPair(self.A[:rank].contiguous(), self.B[:, :rank].contiguous(), self.scale)
@@ -117,6 +121,10 @@ class Adapter(Mapping[str, LoraPair]):
         """The same products under one scale."""
         return self.map(lambda pair: pair.with_scale(scale))
 
+    def to(self, dtype: torch.dtype) -> "Adapter":
+        """The same adapter in another dtype."""
+        return self.map(lambda pair: LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scale))
+
     def truncate(self, rank: int) -> "Adapter":
         """The first `rank` rank indices of every module."""
         return self.map(lambda pair: pair.truncate(rank))
@@ -133,6 +141,20 @@ def draw_A(module: str, rank: int, n: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora_A", module))
     return (torch.rand(rank, n, generator=generator) * 2 - 1) / sqrt(n)
+
+
+def draw_basis(module: str, m: int, rank: int, seed: int) -> Tensor:
+    """An (m, rank) matrix with orthonormal columns that depends on the seed and the module's name alone.
+
+    Raises:
+        FedeltaError: if the rank exceeds m.
+    """
+    if rank > m:
+        raise FedeltaError(f"module {module}: a core of rank {rank} needs a layer of at least as many outputs, not {m}")
+    generator = torch.Generator().manual_seed(derive_seed(seed, "lora_B", module))
+    Q, R = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64))
+    # QR is unique up to signs, and libraries differ in them.
+    return (Q * torch.sign(R.diagonal())).float()
 
 
 def initial_adapter(shapes: Shapes, rank: int, seed: int) -> Adapter:

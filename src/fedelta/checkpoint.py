@@ -6,29 +6,50 @@ the configuration that made it, so that a run never goes on under another one.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
-from fedelta.messages import pack, patch_tensors, take_patches, take_prefix, unpack, with_prefix
 from fedelta.methods.method import MethodState
+from fedelta.packing import pack, patch_tensors, take_patches, take_prefix, unpack, with_prefix
 from fedelta.patch_log import PatchLog
 from fedelta.server import ServerState
 
-FORMAT = 1
+FORMAT = 2
 
 
-def save_checkpoint(path: Path, state: ServerState, config: Mapping[str, Any]) -> None:
-    """Write the state, replacing what was there."""
+class Checkpoint(NamedTuple):
+    """What a run goes on from.
+
+    Args:
+        state: the server's.
+        config: that made it.
+        kept: client → the adapter it ended its last round with, where clients keep factors of their own.
+    """
+
+    state: ServerState
+    config: dict[str, Any]
+    kept: dict[str, Adapter]
+
+
+def save_checkpoint(path: Path, state: ServerState, config: Mapping[str, Any], kept: Mapping[str, Adapter]) -> None:
+    """Write the state, and what an engine's own clients keep, replacing what was there."""
     tensors = with_prefix("A", {module: pair.A for module, pair in state.method.adapter.items()})
     tensors |= with_prefix("B", {module: pair.B for module, pair in state.method.adapter.items()})
     tensors |= with_prefix("memory", state.method.memory) | with_prefix("head", state.heads)
     tensors |= patch_tensors(state.log.entries, state.log.total)
+    for client, adapter in kept.items():
+        tensors |= with_prefix(f"kept/{client}/A", {module: pair.A for module, pair in adapter.items()})
+        tensors |= with_prefix(f"kept/{client}/B", {module: pair.B for module, pair in adapter.items()})
     facts = {
         "format": FORMAT,
         "config": config,
         "round": state.round,
+        "seed": state.method.seed,
+        "kept": {client: next(iter(adapter.values())).scale for client, adapter in kept.items()},
         "classes": list(state.classes),
         "shapes": {module: list(shape) for module, shape in state.log.shapes.items()},
         "digests": list(state.log.digests),
@@ -41,8 +62,8 @@ def save_checkpoint(path: Path, state: ServerState, config: Mapping[str, Any]) -
     write_file(path, pack(tensors, facts))
 
 
-def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
-    """The state and the configuration that made it.
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote.
 
     Raises:
         FedeltaError: if the file is missing, truncated or of another format.
@@ -59,7 +80,10 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
     entries, total = take_patches(facts["entries"], tensors)
     state = ServerState(
         method=MethodState(
-            facts["round"], Adapter({m: LoraPair(A[m], B[m]) for m in A}), take_prefix("memory", tensors)
+            facts["round"],
+            Adapter({m: LoraPair(A[m], B[m]) for m in A}),
+            facts["seed"],
+            take_prefix("memory", tensors),
         ),
         heads=take_prefix("head", tensors),
         classes=tuple(facts["classes"]),
@@ -73,6 +97,12 @@ def load_checkpoint(path: Path) -> tuple[ServerState, dict[str, Any]]:
         versions=facts["versions"],
         first_losses=facts["first_losses"],
     )
+    kept = {client: _take_adapter(client, scale, tensors) for client, scale in facts["kept"].items()}
     if tensors:
         raise FedeltaError(f"checkpoint {path} holds tensors that nothing reads: {sorted(tensors)[:3]}")
-    return state, facts["config"]
+    return Checkpoint(state, facts["config"], kept)
+
+
+def _take_adapter(client: str, scale: float, tensors: dict[str, Tensor]) -> Adapter:
+    A, B = take_prefix(f"kept/{client}/A", tensors), take_prefix(f"kept/{client}/B", tensors)
+    return Adapter({module: LoraPair(A[module], B[module], scale) for module in A})

@@ -104,8 +104,9 @@ def methods() -> None:
     for name in ("method", "ranks", "exact", "no-op invariant", "gauge invariant", "linear"):
         table.add_column(name)
     for name, method in registry().items():
-        ranks, linear = "mixed" if method.mixed_ranks else "equal", "yes" if method.linear else "no"
-        table.add_row(name, ranks, method.exact, method.no_op_invariant, method.gauge_invariant, linear)
+        ranks, holds = "mixed" if method.mixed_ranks else "equal", method.properties
+        linear = "yes" if holds.linear else "no"
+        table.add_row(name, ranks, holds.exact, holds.no_op_invariant, holds.gauge_invariant, linear)
     out.print(table)
     for name, method in registry().items():
         out.print(f"[bold]{name}[/bold]: {method.summary} ({method.paper})", highlight=False)

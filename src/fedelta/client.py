@@ -1,17 +1,23 @@
 """The client's side of a round: bytes of a broadcast in, bytes of an update out."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from fedelta.adapter import Adapter
 from fedelta.data import Shard
-from fedelta.messages import Broadcast, ClientUpdate
+from fedelta.lowrank import LowRank
+from fedelta.messages import Broadcast, ClientUpdate, select_factors
+from fedelta.methods import make_method
 from fedelta.model import LoraModel
-from fedelta.patch_log import PatchedBase
+from fedelta.patch_log import PatchedBase, fold
 from fedelta.seeds import derive_seed
 from fedelta.training import TrainingSettings, evaluate, train
 
 
 class Trainer:
-    """A warm model that answers broadcasts. Holds nothing of a client but the base patches.
+    """A warm model that answers broadcasts. Holds nothing of a client but the base patches and
+    what a method has it keep.
 
     In process one trainer serves all clients in turn; a real site has its own.
 
@@ -32,6 +38,7 @@ class Trainer:
         self.evaluation_batch = evaluation_batch
         self.seed = seed
         self.base = PatchedBase()
+        self.kept: dict[str, Adapter] = {}
 
     def catch_up(self, delta: Any) -> None:
         """Fold the patches that this base has not seen."""
@@ -49,24 +56,51 @@ class Trainer:
             FedeltaError: if the broadcast does not fit the model or the base.
         """
         broadcast = Broadcast.from_bytes(blob)
+        method = make_method(broadcast.method["name"], **broadcast.method["options"])
+        wire, client = broadcast.wire, broadcast.client
         self.catch_up(broadcast.patch)
-        self.model.load(broadcast.adapter(self.model.shapes), broadcast.heads, broadcast.train)
-        seed = derive_seed(self.seed, "train", broadcast.round, broadcast.client)
-        metrics = {"train_loss": train(self.model, self.tokenizer, shard.train, self.settings, seed)}
-        if broadcast.wants_validation and len(shard.validation) > 0:
-            scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
-            metrics["validation_loss"] = scores["loss"]
-        trained = self.model.read()
+        start = broadcast.adapter(self.model.shapes, self.kept.get(client))
+        self.model.load(start, broadcast.heads, wire.train, broadcast.seed)
+        seed = derive_seed(self.seed, "train", broadcast.round, client)
+        with self._tail(broadcast.tail):
+            loss = train(
+                self.model,
+                self.tokenizer,
+                shard.train,
+                self.settings,
+                seed,
+                penalty=lambda: method.penalty(start, self.model.live()),
+            )
+            metrics = {"train_loss": loss}
+            if broadcast.wants_validation and len(shard.validation) > 0:
+                scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
+                metrics["validation_loss"] = scores["loss"]
+        trained = method.finish(broadcast.round, start, self.model.read())
+        if wire.keep:
+            self.kept[client] = trained
         return ClientUpdate(
-            client=broadcast.client,
+            client=client,
             round=broadcast.round,
-            rank=broadcast.rank,
+            rank=trained.rank,
             scale=broadcast.scale,
             version=self.base.version,
             digest=self.base.digest,
             examples=len(shard.train),
-            A={module: pair.A for module, pair in trained.items()} if "A" in broadcast.train else {},
-            B={module: pair.B for module, pair in trained.items()} if "B" in broadcast.train else {},
+            factors=select_factors(trained, wire.up, broadcast.seed),
             heads=self.model.head_tensors(),
             metrics=metrics,
         ).to_bytes()
+
+    @contextmanager
+    def _tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:
+        """The part of the global product that this client can't hold, in its base for as long as it trains."""
+        if not tail:
+            yield
+            return
+        total = {module: matrix.clone() for module, matrix in self.base.total.items()}
+        fold(total, tail)
+        self.model.set_patch(total)
+        try:
+            yield
+        finally:
+            self.model.set_patch(self.base.total)

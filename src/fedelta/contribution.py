@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair, Shapes
+from fedelta.adapter import Adapter, LoraPair, Shapes, draw_basis
 from fedelta.errors import BadUpdate
 from fedelta.messages import Broadcast, ClientUpdate
 
@@ -23,6 +23,7 @@ class Contribution:
         client: its id.
         weight: w_i, not normalised.
         adapter: s_i·B_i·A_i of every module.
+        indices: which rank indices of the global adapter it trained, (r_i,); None is the first r_i.
         heads: name → tensor.
         metrics: finite numbers by name.
     """
@@ -30,6 +31,7 @@ class Contribution:
     client: str
     weight: float
     adapter: Adapter
+    indices: Tensor | None = None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -55,10 +57,13 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
     def refuse(reason: str) -> BadUpdate:
         return BadUpdate(sent.client, reason)
 
-    for name in ("client", "round", "rank", "scale"):
+    for name in ("client", "round", "scale"):
         found, expected = getattr(update, name), getattr(sent, name)
         if found != expected:
             raise refuse(f"its update says {name} {found}, expected {expected}")
+    lowest = 1 if sent.wire.prune else sent.rank
+    if type(update.rank) is not int or not lowest <= update.rank <= sent.rank:
+        raise refuse(f"its update says rank {str(update.rank)[:20]}, expected {sent.rank}")
     if (update.version, update.digest) != (sent.patch.end, sent.patch.digests[sent.patch.end]):
         raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
     if type(update.examples) is not int or not 1 <= update.examples <= MOST_EXAMPLES:
@@ -66,33 +71,45 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
     for name, value in update.metrics.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise refuse(f"it reports {name} {value!r}, expected a finite number")
-    start = sent.adapter(shapes)
-    factors: dict[str, dict[str, Tensor]] = {}
-    for factor, found in (("A", update.A), ("B", update.B)):
-        wanted = {module: getattr(pair, factor) for module, pair in start.items()}
-        if factor in sent.train:
-            _same_tensors(found, wanted, f"{factor} of module", refuse)
-        elif found:
-            raise refuse(f"it sent {factor}, which was frozen in this round")
-        factors[factor] = dict(found) or wanted
-    _same_tensors(update.heads, sent.heads, "head", refuse)
-    pairs = {m: LoraPair(factors["A"][m], factors["B"][m], sent.scale) for m in shapes}
+    start = sent.adapter(shapes).truncate(update.rank)
+    if set(update.factors) != sent.wire.up:
+        found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.wire.up))
+        raise refuse(f"it sent the factors {found}, expected {expected}")
+    pairs = dict(start)
+    for name, found in update.factors.items():
+        wanted = {module: _expected_shape(name, pair) for module, pair in start.items()}
+        _same_tensors(found, wanted, f"{name} of module", refuse)
+        for module, tensor in found.items():
+            pair = pairs[module]
+            if name == "A":
+                pairs[module] = LoraPair(tensor, pair.B, pair.scale)
+            else:
+                B = tensor if name == "B" else draw_basis(module, pair.shape[0], pair.rank, sent.seed) @ tensor
+                pairs[module] = LoraPair(pair.A, B, pair.scale)
+    heads = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sent.heads.items()}
+    _same_tensors(update.heads, heads, "head", refuse)
     w = update.examples if weight is None else weight
-    return Contribution(sent.client, w, Adapter(pairs), update.heads, update.metrics)
+    indices = None if sent.indices is None else torch.tensor(sent.indices)
+    return Contribution(sent.client, w, Adapter(pairs), indices, update.heads, update.metrics)
+
+
+def _expected_shape(factor: str, pair: LoraPair) -> tuple[tuple[int, ...], torch.dtype]:
+    shapes = {"A": tuple(pair.A.shape), "B": tuple(pair.B.shape), "core": (pair.rank, pair.rank)}
+    return shapes[factor], pair.B.dtype
 
 
 def _same_tensors(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, refuse: Callable[[str], BadUpdate]
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    what: str,
+    refuse: Callable[[str], BadUpdate],
 ) -> None:
     if set(found) != set(wanted):
         missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         raise refuse(f"{what} {missing[0]} is missing" if missing else f"{what} {extra[0]} was not asked for")
     for name, tensor in found.items():
-        expected = wanted[name]
-        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            raise refuse(
-                f"{what} {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected {expected.dtype} {tuple(expected.shape)}"
-            )
+        shape, dtype = wanted[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise refuse(f"{what} {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
         if not _finite(tensor):
             raise refuse(f"{what} {name} holds NaN or infinite values")

@@ -1,11 +1,12 @@
 """What a run leaves to the world: one PEFT adapter, or a merged model, equal to the server's global model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.atomic import new_folder
-from fedelta.lowrank import LowRank
+from fedelta.lowrank import Dense, add
 from fedelta.model import LoraModel
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_io import write_adapter
@@ -24,10 +25,7 @@ def single_adapter(state: ServerState, scale: float) -> Adapter:
     base.apply(state.log.since(0))
     pairs = {}
     for module, product in state.method.adapter.products().items():
-        terms = [product]
-        if module in base.total:
-            terms.append(LowRank.from_dense(base.total[module]))
-        whole = LowRank.sum(terms).recompress()
+        whole = (add([product, Dense(base.total[module])]) if module in base.total else product).recompress()
         # PEFT knows no rank 0: a module that nobody changed keeps one rank index of zeros.
         pairs[module] = LoraPair(whole.V, whole.U) if whole.width else state.method.adapter[module].truncate(1)
     return Adapter(pairs)
@@ -36,6 +34,19 @@ def single_adapter(state: ServerState, scale: float) -> Adapter:
 def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float) -> Adapter:
     """Write the global model as one PEFT folder and return its adapter."""
     adapter = single_adapter(state, scale)
+    _write(folder, adapter, state, model)
+    return adapter
+
+
+def export_personal(folder: Path, state: ServerState, model: LoraModel, adapters: Mapping[str, Adapter]) -> Adapter:
+    """Write one PEFT folder a client, under its name, and return the largest adapter."""
+    with new_folder(folder) as temporary:
+        for client, adapter in adapters.items():
+            _write(temporary / client, adapter, state, model)
+    return max(adapters.values(), key=lambda adapter: adapter.rank)
+
+
+def _write(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel) -> None:
     write_adapter(
         folder,
         adapter,
@@ -44,7 +55,6 @@ def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: fl
         modules_to_save=model.head_modules,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
     )
-    return adapter
 
 
 def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any) -> None:

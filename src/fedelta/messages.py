@@ -1,118 +1,72 @@
 """The two messages of a round. Nothing else crosses between server and client.
 
-A message is one safetensors blob: tensors under `A/…`, `B/…`, `head/…`, `patch/…`, everything else as JSON in
-the blob's metadata. Bytes are counted from that blob, never estimated. Pickle is never read.
+A message is one safetensors blob: tensors under `A/…`, `B/…`, `core/…`, `tail/…`, `head/…`, `patch/…`, everything
+else as JSON in the blob's metadata.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair, Shapes, draw_A
+from fedelta.adapter import Adapter, LoraPair, Shapes, draw_A, draw_basis
 from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lowrank import LowRank
-from fedelta.patch_log import Patch, PatchDelta
-
-METADATA_KEY = "fedelta"
-
-
-class ByteCount(NamedTuple):
-    """Bytes of serialised messages by content; `overhead` is names, shapes and metadata."""
-
-    adapter: int = 0
-    heads: int = 0
-    patch: int = 0
-    overhead: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-    def plus(self, other: "ByteCount") -> "ByteCount":
-        return ByteCount(*(a + b for a, b in zip(self, other, strict=True)))
+from fedelta.packing import (
+    nothing_left,
+    pack,
+    patch_tensors,
+    products_to_tensors,
+    take_patches,
+    take_prefix,
+    take_products,
+    unpack,
+    with_prefix,
+)
+from fedelta.patch_log import PatchDelta
 
 
-def _header(blob: bytes) -> dict[str, Any]:
-    length = int.from_bytes(blob[:8], "little")
-    if len(blob) < 8 or length > len(blob) - 8:
-        raise FedeltaError(f"truncated message: {len(blob)} bytes, its header alone claims {length}")
-    try:
-        header = json.loads(blob[8 : 8 + length])
-    except ValueError as error:
-        raise FedeltaError("damaged message: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise FedeltaError(f"damaged message: its header is a {type(header).__name__}, expected names and shapes")
-    return header
+class Wire(NamedTuple):
+    """Which factors of B·A cross in a round: out of "A", "B", and "core", the r×r matrix C of B = basis·C.
 
-
-def count_bytes(blob: bytes) -> ByteCount:
-    """Bytes of a message by content, read from its own header."""
-    sizes = {"A": 0, "B": 0, "head": 0, "patch": 0}
-    for key, entry in _header(blob).items():
-        if key != "__metadata__":
-            begin, end = entry["data_offsets"]
-            sizes[key.split("/", 1)[0]] += end - begin
-    return ByteCount(sizes["A"] + sizes["B"], sizes["head"], sizes["patch"], len(blob) - sum(sizes.values()))
-
-
-def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
-    """Tensors and JSON facts as one safetensors blob; equal content gives equal bytes."""
-    contiguous = {key: tensors[key].detach().contiguous() for key in sorted(tensors)}
-    return safetensors.torch.save(contiguous, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
-
-
-def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts of a blob.
-
-    Raises:
-        FedeltaError: if the blob is truncated or is not one of ours.
+    Args:
+        down: what the server sends; a missing A or basis is drawn from the seed, a missing B is zero.
+        train: what a client trains.
+        up: what it sends back.
+        keep: what it keeps for its next round, and prefers to what `down` leaves out.
+        prune: whether it may send a lower rank than it was given.
     """
-    metadata = _header(blob).get("__metadata__") or {}
-    if METADATA_KEY not in metadata:
-        raise FedeltaError("not a fedelta message: its metadata lacks the key 'fedelta'")
-    try:
-        return safetensors.torch.load(blob), json.loads(metadata[METADATA_KEY])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise FedeltaError(f"damaged message: {error}") from error
+
+    down: frozenset[str] = frozenset("AB")
+    train: frozenset[str] = frozenset("AB")
+    up: frozenset[str] = frozenset("AB")
+    keep: frozenset[str] = frozenset()
+    prune: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value if isinstance(value, bool) else sorted(value) for key, value in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Wire":
+        sets = {key: frozenset(value) for key, value in data.items() if key != "prune"}
+        return cls(**sets, prune=bool(data["prune"]))
 
 
-def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+def core_of(module: str, B: Tensor, seed: int) -> Tensor:
+    """C (r, r) of a B = basis·C whose basis was drawn from this seed."""
+    basis = draw_basis(module, B.shape[0], B.shape[1], seed)
+    return (basis.T.double() @ B.double()).to(B.dtype)
 
 
-def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take out, and remove, every tensor under a prefix; what nobody takes is an error in the end."""
-    return {key.removeprefix(f"{prefix}/"): tensors.pop(key) for key in list(tensors) if key.startswith(f"{prefix}/")}
-
-
-def patch_tensors(entries: Mapping[int, Patch], total: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Base patches under `patch/…`, as messages and checkpoints hold them."""
-    tensors = with_prefix("patch/total", total or {})
-    for version, patch in entries.items():
-        tensors |= with_prefix(f"patch/{version}/U", {module: product.U for module, product in patch.items()})
-        tensors |= with_prefix(f"patch/{version}/V", {module: product.V for module, product in patch.items()})
-    return tensors
-
-
-def take_patches(
-    versions: Iterable[int], tensors: dict[str, Tensor]
-) -> tuple[dict[int, dict[str, LowRank]], dict[str, Tensor]]:
-    """Take out what `patch_tensors` put in: the entries of these versions, and the dense sum (empty without one)."""
-    entries = {}
-    for version in versions:
-        U, V = take_prefix(f"patch/{version}/U", tensors), take_prefix(f"patch/{version}/V", tensors)
-        entries[version] = {module: LowRank(U[module], V[module]) for module in U}
-    return entries, take_prefix("patch/total", tensors)
-
-
-def _nothing_left(kind: str, tensors: Mapping[str, Tensor]) -> None:
-    if tensors:
-        raise FedeltaError(f"{kind} holds tensors that nothing reads: {', '.join(sorted(tensors)[:3])}")
+def select_factors(adapter: Adapter, names: frozenset[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    """The named factors of an adapter, as a message holds them: name → module → tensor."""
+    factors: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(names)}
+    for module, pair in adapter.items():
+        for name, found in factors.items():
+            found[module] = {"A": pair.A, "B": pair.B}[name] if name != "core" else core_of(module, pair.B, seed)
+    return factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +78,14 @@ class Broadcast:
         round: counted from 0.
         rank: r_i.
         scale: s_i, by which the client's LoRA layers multiply B·A.
-        train: which factors the client trains, out of "A" and "B".
-        A: module → (r_i, n). Empty when the client is to draw A from `seed_A`.
-        B: module → (m, r_i), to be used with `scale`.
-        seed_A: seed of `draw_A`, or None when A is in the message.
+        method: name and options, for what a method does at the client.
+        wire: which factors are here, trained, sent back and kept.
+        factors: "A" → module → (r_i, n), "B" → (m, r_i) to be used with `scale`, "core" → (r_i, r_i).
+        seed: of whatever the client draws itself.
         heads: name → tensor, the trained modules outside LoRA.
         patch: what the client's base has not seen.
+        tail: module → what is added to the base in this round only.
+        indices: which rank indices of the global adapter these are; None is the first.
         wants_validation: whether the client is to report the loss on its own held-out part.
     """
 
@@ -137,42 +93,62 @@ class Broadcast:
     round: int
     rank: int
     scale: float
-    train: frozenset[str]
-    A: Mapping[str, Tensor]
-    B: Mapping[str, Tensor]
+    method: Mapping[str, Any]
+    wire: Wire
+    factors: Mapping[str, Mapping[str, Tensor]]
+    seed: int
     heads: Mapping[str, Tensor]
     patch: PatchDelta
-    seed_A: int | None = None
+    tail: Mapping[str, LowRank] = field(default_factory=dict)
+    indices: tuple[int, ...] | None = None
     wants_validation: bool = False
 
-    def adapter(self, shapes: Shapes) -> Adapter:
-        """The adapter that the client starts from, A drawn from the seed where it was not sent.
+    def adapter(self, shapes: Shapes, kept: Adapter | None = None) -> Adapter:
+        """The adapter that the client starts from, with what it draws or keeps itself where nothing was sent.
 
         Args:
             shapes: the client's own adapted layers.
+            kept: the adapter it ended its last round with, if it keeps factors.
 
         Raises:
             FedeltaError: if a module is missing, unknown or of another shape.
         """
-        if set(self.B) != set(shapes):
-            odd = sorted(set(self.B) ^ set(shapes))[0]
-            raise FedeltaError(f"broadcast and model differ in adapted modules, first: {odd}")
+        for name in self.wire.down:
+            if set(self.factors[name]) != set(shapes):
+                odd = sorted(set(self.factors[name]) ^ set(shapes))[0]
+                raise FedeltaError(f"broadcast and model differ in adapted modules, first: {odd}")
         pairs = {}
         for module, (m, n) in shapes.items():
-            A = draw_A(module, self.rank, n, self.seed_A) if self.seed_A is not None else self.A[module]
-            pairs[module] = LoraPair(A, self.B[module], self.scale)
-            if pairs[module].shape != (m, n) or pairs[module].rank != self.rank:
+            A, B = self._A(module, n), self._B(module, m, kept)
+            if A.shape != (self.rank, n) or B.shape != (m, self.rank):
                 raise FedeltaError(
-                    f"module {module}: broadcast A {tuple(A.shape)}, B {tuple(self.B[module].shape)} "
+                    f"module {module}: broadcast A {tuple(A.shape)}, B {tuple(B.shape)} "
                     f"does not fit a {m}×{n} layer at rank {self.rank}"
                 )
+            pairs[module] = LoraPair(A, B, self.scale)
         return Adapter(pairs)
 
+    def _A(self, module: str, n: int) -> Tensor:
+        if "A" in self.wire.down:
+            return self.factors["A"][module]
+        return draw_A(module, self.rank, n, self.seed)
+
+    def _B(self, module: str, m: int, kept: Adapter | None) -> Tensor:
+        if "B" in self.wire.down:
+            return self.factors["B"][module]
+        if "core" in self.wire.down:
+            return draw_basis(module, m, self.rank, self.seed) @ self.factors["core"][module]
+        if kept is not None and "B" in self.wire.keep:
+            # A client that has been promoted since keeps what it has; its new columns are zero.
+            B = kept[module].with_scale(self.scale).B[:, : self.rank]
+            return torch.nn.functional.pad(B, (0, self.rank - B.shape[1]))
+        return torch.zeros(m, self.rank)
+
     def to_bytes(self) -> bytes:
-        tensors = with_prefix("A", self.A) | with_prefix("B", self.B) | with_prefix("head", self.heads)
-        tensors |= patch_tensors(self.patch.entries, self.patch.total)
-        facts = {name: getattr(self, name) for name in ("client", "round", "rank", "scale", "seed_A")}
-        facts |= {"train": sorted(self.train), "wants_validation": self.wants_validation}
+        tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
+        tensors |= products_to_tensors("tail", self.tail) | patch_tensors(self.patch.entries, self.patch.total)
+        names = ("client", "round", "rank", "scale", "method", "seed", "indices", "wants_validation")
+        facts = {name: getattr(self, name) for name in names} | {"wire": self.wire.to_json()}
         facts["patch"] = {
             "start": self.patch.start,
             "end": self.patch.end,
@@ -194,10 +170,27 @@ class Broadcast:
             entries,
             total if log["dense"] else None,
         )
-        facts["train"] = frozenset(facts["train"])
-        A, B, heads = (take_prefix(prefix, tensors) for prefix in ("A", "B", "head"))
-        _nothing_left("broadcast", tensors)
-        return cls(A=A, B=B, heads=heads, patch=delta, **facts)
+        wire = Wire.from_json(facts.pop("wire"))
+        indices = facts.pop("indices")
+        message = cls(
+            factors=_take_factors(wire.down, tensors),
+            wire=wire,
+            heads=take_prefix("head", tensors),
+            tail=take_products("tail", tensors),  # type: ignore[arg-type]
+            indices=None if indices is None else tuple(indices),
+            patch=delta,
+            **facts,
+        )
+        nothing_left("broadcast", tensors)
+        return message
+
+
+def _factor_tensors(factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: tensor for name, found in factors.items() for key, tensor in with_prefix(name, found).items()}
+
+
+def _take_factors(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {name: take_prefix(name, tensors) for name in sorted(names)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,11 +198,11 @@ class ClientUpdate:
     """One client to the server: the factors it trained, and how it went.
 
     Args:
-        client, round, rank, scale: as in the broadcast that it answers.
+        client, round, scale: as in the broadcast that it answers.
+        rank: likewise, or lower if the client pruned itself.
         version, digest: the base it trained on.
         examples: number of training examples, its weight.
-        A: module → (r_i, n) as trained; empty if A was frozen.
-        B: module → (m, r_i) as trained; empty if B was frozen.
+        factors: as trained: "A" → module → (r_i, n), "B" → (m, r_i), "core" → (r_i, r_i).
         heads: name → tensor.
         metrics: e.g. `train_loss`, `validation_loss`.
     """
@@ -221,15 +214,15 @@ class ClientUpdate:
     version: int
     digest: str
     examples: int
-    A: Mapping[str, Tensor]
-    B: Mapping[str, Tensor]
+    factors: Mapping[str, Mapping[str, Tensor]]
     heads: Mapping[str, Tensor]
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        tensors = with_prefix("A", self.A) | with_prefix("B", self.B) | with_prefix("head", self.heads)
+        tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
         names = ("client", "round", "rank", "scale", "version", "digest", "examples")
-        return pack(tensors, {name: getattr(self, name) for name in names} | {"metrics": dict(self.metrics)})
+        facts = {name: getattr(self, name) for name in names}
+        return pack(tensors, facts | {"metrics": dict(self.metrics), "factors": sorted(self.factors)})
 
     @classmethod
     def from_bytes(cls, blob: bytes, sender: str) -> "ClientUpdate":
@@ -240,8 +233,9 @@ class ClientUpdate:
         """
         try:
             tensors, facts = unpack(blob)
-            A, B, heads = (take_prefix(prefix, tensors) for prefix in ("A", "B", "head"))
-            _nothing_left("update", tensors)
-            return cls(A=A, B=B, heads=heads, **facts)
-        except (FedeltaError, TypeError) as error:
+            factors = _take_factors(facts.pop("factors"), tensors)
+            heads = take_prefix("head", tensors)
+            nothing_left("update", tensors)
+            return cls(factors=factors, heads=heads, **facts)
+        except (FedeltaError, TypeError, KeyError) as error:
             raise BadUpdate(sender, str(error)) from error

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from fedelta.adapter import Adapter, LoraPair, ScaleRule
+from fedelta.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.base_model import find_heads
 from fedelta.errors import FedeltaError
 from fedelta.settings import Settings
@@ -140,13 +141,16 @@ class LoraModel:
         }
 
     @torch.no_grad()
-    def load(self, adapter: Adapter, heads: Mapping[str, Tensor], train: Iterable[str] = ("A", "B")) -> None:
+    def load(
+        self, adapter: Adapter, heads: Mapping[str, Tensor], train: Iterable[str] = ("A", "B"), seed: int = 0
+    ) -> None:
         """Make this adapter and these heads the ones that the model runs and trains.
 
         Args:
             adapter: of one rank in all modules; its scale becomes the layers' scaling.
             heads: as from `head_tensors`.
-            train: which factors require gradients, out of "A" and "B". Heads always do.
+            train: which factors require gradients, out of "A", "B" and "core". Heads always do.
+            seed: of the basis Q of a core C, where B = Q·C and C alone is trained.
 
         Raises:
             FedeltaError: unless every layer and head gets exactly one tensor of its shape.
@@ -162,12 +166,17 @@ class LoraModel:
             self._prepare_heads()
         for module, pair in adapter.items():
             layer = self.layers[module]
+            if parametrize.is_parametrized(layer.lora_B[self.active]):
+                parametrize.remove_parametrizations(layer.lora_B[self.active], "weight")
             _copy(layer.lora_A[self.active].weight, pair.A, f"A of module {module}")
             _copy(layer.lora_B[self.active].weight, pair.B, f"B of module {module}")
             layer.scaling[self.active] = pair.scale
             # After set_adapter, which turns gradients on: frozen must mean frozen.
             layer.lora_A[self.active].weight.requires_grad_("A" in train)
-            layer.lora_B[self.active].weight.requires_grad_("B" in train)
+            layer.lora_B[self.active].weight.requires_grad_(bool(train & {"B", "core"}))
+            if "core" in train:
+                basis = _Basis(draw_basis(module, pair.shape[0], pair.rank, seed).to(self.device))
+                parametrize.register_parametrization(layer.lora_B[self.active], "weight", basis, unsafe=True)
         left = dict(heads)
         for name, wrapper in self._head_wrappers.items():
             for key, tensor in wrapper.modules_to_save[self.active].state_dict().items():
@@ -178,17 +187,21 @@ class LoraModel:
         if left:
             raise FedeltaError(f"head {sorted(left)[0]} was received, but the model has no such head")
 
-    def read(self) -> Adapter:
-        """Copies of the active A and B on the CPU, with their scale."""
+    def live(self) -> Adapter:
+        """The active A and B themselves, with their gradients: what a penalty is a function of."""
         return Adapter(
             {
                 module: LoraPair(
-                    layer.lora_A[self.active].weight.detach().cpu().clone(),
-                    layer.lora_B[self.active].weight.detach().cpu().clone(),
-                    layer.scaling[self.active],
+                    layer.lora_A[self.active].weight, layer.lora_B[self.active].weight, layer.scaling[self.active]
                 )
                 for module, layer in self.layers.items()
             }
+        )
+
+    def read(self) -> Adapter:
+        """Copies of the active A and B on the CPU, with their scale."""
+        return self.live().map(
+            lambda pair: LoraPair(pair.A.detach().cpu().clone(), pair.B.detach().cpu().clone(), pair.scale)
         )
 
     @torch.no_grad()
@@ -219,6 +232,20 @@ class LoraModel:
             return (output.float() + inputs[0].float() @ self._patch[module].T).to(output.dtype)
 
         return add_patch
+
+
+class _Basis(nn.Module):
+    """B = Q·C with Q fixed: the parameter that trains is C, (r, r)."""
+
+    def __init__(self, Q: Tensor) -> None:
+        super().__init__()
+        self.Q = Q
+
+    def forward(self, C: Tensor) -> Tensor:
+        return self.Q @ C
+
+    def right_inverse(self, B: Tensor) -> Tensor:
+        return self.Q.T @ B
 
 
 def _named_modules(base: Any, names: tuple[str, ...] | None) -> list[str]:

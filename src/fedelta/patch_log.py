@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fedelta.adapter import Shapes
 from fedelta.errors import FedeltaError
-from fedelta.lowrank import LowRank
+from fedelta.lowrank import Product
 
-Patch = Mapping[str, LowRank]
+Patch = Mapping[str, Product]
 """Module name → what is added to its base weight, out×in."""
 
 
@@ -36,8 +36,8 @@ def _digest(previous: str, patch: Patch) -> str:
     sha = hashlib.sha256(previous.encode())
     for module in sorted(patch):
         sha.update(module.encode())
-        for factor in (patch[module].U, patch[module].V):
-            sha.update(str(tuple(factor.shape)).encode())
+        for part, factor in patch[module].tensors.items():
+            sha.update(f"{part}{tuple(factor.shape)}".encode())
             sha.update(factor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -98,7 +98,7 @@ class PatchLog:
         if not patch:
             return self
         # One memory layout on both sides: BLAS may round a transposed operand differently.
-        patch = {m: LowRank(p.U.contiguous(), p.V.contiguous()) for m, p in sorted(patch.items())}
+        patch = {module: product.contiguous() for module, product in sorted(patch.items())}
         entries = {**self.entries, self.version + 1: patch}
         total = self.total
         if total is not None:

@@ -3,12 +3,14 @@
 import functools
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedelta.adapter import Adapter
 from fedelta.base_model import load_base, load_tokenizer, longest_text
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
@@ -17,11 +19,11 @@ from fedelta.data import Corpus, build_corpus, build_data, label_classes
 from fedelta.engines import Observer
 from fedelta.engines.local import LocalEngine
 from fedelta.errors import FedeltaError
-from fedelta.export import export_adapter, export_merged
+from fedelta.export import export_adapter, export_merged, export_personal
 from fedelta.methods import make_method
 from fedelta.model import LoraModel
 from fedelta.seeds import derive_seed
-from fedelta.server import Server
+from fedelta.server import Server, ServerState
 from fedelta.tracking import Result, RunFolder
 
 
@@ -76,29 +78,32 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     folder = RunFolder(config.folder, config.dump())
     server = make_server(config)
     if resume:
-        state = folder.resume()
+        checkpoint = folder.resume()
         result = folder.result()
         if result is not None:
             observer.run_started(_title(config), config.rounds, config.rounds)
             return Run(config, folder, folder.records(), result)
     else:
         folder.refuse_existing()
-        state = None
+        checkpoint = None
     corpus, tokenizer = _corpus(_corpus_key(config))
     data = build_data(corpus, config.data, config.partition, config.seed)
     model = make_model(config, len(data.classes), tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
-    if state is None:
+    if checkpoint is None:
         state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
         folder.begin(state)
-    elif state.log.shapes != model.shapes or set(state.ranks) != set(data.shards):
-        raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
+    else:
+        state = checkpoint.state
+        if state.log.shapes != model.shapes or set(state.ranks) != set(data.shards):
+            raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
     trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
+    trainer.kept.update(checkpoint.kept if checkpoint else {})
     engine = LocalEngine(server, trainer, data.shards, data.validation, folder, observer)
     observer.run_started(_title(config), state.round, config.rounds)
     state = engine.run(state, config.rounds, config.evaluation.every)
-    exported = export_adapter(folder.adapter_folder, state, model, server.scale(state.method.adapter.rank))
+    exported = _export(folder.adapter_folder, server, state, trainer.kept, model)
     records = folder.records()
     finished: Result = {
         "method": config.method.name,
@@ -201,6 +206,13 @@ def in_order(runs: list[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: (order.get(run.config.method.name, len(order)), run.config.seed))
 
 
+def _export(folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel) -> Adapter:
+    """The global model as one adapter, or each client's own where there is no global one."""
+    if server.method.personal:
+        return export_personal(folder, state, model, server.personal_adapters(state, kept))
+    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank))
+
+
 def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[str]:
     """Write the model of a run's checkpoint as a PEFT adapter, a merged model, or both.
 
@@ -215,14 +227,17 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[
     for output in (adapter, merged):
         if output is not None and output.exists():
             raise FedeltaError(f"{output} exists already")
-    state, data = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
+    state, data, kept = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
     config = parse_config(data, str(folder))
+    server = make_server(config)
+    if merged and server.method.personal:
+        raise FedeltaError(f"--merged: method {server.method.name} has no global model; --adapter writes one a client")
     tokenizer = load_tokenizer(config.model)
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         target = adapter or Path(scratch) / "adapter"
         model = make_model(config, len(state.classes), tokenizer)
-        exported = export_adapter(target, state, model, make_server(config).scale(state.method.adapter.rank))
+        exported = _export(target, server, state, kept, model)
         if adapter:
             lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters")
         if merged:

@@ -13,12 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedelta.adapter import ScaleRule, Shapes, lora_scale
-from fedelta.contribution import Contribution, receive
-from fedelta.deviation import deviation
-from fedelta.errors import BadUpdate, FedeltaError
-from fedelta.messages import Broadcast, ClientUpdate
-from fedelta.methods.method import Method, MethodState
+from fedelta.adapter import Adapter, ScaleRule, Shapes, lora_scale
+from fedelta.deviation import DeviationMeter
+from fedelta.errors import FedeltaError
+from fedelta.intake import Intake, Reply
+from fedelta.messages import Broadcast, select_factors
+from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.patch_log import PatchLog
 from fedelta.ranks import RankSettings, initial_ranks, promote, quota
 from fedelta.seeds import derive_seed
@@ -34,6 +34,8 @@ class FederationSettings(Settings):
         weighting: p_i by number of examples, all equal, or one weight for each client in the order of names.
         on_bad_update: skip a client whose update can't be used, or stop the run.
         min_clients: fewer usable updates than this stop the run.
+        deviation: measure each round what averaging A and B apart would lose; in rounds of hundreds of clients that
+            costs the memory of one dense sum a layer.
     """
 
     participation: float = Field(default=1.0, gt=0, le=1)
@@ -41,6 +43,7 @@ class FederationSettings(Settings):
     weighting: Literal["examples", "uniform"] | tuple[float, ...] = "examples"
     on_bad_update: Literal["skip", "refuse"] = "skip"
     min_clients: int = Field(default=1, ge=1)
+    deviation: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +82,16 @@ class RoundOutcome:
         contributors: clients whose updates were averaged.
         skipped: client → why its update was not.
         promoted: clients that got a higher rank.
+        pruned: clients that took a lower one.
         train_loss: mean over contributors by weight, None if none reported it.
-        deviation: module → relative deviation of the factors from the mean of products.
+        deviation: module → relative deviation of the mean factors from the mean of products; empty if not measured.
         patch_width: largest width of the round's base patch, 0 without one.
     """
 
     contributors: list[str]
     skipped: dict[str, str]
     promoted: list[str]
+    pruned: list[str]
     train_loss: float | None
     deviation: dict[str, float]
     patch_width: int
@@ -177,99 +182,83 @@ class Server:
         """What this client is sent: the adapter at its rank and scale, and what its base has not seen."""
         rank = state.ranks[client]
         scale = self.scale(rank)
-        tailored = self.method.tailor(state.method, rank)
-        adapter = tailored.adapter.with_scale(scale)
+        tailored = self.method.tailor(state.method, ClientView(client, rank))
+        wire, seed = self.method.wire(state.round), state.method.seed
         return Broadcast(
             client=client,
             round=state.round,
             rank=rank,
             scale=scale,
-            train=self.method.trainable(state.round),
-            A={} if tailored.seed_A is not None else {module: pair.A for module, pair in adapter.items()},
-            B={module: pair.B for module, pair in adapter.items()},
-            seed_A=tailored.seed_A,
+            method={"name": self.method.name, "options": self.method.options},
+            wire=wire,
+            factors=select_factors(tailored.adapter.with_scale(scale), wire.down, seed),
+            seed=seed,
+            tail=tailored.tail,
+            indices=None if tailored.indices is None else tuple(tailored.indices.tolist()),
             heads=state.heads,
             patch=state.log.since(state.versions[client]),
             wants_validation=self.ranks.allocation == "loss" and client not in state.first_losses,
         )
 
-    def step(
-        self,
-        state: ServerState,
-        sent: Mapping[str, Broadcast],
-        replies: Mapping[str, ClientUpdate | Exception],
-    ) -> tuple[ServerState, RoundOutcome]:
+    def personal_adapters(self, state: ServerState, kept: Mapping[str, Adapter]) -> dict[str, Adapter]:
+        """Client → the adapter that it would go on from: the common factors, and those it keeps."""
+        return {
+            client: self.broadcast(state, client).adapter(state.log.shapes, kept.get(client))
+            for client in sorted(state.ranks)
+        }
+
+    def step(self, state: ServerState, replies: Iterable[Reply]) -> tuple[ServerState, RoundOutcome]:
         """One round: check the replies, aggregate, append the patch, allocate ranks.
 
         Args:
             state: as broadcast.
-            sent: client → the broadcast it was sent.
-            replies: client → its update, or why there is none.
+            replies: consumed one at a time; an update is folded in and dropped, so memory does not grow with the
+                number of clients. Their order matters to rounding.
 
         Raises:
             FedeltaError: if fewer than `min_clients` updates can be used, or on the first bad one if the
                 setting says refuse.
         """
-        contributions, skipped = self._receive(state, sent, replies)
-        if len(contributions) < self.settings.min_clients:
-            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(skipped.items())[:3])
+        meter = DeviationMeter(state.method.adapter) if self.settings.deviation else None
+        refuse = self.settings.on_bad_update == "refuse"
+        intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, meter, refuse)
+        before = replace(state.method, ranks=frozenset(state.ranks.values()))
+        method, patch = self.method.step(before, intake.contributions())
+        self._check_result(state, intake, method)
+        ranks = promote({**state.ranks, **intake.pruned}, state.first_losses, intake.losses, self.ranks)
+        outcome = RoundOutcome(
+            contributors=intake.contributors,
+            skipped=intake.skipped,
+            promoted=sorted(client for client in ranks if ranks[client] > state.ranks[client]),
+            pruned=sorted(intake.pruned),
+            train_loss=intake.mean_loss(),
+            deviation=meter.read() if meter else {},
+            patch_width=max((product.width for product in patch.values()), default=0),
+        )
+        # A client that failed may or may not have folded what it was sent; it skips what it already has.
+        return ServerState(
+            method=method,
+            heads=intake.mean_heads(),
+            classes=state.classes,
+            log=state.log.append(patch),
+            ranks=ranks,
+            versions={**state.versions, **intake.versions},
+            first_losses={**state.first_losses, **intake.losses},
+        ), outcome
+
+    def _check_result(self, state: ServerState, intake: Intake, method: MethodState) -> None:
+        usable = len(intake.contributors)
+        if usable < self.settings.min_clients:
+            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(intake.skipped.items())[:3])
             raise FedeltaError(
-                f"round {state.round}: {len(contributions)} usable updates, "
+                f"round {state.round}: {usable} usable updates, "
                 f"expected at least {self.settings.min_clients} ({reasons})"
             )
-        method, patch = self.method.aggregate(state.method, contributions)
         for module, pair in method.adapter.items():
             if not bool(torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
                 raise FedeltaError(
                     f"round {state.round}: the mean of module {module} is not finite; updates are too large"
                 )
-        newcomers = {
-            c.client: c.metrics["validation_loss"]
-            for c in contributions
-            if sent[c.client].wants_validation and "validation_loss" in c.metrics
-        }
-        ranks = promote(state.ranks, state.first_losses, newcomers, self.ranks)
-        outcome = RoundOutcome(
-            contributors=[c.client for c in contributions],
-            skipped=skipped,
-            promoted=sorted(client for client in ranks if ranks[client] != state.ranks[client]),
-            train_loss=_mean_loss(contributions),
-            deviation=deviation(contributions, method.adapter, self.method.absent(state.method, method)),
-            patch_width=max((product.width for product in patch.values()), default=0),
-        )
-        log = state.log.append(patch)
-        # A client that failed may or may not have folded what it was sent; it skips what it already has.
-        versions = {**state.versions, **{c.client: sent[c.client].patch.end for c in contributions}}
-        return ServerState(
-            method=replace(method, round=state.round + 1),
-            heads=_mean_heads(contributions, state.heads),
-            classes=state.classes,
-            log=log,
-            ranks=ranks,
-            versions=versions,
-            first_losses={**state.first_losses, **newcomers},
-        ), outcome
-
-    def _receive(
-        self,
-        state: ServerState,
-        sent: Mapping[str, Broadcast],
-        replies: Mapping[str, ClientUpdate | Exception],
-    ) -> tuple[list[Contribution], dict[str, str]]:
-        contributions, skipped = [], {}
-        weights = self._weights(state)
-        for client in sorted(sent):
-            reply = replies.get(client, TimeoutError("no reply"))
-            if isinstance(reply, ClientUpdate):
-                try:
-                    contributions.append(receive(reply, sent[client], state.log.shapes, weights[client]))
-                    continue
-                except BadUpdate as error:
-                    reply = error
-            if isinstance(reply, BadUpdate) and self.settings.on_bad_update == "refuse":
-                raise reply
-            skipped[client] = reply.reason if isinstance(reply, BadUpdate) else f"{type(reply).__name__}: {reply}"
-        return contributions, skipped
 
     def _weights(self, state: ServerState) -> dict[str, float | None]:
         """w_i of each client, in the order of names; None is its number of examples."""
@@ -277,19 +266,3 @@ class Server:
         if isinstance(weighting, tuple):
             return dict(zip(clients, weighting, strict=True))
         return dict.fromkeys(clients, None if weighting == "examples" else 1.0)
-
-
-def _mean_heads(contributions: list[Contribution], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    total = sum(c.weight for c in contributions)
-    heads = {}
-    for name, tensor in before.items():
-        sums = torch.zeros_like(tensor, dtype=torch.float64)
-        for c in contributions:
-            sums += c.weight * c.heads[name].double()
-        heads[name] = (sums / total).to(tensor.dtype)
-    return heads
-
-
-def _mean_loss(contributions: list[Contribution]) -> float | None:
-    losses = [(c.weight, c.metrics["train_loss"]) for c in contributions if "train_loss" in c.metrics]
-    return sum(w * loss for w, loss in losses) / sum(w for w, _ in losses) if losses else None

@@ -16,8 +16,9 @@ from typing import Any, TypedDict
 
 import yaml
 
+from fedelta.adapter import Adapter
 from fedelta.atomic import write_file
-from fedelta.checkpoint import load_checkpoint, save_checkpoint
+from fedelta.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedelta.errors import FedeltaError
 from fedelta.server import ServerState
 
@@ -84,21 +85,22 @@ class RunFolder:
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         write_file(self.rounds_file, "")
         write_file(self.timings_file, "")
-        save_checkpoint(self.checkpoint_file, state, self.config)
+        save_checkpoint(self.checkpoint_file, state, self.config, {})
 
     def refuse_existing(self) -> None:
         if self.rounds_file.exists() and self.rounds_file.stat().st_size > 0:
             raise FedeltaError(f"{self.path} holds a run already; go on with it by --resume, or choose another name=…")
 
-    def resume(self) -> ServerState | None:
-        """The state to go on from, or None if no run has begun here. Forgets rounds after the checkpoint.
+    def resume(self) -> Checkpoint | None:
+        """The checkpoint to go on from, or None if no run has begun here. Forgets rounds after the checkpoint.
 
         Raises:
             FedeltaError: if the checkpoint is damaged or was made under another configuration.
         """
         if not self.checkpoint_file.exists():
             return None
-        state, before = load_checkpoint(self.checkpoint_file)
+        checkpoint = load_checkpoint(self.checkpoint_file)
+        state, before = checkpoint.state, checkpoint.config
         changed = _first_difference(before, json.loads(json.dumps(self.config)))
         if changed:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
@@ -114,13 +116,15 @@ class RunFolder:
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         if state.round < self.config["rounds"]:
             self.result_file.unlink(missing_ok=True)
-        return state
+        return checkpoint
 
-    def finish_round(self, state: ServerState, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+    def finish_round(
+        self, state: ServerState, kept: Mapping[str, Adapter], record: Mapping[str, Any], timing: Mapping[str, Any]
+    ) -> None:
         """Make a round last. The checkpoint comes last: lines without it are dropped and made again."""
         _append(self.rounds_file, record)
         _append(self.timings_file, timing)
-        save_checkpoint(self.checkpoint_file, state, self.config)
+        save_checkpoint(self.checkpoint_file, state, self.config, kept)
 
     def finish(self, result: Result) -> None:
         write_file(self.result_file, json.dumps(result, indent=2) + "\n")

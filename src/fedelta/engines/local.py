@@ -5,14 +5,16 @@ Messages are serialised as on a wire, so that bytes are measured and a client se
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedelta.client import Trainer
 from fedelta.data import Examples, Shard
 from fedelta.engines.observer import Observer
 from fedelta.errors import BadUpdate, FedeltaError
-from fedelta.messages import Broadcast, ByteCount, ClientUpdate, count_bytes
+from fedelta.intake import Reply
+from fedelta.messages import ClientUpdate
+from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import RoundOutcome, Server, ServerState
 from fedelta.tracking import RunFolder
 from fedelta.training import evaluate
@@ -73,27 +75,32 @@ class LocalEngine:
         watch = Stopwatch()
         clients = self.server.sample(state)
         self.observer.clients_started(state.round, len(clients))
-        sent: dict[str, Broadcast] = {}
-        replies: dict[str, ClientUpdate | Exception] = {}
         down: dict[str, ByteCount] = {}
         up: dict[str, ByteCount] = {}
-        for client in clients:
-            sent[client] = self.server.broadcast(state, client)
-            blob = sent[client].to_bytes()
-            down[client] = count_bytes(blob)
-            watch.lap("messages")
-            try:
-                reply = self._answer(state, client, blob)
-                replies[client] = ClientUpdate.from_bytes(reply, client)
-                up[client] = count_bytes(reply)
-            except FedeltaError as error:
-                replies[client] = error if isinstance(error, BadUpdate) else BadUpdate(client, str(error))
-            except Exception as error:
-                # A client may fail in any way; the round goes on without it, and says so.
-                replies[client] = error
-            watch.lap("clients")
-            self.observer.client_done(client)
-        after, outcome = self.server.step(state, sent, replies)
+
+        def replies() -> Iterator[Reply]:
+            for client in clients:
+                # Whatever ran since the last reply was handed over is the server's folding it in.
+                watch.lap("aggregation")
+                sent = self.server.broadcast(state, client)
+                blob = sent.to_bytes()
+                down[client] = count_bytes(blob)
+                watch.lap("messages")
+                update: ClientUpdate | Exception
+                try:
+                    answer = self._answer(state, client, blob)
+                    update = ClientUpdate.from_bytes(answer, client)
+                    up[client] = count_bytes(answer)
+                except FedeltaError as error:
+                    update = error if isinstance(error, BadUpdate) else BadUpdate(client, str(error))
+                except Exception as error:
+                    # A client may fail in any way; the round goes on without it, and says so.
+                    update = error
+                watch.lap("clients")
+                self.observer.client_done(client)
+                yield Reply(sent, update)
+
+        after, outcome = self.server.step(state, replies())
         for client, reason in outcome.skipped.items():
             self.observer.warn(f"round {state.round}: {client} skipped: {reason}")
         watch.lap("aggregation")
@@ -101,7 +108,8 @@ class LocalEngine:
         scores = self.evaluate(after, self.validation, "validation") if evaluation_due else None
         watch.lap("evaluation")
         record = _record(state, after, outcome, scores, down, up)
-        self.folder.finish_round(after, record, {"round": state.round, "seconds": dict(watch.seconds)})
+        timing = {"round": state.round, "seconds": dict(watch.seconds)}
+        self.folder.finish_round(after, self.trainer.kept, record, timing)
         self.observer.round_done(record)
         return after
 
@@ -111,19 +119,30 @@ class LocalEngine:
         return self.trainer.answer(blob, self.shards[client])
 
     def evaluate(self, state: ServerState, examples: Examples, split: str) -> dict[str, float]:
-        """Scores of the global model: base with all patches, adapter at rank R, heads."""
+        """Scores of the global model: base with all patches, adapter at rank R, heads.
+
+        Where clients keep factors of their own there is no such model: the mean of the scores of each client's own.
+        """
         if self.trainer.base.version != state.log.version:
             raise FedeltaError(f"base is at version {self.trainer.base.version}, the server at {state.log.version}")
-        self.observer.evaluation_started(split, len(examples))
-        adapter = state.method.adapter
-        self.trainer.model.load(adapter.with_scale(self.server.scale(adapter.rank)), state.heads)
-        return evaluate(
-            self.trainer.model,
-            self.trainer.tokenizer,
-            examples,
-            self.trainer.evaluation_batch,
-            self.observer.evaluation_advanced,
-        )
+        if self.server.method.personal:
+            adapters = list(self.server.personal_adapters(state, self.trainer.kept).values())
+        else:
+            adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
+        self.observer.evaluation_started(split, len(examples) * len(adapters))
+        scores: Counter[str] = Counter()
+        for adapter in adapters:
+            self.trainer.model.load(adapter, state.heads)
+            scores.update(
+                evaluate(
+                    self.trainer.model,
+                    self.trainer.tokenizer,
+                    examples,
+                    self.trainer.evaluation_batch,
+                    self.observer.evaluation_advanced,
+                )
+            )
+        return {name: total / len(adapters) for name, total in scores.items()}
 
 
 def _record(
@@ -146,6 +165,7 @@ def _record(
         "clients": outcome.contributors,
         "skipped": outcome.skipped,
         "promoted": outcome.promoted,
+        "pruned": outcome.pruned,
         "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
         "train_loss": outcome.train_loss,
         "validation": scores,
@@ -155,7 +175,7 @@ def _record(
             client: [count.total, up[client].total if client in up else 0] for client, count in down.items()
         },
         "deviation": outcome.deviation,
-        "deviation_mean": sum(outcome.deviation.values()) / len(outcome.deviation),
+        "deviation_mean": sum(outcome.deviation.values()) / len(outcome.deviation) if outcome.deviation else None,
         "patch_width": outcome.patch_width,
         "version": after.log.version,
     }

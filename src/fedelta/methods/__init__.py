@@ -6,23 +6,37 @@ import pkgutil
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedelta.errors import FedeltaError
-from fedelta.methods.method import Method, MethodState, Tailored
+from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
 
 _REGISTRY: dict[str, type[Method]] = {}
+_ALIASES: dict[str, tuple[str, str]] = {}
 M = TypeVar("M", bound=Method)
 
 
 def register(cls: type[M]) -> type[M]:
-    """Class decorator: make the class a frozen dataclass of its options and list it under its name."""
-    method = dataclass(frozen=True)(cls)
+    """Class decorator: make the class a frozen dataclass of its options and list it under its name and aliases."""
+    method = dataclass(frozen=True, kw_only=True)(cls)
     _REGISTRY[method.name] = method
+    _ALIASES.update({alias: (method.name, paper) for alias, paper in method.aliases})
     return method
 
 
 def methods() -> dict[str, type[Method]]:
     """Name → class of every method, sorted."""
     return dict(sorted(_REGISTRY.items()))
+
+
+def aliases() -> dict[str, tuple[str, str]]:
+    """Other name → the method's name here, and the paper that has it."""
+    return dict(sorted(_ALIASES.items()))
+
+
+def resolve(name: str) -> str:
+    """The registry's name of a method that may be called by an alias, whatever the case of its letters."""
+    return _ALIASES[name.lower()][0] if name.lower() in _ALIASES else name
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -32,24 +46,46 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def make_method(name: str, **options: Any) -> Method:
-    """The method of this name with these options.
+    """The method of this name, or alias, with these options.
 
     Raises:
-        FedeltaError: for an unknown name or option, with the nearest known one.
+        FedeltaError: for an unknown name or option, with the nearest known one, or a value that an option can't have.
     """
+    name = resolve(name)
     if name not in _REGISTRY:
         known = sorted(_REGISTRY)
-        raise FedeltaError(f"unknown method {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
-    known_options = [f.name for f in fields(_REGISTRY[name])]  # type: ignore[arg-type]
+        raise FedeltaError(
+            f"unknown method {name!r}{nearest(name, known + sorted(_ALIASES))}. Known: {', '.join(known)}"
+        )
+    known_options = [f.name for f in fields(_REGISTRY[name])]
     for option in options:
         if option not in known_options:
-            listed = ", ".join(known_options) or "none"
             hint = nearest(option, known_options)
-            raise FedeltaError(f"method {name} has no option {option!r}{hint}. Its options: {listed}")
-    return _REGISTRY[name](**options)
+            raise FedeltaError(f"method {name} has no option {option!r}{hint}. Its options: {', '.join(known_options)}")
+    try:
+        return TypeAdapter(_REGISTRY[name]).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        found = first.get("input")
+        message = first["msg"].removeprefix("Value error, ")
+        raise FedeltaError(f"method {name}: {option}: {message[0].lower()}{message[1:]}, found {found!r}") from error
 
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Method", "MethodState", "Tailored", "make_method", "methods", "nearest", "register"]
+__all__ = [
+    "ClientView",
+    "Method",
+    "MethodState",
+    "Patch",
+    "Properties",
+    "Tailored",
+    "aliases",
+    "make_method",
+    "methods",
+    "nearest",
+    "register",
+    "resolve",
+]

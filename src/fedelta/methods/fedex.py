@@ -3,77 +3,96 @@
     B̄ = Σ p_i s_i B_i,   Ā = Σ p_i A_i,   ΔW_res = Σ p_i s_i B_i A_i − B̄ Ā,   W0 ← W0 + ΔW_res
 
 so that the new global weight is exactly the mean of the clients' weights. The residual is a covariance,
-Σ p_i (s_i B_i − B̄)(A_i − Ā), which in fp32 is some hundred times as accurate as the difference of products;
-and since Σ p_i (s_i B_i − B̄) = 0, any client k can stand in for Ā:
+Σ p_i (s_i B_i − B̄)(A_i − Ā), and is computed as one (`rank_moments`): closed-form factors of width (K−1)r, no SVD and
+nothing dense (docs/methods.md 2).
 
-    ΔW_res = [p_i (s_i B_i − B̄)]_{i≠k} · [A_i − A_k]_{i≠k}
+Mixed ranks (docs/methods.md 3): the factors are replication's contributor means b̄_j, ā_j. With
+cov_j = Σ_{S_j} p_i (s_i b_ij − b̄_j)(a_ij − ā_j), what goes into the base depends on the target:
 
-closed-form factors of width (K−1)r, no SVD and nothing dense (docs/methods.md 2).
+    replicated        Σ_j cov_j                                               products after replication; the default
+    rank-normalised   Σ_j cov_j / c_j                                         raFLoRA's, each index by its contributors
+    start-relative    Σ_j cov_j + (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j)              old weight + Σ p_i × what client i changed
 
-Mixed ranks (docs/methods.md 3): the factors are replication's contributor means, and what goes into
-the base is Σ_j cov_j with cov_j = Σ_{S_j} p_i (b_ij − b̄_j)(a_ij − ā_j). Taking for k a client of the largest
-rank, which contributes to every index that anybody holds, gives factors of width Σ r_i − max r_i. So the new
-weight is the mean of products after replication; it equals the plain mean of products at equal ranks. (The
-unpadded mean Σ p_i s_i B_i A_i with truncated broadcasts diverges even when nobody trains.)
+All agree at equal ranks. For the third a client folds the tail that it can't hold into its base for the round, so that
+what it changes is a change of the whole model; use it with `refresh`. (The unpadded mean Σ p_i s_i B_i A_i with
+truncated broadcasts is not offered: it diverges even when nobody trains.)
+
+The paper also cuts the residual to a rank r′ (Eckart–Young); `remainder` does that, and keeps what it cut for the
+next round.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.lowrank import LowRank
+from fedelta.lowrank import LowRank, Product, add
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState
-from fedelta.methods.rank_sums import RankSums
-
-
-def residual(clients: list[tuple[float, LoraPair]], mean: LoraPair) -> LowRank:
-    """Σ_j Σ_{S_j} p_i (s_i b_ij − b̄_j)(a_ij − ā_j) as factors of width Σ r_i − max r_i.
-
-    Args:
-        clients: (p_i, pair) with Σ p_i = 1.
-        mean: contributor means at scale 1, before rounding matters: (m, R) and (R, n).
-
-    Returns:
-        Factors in the dtype of the mean, computed in float64.
-    """
-    # Any client of the largest rank will do; the heaviest one keeps the p_i of the others, and rounding, small.
-    reference = max(range(len(clients)), key=lambda i: (clients[i][1].rank, clients[i][0]))
-    A_k = clients[reference][1].A.double()
-    m, n = mean.shape
-    U, V = [torch.zeros(m, 0, dtype=torch.float64)], [torch.zeros(0, n, dtype=torch.float64)]
-    for i, (p, pair) in enumerate(clients):
-        if i != reference:
-            U.append(p * (pair.scale * pair.B.double() - mean.B[:, : pair.rank].double()))
-            V.append(pair.A.double() - A_k[: pair.rank])
-    return LowRank(torch.cat(U, dim=1), torch.cat(V, dim=0)).to(mean.B.dtype)
+from fedelta.methods.method import ClientView, Contribution, Holds, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.remainder import cut_residuals, parse_cut
+from fedelta.rank_moments import RankMoments
 
 
 @register
 class FedEx(Method):
+    """Options: how much of the residual is sent (`exact`, `rank=q`, `energy=τ`, `bytes=N`), and its target."""
+
+    remainder: str = "exact"
+    target: Literal["replicated", "rank-normalised", "start-relative"] = "replicated"
+
     name = "fedex"
     paper = "FedEx-LoRA, arXiv 2410.09432; mixed ranks: docs/methods.md 3"
     summary = "mean of factors, and the exact residual folded into the base weight"
-    mixed_ranks = True
-    exact = "equal ranks"
-    no_op_invariant = "always"
-    gauge_invariant = "equal ranks"
-    reduces_to_fedit = "never"
-    linear = False
+    properties = Properties(exact="equal ranks", gauge_invariant="equal ranks")
+    variants = (
+        {"target": "rank-normalised"},
+        {"target": "start-relative"},
+        {"remainder": "rank=2"},
+        {"remainder": "energy=0.9"},
+        {"remainder": "bytes=500"},
+    )
 
-    def aggregate(
-        self, state: MethodState, contributions: Iterable[Contribution]
-    ) -> tuple[MethodState, dict[str, LowRank]]:
-        contributions = list(contributions)
-        sums = RankSums.of(state.adapter, contributions)
-        means, patch, pairs = sums.contributor_means(torch.float64), {}, {}
-        for module, mean in means.items():
-            dtype = state.adapter[module].B.dtype
-            pairs[module] = LoraPair(mean.A.to(dtype), mean.B.to(dtype))
-            clients = [(c.weight / sums.weight, c.adapter[module]) for c in contributions]
-            product = residual(clients, mean).to(dtype)
-            if bool(product.U.any()) and bool(product.V.any()):
-                patch[module] = product
-        return replace(state, adapter=Adapter(pairs)), patch
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_cut(self.remainder)
+
+    def holds(self) -> Properties:
+        where: Holds = "always" if self.target == "start-relative" else "equal ranks"
+        if self.remainder != "exact":
+            where = "never"
+        return self.properties._replace(exact=where, gauge_invariant=where)
+
+    @property
+    def by_module(self) -> bool:
+        return super().by_module and parse_cut(self.remainder).kind != "bytes"
+
+    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+        adapter = state.adapter.truncate(client.rank)
+        if self.target != "start-relative" or client.rank >= state.adapter.rank:
+            return Tailored(adapter)
+        rest = torch.arange(client.rank, state.adapter.rank)
+        return Tailored(adapter, {module: pair.select(rest).product() for module, pair in state.adapter.items()})
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        normalised = self.target == "rank-normalised"
+        moments = RankMoments(state.adapter, contributions, "by rank" if normalised else "total", state.ranks)
+        after = replace(state, adapter=moments.means())
+        residuals: dict[str, Product] = {}
+        for module in state.adapter:
+            residuals[module] = moments.normalised_covariance(module) if normalised else moments.covariance(module)
+            if self.target == "start-relative":
+                residuals[module] = add([residuals[module], _unchanged(module, moments, state, after)])
+        patch, memory = cut_residuals(residuals, parse_cut(self.remainder), state.memory)
+        return replace(after, memory=memory), patch
+
+
+def _unchanged(module: str, moments: RankMoments, before: MethodState, after: MethodState) -> LowRank:
+    """Σ_j (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j) over the indices that some, but not all, clients trained."""
+    c = moments.share(module)
+    partly = (c > 0) & (c < 1)
+    old, new = before.adapter[module], after.adapter[module]
+    # b⁰a⁰ − b̄ā = (b⁰ − b̄) a⁰ + b̄ (a⁰ − ā): no difference of large products.
+    rest = (1 - c).to(old.B.dtype)[partly]
+    U = torch.cat([(old.B - new.B)[:, partly] * rest, new.B[:, partly] * rest], dim=1)
+    return LowRank(U, torch.cat([old.A[partly], (old.A - new.A)[partly]]))

@@ -8,10 +8,9 @@ Inexact: Σ p_i s_i B_i A_i ≠ B̄ Ā as soon as clients differ in both factors
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedelta.lowrank import LowRank
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState
-from fedelta.methods.rank_sums import RankSums
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
 
 
 @register
@@ -20,14 +19,7 @@ class FedIT(Method):
     paper = "FedIT, arXiv 2305.05644"
     summary = "mean of A and mean of B"
     mixed_ranks = False
-    exact = "never"
-    no_op_invariant = "always"
-    gauge_invariant = "never"
-    reduces_to_fedit = "always"
-    linear = True
+    properties = Properties(reduces_to_fedit="always", linear=True)
 
-    def aggregate(
-        self, state: MethodState, contributions: Iterable[Contribution]
-    ) -> tuple[MethodState, dict[str, LowRank]]:
-        means = RankSums.of(state.adapter, contributions).contributor_means()
-        return replace(state, adapter=means), {}
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}

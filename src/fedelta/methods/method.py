@@ -1,22 +1,50 @@
-"""What a method is: a few pure functions of state and contributions.
+"""What a method is: a few pure functions of state and contributions, and a statement of what it guarantees.
 
-A method never sees clients' data, heads, the patch log or the wire. It is given the global adapter and what
-the round's clients trained, and returns the next adapter and what goes into the base.
+A method never sees clients' data, heads, the patch log or the wire. On the server it is given the global adapter and
+what the round's clients trained, and returns the next adapter and what goes into the base. On a client it may add a
+penalty to the loss and change what is sent. The server tells clients the method's name and options.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from pydantic import Field
 from torch import Tensor
 
 from fedelta.adapter import Adapter, Shapes, initial_adapter
 from fedelta.contribution import Contribution
-from fedelta.lowrank import LowRank
+from fedelta.errors import FedeltaError
+from fedelta.lowrank import LowRank, Product, add
+from fedelta.messages import Wire
+from fedelta.methods.server_optimizer import ServerOptimizer, optimize
+from fedelta.seeds import derive_seed
 
 Holds = Literal["never", "equal ranks", "always"]
 """Where a property holds. A method for equal ranks only says "always": it is never asked more."""
+Patch = dict[str, Product]
+Options = Mapping[str, Any]
+
+
+class Properties(NamedTuple):
+    """What a method states, `fedelta methods` prints and the property suite checks.
+
+    Args:
+        exact: new global weight = old + Σ p_i × (what client i changed).
+        no_op_invariant: if nobody trains, nothing changes, also over many rounds of truncated broadcasts.
+        gauge_invariant: B→BG, A→G⁻¹A at a client does not change the new global weight.
+        reduces_to_fedit: equal ranks give FedIT's factors, and no patch.
+        identity: one client's update, alone in its round, comes back to it unchanged.
+        linear: the factors are weighted sums of what clients send (what secure aggregation can compute).
+    """
+
+    exact: Holds = "never"
+    no_op_invariant: Holds = "always"
+    gauge_invariant: Holds = "never"
+    reduces_to_fedit: Holds = "never"
+    linear: bool = False
+    identity: Holds = "always"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,74 +54,165 @@ class MethodState:
     Args:
         round: counted from 0.
         adapter: the global adapter at rank R, scale 1 (every s is absorbed into B).
+        seed: that the current A was drawn from, at the start or at the last restart.
         memory: whatever tensors the method keeps for itself, name → tensor.
+        ranks: the ranks that clients may have; empty when that is not known.
     """
 
     round: int
     adapter: Adapter
+    seed: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: frozenset[int] = frozenset()
 
 
-class Tailored(NamedTuple):
-    """What one client is sent: an adapter at scale 1, and the seed to draw A from when A need not be sent."""
+class ClientView(NamedTuple):
+    """Whom a broadcast is for."""
+
+    id: str
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Tailored:
+    """What one client is sent.
+
+    Args:
+        adapter: what it trains, at scale 1 and its rank.
+        tail: module → what it adds to its base for this round only: the part of the global product that it can't hold.
+        indices: which rank indices of the global adapter it trains; None is the first ones.
+    """
 
     adapter: Adapter
-    seed_A: int | None = None
+    tail: Mapping[str, LowRank] = field(default_factory=dict)
+    indices: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One algorithm. Subclasses are dataclasses whose fields are the method's options.
+    """One algorithm. Subclasses are dataclasses whose fields are the method's own options.
 
-    Class attributes, all printed by `fedelta methods` and checked by the property suite:
+    Args:
+        refresh: every so many rounds the global product goes into the base and the adapter starts afresh; 0 is never.
+        residual_step: η, by which a patch of the base is multiplied.
+        norm_weighting: weigh clients by ‖s_i B_i A_i‖_F of their whole adapter instead (HetLoRA, 2401.06432).
+        server_optimizer: treat the change of the factors as a gradient (FedOpt, Reddi et al. 2003.00295).
+        server_learning_rate, server_momentum: of that optimiser; the momentum is β₁.
+
+    Class attributes:
         paper: citation.
         summary: one line for a person.
+        properties: what the default options guarantee.
         mixed_ranks: whether clients may have different ranks.
-        exact: new global weight = old + Σ p_i × (what client i changed).
-        no_op_invariant: if nobody trains, nothing changes, also over many rounds of truncated broadcasts.
-        gauge_invariant: B→BG, A→G⁻¹A at a client does not change the new global weight.
-        reduces_to_fedit: equal ranks give FedIT's factors, and no patch.
-        linear: the factors are weighted sums of what clients send (what secure aggregation can compute).
+        keeps_basis: rank index j means the same direction in the next round, so that factors of two rounds can be
+            subtracted; methods that factor anew (SVD) can't have a server optimiser.
+        personal: whether every client has a model of its own, kept in part where nobody else sees it.
+        offline: why one step on adapter folders alone makes no sense; empty where it does.
+        variants: further options that the property suite must cover.
+        aliases: other names under which papers state this rule, (name, paper).
     """
+
+    refresh: Annotated[int, Field(ge=0)] = 0
+    residual_step: Annotated[float, Field(ge=0, le=1)] = 1.0
+    norm_weighting: bool = False
+    server_optimizer: ServerOptimizer = "none"
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
-    mixed_ranks: ClassVar[bool]
-    exact: ClassVar[Holds]
-    no_op_invariant: ClassVar[Holds]
-    gauge_invariant: ClassVar[Holds]
-    reduces_to_fedit: ClassVar[Holds]
-    linear: ClassVar[bool]
+    properties: ClassVar[Properties]
+    mixed_ranks: ClassVar[bool] = True
+    keeps_basis: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    offline: ClassVar[str] = ""
+    variants: ClassVar[tuple[Options, ...]] = ()
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.server_optimizer != "none" and not self.keeps_basis:
+            raise FedeltaError(
+                f"method {self.name}: server_optimizer {self.server_optimizer} needs factors that mean the same in the "
+                "next round, and this method factors anew"
+            )
+        if self.refresh and self.personal:
+            raise FedeltaError(f"method {self.name}: refresh needs the whole product, and clients keep a part of it")
+
+    def holds(self) -> Properties:
+        """What these options guarantee."""
+        return self.properties
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as a configuration or a message states them."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @property
+    def by_module(self) -> bool:
+        """Whether a step on one module depends on no other module."""
+        return not self.norm_weighting
 
     def start(self, shapes: Shapes, rank: int, seed: int) -> MethodState:
         """The state before round 0: A from the seed, B zero."""
-        return MethodState(0, initial_adapter(shapes, rank, seed))
+        return MethodState(0, initial_adapter(shapes, rank, seed), seed)
 
-    def trainable(self, round: int) -> frozenset[str]:  # noqa: ARG002  the schedule is the method's to use
-        """Which factors a client trains in this round, out of "A" and "B"."""
-        return frozenset({"A", "B"})
+    def wire(self, round: int) -> Wire:  # noqa: ARG002  the schedule is the method's to use
+        """Which factors cross in this round, which are trained, and which stay at the client."""
+        return Wire()
 
-    def tailor(self, state: MethodState, rank: int) -> Tailored:
-        """What a client of this rank starts from; by default the first `rank` rank indices."""
-        return Tailored(state.adapter.truncate(rank))
+    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+        """What this client starts from; by default the first `rank` rank indices."""
+        return Tailored(state.adapter.truncate(client.rank))
 
-    def absent(self, before: MethodState, after: MethodState) -> Adapter | None:  # noqa: ARG002
-        """What stands in for the rank indices that a client does not hold; None is zeros.
+    def penalty(self, start: Adapter, trained: Adapter) -> Tensor | None:  # noqa: ARG002
+        """What a client adds to its loss, a function of the factors in training; None is nothing."""
+        return None
 
-        By default the returned factors: absent clients count as the mean of those that are there.
-        """
-        return after.adapter
+    def finish(self, round: int, start: Adapter, trained: Adapter) -> Adapter:  # noqa: ARG002
+        """What a client sends after training; its rank may be lower than it was."""
+        return trained
 
     @abstractmethod
-    def aggregate(
-        self, state: MethodState, contributions: Iterable[Contribution]
-    ) -> tuple[MethodState, dict[str, LowRank]]:
-        """One server step.
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        """The method's own step, without the options that every method has.
 
         Args:
             state: as broadcast in this round.
-            contributions: what the clients trained; may be consumed once, in any order.
+            contributions: what the clients trained; consumed once, each to be folded in and dropped.
 
         Returns:
-            The state of the next round (scale 1) and the patch of the base, empty when there is none.
+            The state with the next adapter (scale 1), and the patch of the base, empty when there is none.
         """
+
+    def step(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        """One server step: `aggregate` between the options that every method has, and the next round's number."""
+        if self.norm_weighting:
+            contributions = _weighed_by_norm(contributions)
+        after, patch = self.aggregate(state, contributions)
+        if self.residual_step != 1:
+            patch = {module: product.scaled(self.residual_step) for module, product in patch.items()}
+        if self.server_optimizer != "none":
+            after = optimize(self, state, after)
+        after = replace(after, round=state.round + 1)
+        if self.refresh and after.round % self.refresh == 0:
+            for module, product in after.adapter.products().items():
+                if not product.is_zero():
+                    patch[module] = add([patch[module], product]) if module in patch else product
+            after = self.restart(after)
+        return after, patch
+
+    def restart(self, state: MethodState) -> MethodState:
+        """The adapter as at the start, from another seed: its product is zero."""
+        seed = derive_seed(state.seed, "restart")
+        fresh = self.start(state.adapter.shapes, state.adapter.rank, seed)
+        first = next(iter(state.adapter.values()))
+        adapter = fresh.adapter.to(first.B.dtype)
+        return replace(state, adapter=adapter, seed=seed, memory={**state.memory, **fresh.memory})
+
+
+def _weighed_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:
+    for c in contributions:
+        squares = sum(product.norm() ** 2 for product in c.adapter.products().values())
+        # A client without weight stays without, however much it trained.
+        yield replace(c, weight=squares**0.5 if c.weight else 0.0)

@@ -12,10 +12,9 @@ An index that nobody in the round holds keeps its previous values. A client down
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedelta.lowrank import LowRank
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState
-from fedelta.methods.rank_sums import RankSums
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
 
 
 @register
@@ -23,15 +22,8 @@ class Replication(Method):
     name = "replication"
     paper = "Byun & Lee, arXiv 2406.17477"
     summary = "mean over the clients that hold a rank index; nothing is diluted"
-    mixed_ranks = True
-    exact = "never"
-    no_op_invariant = "always"
-    gauge_invariant = "never"
-    reduces_to_fedit = "equal ranks"
-    linear = True
+    properties = Properties(reduces_to_fedit="equal ranks", linear=True)
+    aliases = (("rbla", "RBLA, arXiv 2408.08699"), ("fedilora", "FediLoRA, arXiv 2509.06984"))
 
-    def aggregate(
-        self, state: MethodState, contributions: Iterable[Contribution]
-    ) -> tuple[MethodState, dict[str, LowRank]]:
-        means = RankSums.of(state.adapter, contributions).contributor_means()
-        return replace(state, adapter=means), {}
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}

@@ -12,10 +12,9 @@ round: the published rank collapse, kept as it is. An index that nobody in the r
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedelta.lowrank import LowRank
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState
-from fedelta.methods.rank_sums import RankSums
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
 
 
 @register
@@ -23,18 +22,7 @@ class ZeroPadding(Method):
     name = "zero-padding"
     paper = "baseline of Byun & Lee, arXiv 2406.17477"
     summary = "pad with zeros to the largest rank, then average; dilutes what few clients hold"
-    mixed_ranks = True
-    exact = "never"
-    no_op_invariant = "equal ranks"
-    gauge_invariant = "never"
-    reduces_to_fedit = "equal ranks"
-    linear = True
+    properties = Properties(no_op_invariant="equal ranks", reduces_to_fedit="equal ranks", linear=True)
 
-    def absent(self, before: MethodState, after: MethodState) -> None:  # noqa: ARG002
-        return None
-
-    def aggregate(
-        self, state: MethodState, contributions: Iterable[Contribution]
-    ) -> tuple[MethodState, dict[str, LowRank]]:
-        means = RankSums.of(state.adapter, contributions).zero_padded_means()
-        return replace(state, adapter=means), {}
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=RankMoments(state.adapter, contributions).means("zeros")), {}

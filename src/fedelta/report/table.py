@@ -39,7 +39,7 @@ class MethodSummary:
     reached: int
     mb_down: float
     mb_up: float
-    deviation: float
+    deviation: float | None
 
 
 def default_target(runs: Sequence[Run]) -> float:
@@ -65,6 +65,7 @@ def summarise(runs: Sequence[Run], target: float) -> list[MethodSummary]:
         traffic = [
             [sum(r[key]["total"] for r in run.records) / MB for run in mine] for key in ("bytes_down", "bytes_up")
         ]
+        measured = [d for run in mine for r in run.records if (d := r["deviation_mean"]) is not None]
         rows.append(
             MethodSummary(
                 method=method,
@@ -75,7 +76,7 @@ def summarise(runs: Sequence[Run], target: float) -> list[MethodSummary]:
                 reached=len(hits),
                 mb_down=mean(traffic[0]),
                 mb_up=mean(traffic[1]),
-                deviation=mean(r["deviation_mean"] for run in mine for r in run.records),
+                deviation=mean(measured) if measured else None,
             )
         )
     return rows
@@ -104,7 +105,7 @@ def cells(row: MethodSummary) -> list[str]:
         rounds,
         f"{row.mb_down:.2f}",
         f"{row.mb_up:.2f}",
-        f"{row.deviation:.3f}",
+        "–" if row.deviation is None else f"{row.deviation:.3f}",
     ]
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from fedelta.data import Examples
@@ -40,16 +41,24 @@ class TrainingSettings(Settings):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
 
 
-def train(model: LoraModel, tokenizer: Any, examples: Examples, settings: TrainingSettings, seed: int) -> float:
+def train(
+    model: LoraModel,
+    tokenizer: Any,
+    examples: Examples,
+    settings: TrainingSettings,
+    seed: int,
+    penalty: Callable[[], Tensor | None] = lambda: None,
+) -> float:
     """Train what the model has loaded, in place.
 
     Args:
         model: with the client's adapter, heads and patch.
         examples: the client's training rows.
         seed: of the order of batches and of dropout.
+        penalty: what a method adds to the loss, evaluated at each step; None is nothing.
 
     Returns:
-        Mean training loss over the steps.
+        Mean training loss over the steps, without the penalty.
 
     Raises:
         FedeltaError: if there is nothing to train on.
@@ -78,7 +87,8 @@ def train(model: LoraModel, tokenizer: Any, examples: Examples, settings: Traini
         while len(losses) < steps:
             for rows in examples.training_order(settings.batch_size, derive_seed(seed, "epoch", epoch)):
                 loss = model.peft(**examples.batch(rows, tokenizer, model.device)).loss
-                loss.backward()
+                extra = penalty()
+                (loss if extra is None else loss + extra).backward()
                 if settings.max_grad_norm is not None:
                     clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()

@@ -1,0 +1,40 @@
+"""Fed-PLoRA (2602.16936): R rank-1 modules; a client trains r_i of them and folds the others into its base.
+
+    client i:  I_i, r_i of the R indices at random;      base  W0 + Σ_{j∉I_i} b_j a_j,      trains j ∈ I_i
+    server:    b̄_j = Σ_{i: j∈I_i} p_i s_i b_ij / c_j,    ā_j likewise
+
+Every client trains on the whole global model, and every index is trained by somebody sooner or later, not only by the
+high-rank clients. The fold is for the round alone. The indices are drawn without replacement for each client and round;
+an index that nobody drew keeps its values, which the paper leaves open.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedelta.adapter import Adapter
+from fedelta.methods import register
+from fedelta.methods.method import ClientView, Contribution, Method, MethodState, Patch, Properties, Tailored
+from fedelta.rank_moments import RankMoments
+from fedelta.seeds import derive_seed
+
+
+@register
+class FedPLoRA(Method):
+    name = "fed-plora"
+    paper = "Fed-PLoRA, arXiv 2602.16936"
+    summary = "clients train random rank indices, the others folded into their base for the round"
+    properties = Properties(reduces_to_fedit="equal ranks", linear=True)
+
+    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+        R = state.adapter.rank
+        rng = np.random.default_rng(derive_seed(state.seed, "rank indices", state.round, client.id))
+        drawn = sorted(rng.choice(R, client.rank, replace=False).tolist())
+        trained, rest = torch.tensor(drawn), torch.tensor([j for j in range(R) if j not in drawn], dtype=torch.long)
+        tail = Adapter({m: pair.select(rest) for m, pair in state.adapter.items()}).products() if len(rest) else {}
+        return Tailored(state.adapter.map(lambda pair: pair.select(trained)), tail, trained)
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}

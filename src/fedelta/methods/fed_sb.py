@@ -1,0 +1,40 @@
+"""Fed-SB (Singhal et al., 2502.15436): A and the basis of B are fixed, clients train the r×r core between them.
+
+    ΔW = s·Q·C·A,  Q (m×r), A (r×n) the same at all clients;      C̄ = Σ p_i s_i C_i
+
+The product is linear in C, so the mean is exact, and an update is r² numbers a layer whatever its size. Equal ranks.
+
+The paper takes Q, A and the first C from the SVD of the first gradient over the pooled data (LoRA-SB), which no server
+here has seen. fedelta draws Q (orthonormal) and A from the seed and starts from C = 0, so nothing but cores is ever
+sent; it wants a larger rank than other methods (the paper's go to 200).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fedelta.adapter import Adapter, LoraPair
+from fedelta.messages import Wire
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+CORE = frozenset({"core"})
+
+
+@register
+class FedSB(Method):
+    name = "fed-sb"
+    paper = "Fed-SB, arXiv 2502.15436"
+    summary = "an r×r core between two fixed factors; exact, r² numbers a layer"
+    mixed_ranks = False
+    properties = Properties(exact="always", linear=True)
+    offline = "its clients share a basis of B that adapter folders do not have"
+
+    def wire(self, round: int) -> Wire:  # noqa: ARG002
+        return Wire(down=CORE, train=CORE, up=CORE)
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        # Every B_i is Q·C_i, so the mean of B is Q·C̄.
+        means = RankMoments(state.adapter, contributions).means()
+        pairs = {module: LoraPair(pair.A, means[module].B) for module, pair in state.adapter.items()}
+        return replace(state, adapter=Adapter(pairs)), {}

@@ -1,0 +1,38 @@
+"""FedSA-LoRA (Guo et al., 2410.01463, ICLR 2025): clients share A and keep B.
+
+    ā_j = Σ_{S_j} p_i a_ij / c_j,      B_i stays at client i
+
+Both factors are trained; A is what clients have in common, B what is their own, never sent. So there is no global
+model: a run is scored by the mean over its clients' own models, and its result is an adapter for each client. On the
+server B is zero.
+
+The paper has equal ranks; at mixed ones A is averaged over the contributors of each row. The authors' code keeps the
+classifier local too; here heads are averaged as in every method, because a head is no part of B.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fedelta.adapter import Adapter, LoraPair
+from fedelta.messages import Wire
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+
+@register
+class FedSA(Method):
+    name = "fedsa"
+    paper = "FedSA-LoRA, arXiv 2410.01463"
+    summary = "mean of A; every client keeps its own B and so a model of its own"
+    properties = Properties(linear=True)
+    personal = True
+    offline = "every client keeps its own B, so there is no common adapter to write"
+
+    def wire(self, round: int) -> Wire:  # noqa: ARG002
+        return Wire(down=frozenset("A"), train=frozenset("AB"), up=frozenset("A"), keep=frozenset("B"))
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        means = RankMoments(state.adapter, contributions).means()
+        pairs = {module: LoraPair(means[module].A, pair.B) for module, pair in state.adapter.items()}
+        return replace(state, adapter=Adapter(pairs)), {}

@@ -1,0 +1,58 @@
+"""FedSVD (Lee et al., 2505.12805): clients train B; the server re-factors so that A follows what was learned.
+
+    b̂_j = b_j + Σ_{S_j} p_i (s_i b_ij − b_j),      B̂ A = U Σ Vᵀ,      A ← Vᵀ,  B ← U Σ
+
+The product does not change, and A gets orthonormal rows that span what it spanned: with B̂ (m×r) and A = R Q (Q
+orthonormal rows), the SVD of B̂R gives all r directions, also those without energy, so none is lost while B̂ = 0.
+A shared A makes the mean exact. The paper has equal ranks; at mixed ones, clients that do not hold
+index j count as unchanged there, which keeps it exact.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from fedelta.adapter import Adapter, LoraPair
+from fedelta.messages import Wire
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+
+def refactor(pair: LoraPair) -> LoraPair:
+    """UΣ and Vᵀ of B·A, with the rows of Vᵀ orthonormal even where Σ is zero."""
+    m, r = pair.B.shape
+    Q, R = torch.linalg.qr(pair.A.double().T)  # Aᵀ = Q·R
+    core = pair.B.double() @ R.T  # (m, r)
+    # Rows of zeros, for a layer with fewer outputs than r: the SVD then has all r directions.
+    left, sigma, right = torch.linalg.svd(torch.nn.functional.pad(core, (0, 0, 0, max(0, r - m))), full_matrices=False)
+    A, B = right @ Q.T, (left * sigma)[:m]
+    missing = r - len(A)  # more rank indices than inputs: the rest has nowhere to go
+    A, B = torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
+    return LoraPair(A.to(pair.A.dtype), B.to(pair.B.dtype))
+
+
+@register
+class FedSVD(Method):
+    """Options: rounds between two factorisations."""
+
+    every: Annotated[int, Field(ge=1)] = 1
+
+    name = "fedsvd"
+    paper = "FedSVD, arXiv 2505.12805"
+    summary = "mean of B, then SVD of B·A: A gets the directions that were learned; exact"
+    properties = Properties(exact="always", identity="equal ranks")
+    keeps_basis = False
+
+    def wire(self, round: int) -> Wire:  # noqa: ARG002
+        return Wire(train=frozenset("B"), up=frozenset("B"))
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        means = RankMoments(state.adapter, contributions).means("unchanged")
+        pairs = {module: LoraPair(pair.A, means[module].B) for module, pair in state.adapter.items()}
+        if (state.round + 1) % self.every == 0:
+            pairs = {module: refactor(pair) for module, pair in pairs.items()}
+        return replace(state, adapter=Adapter(pairs)), {}

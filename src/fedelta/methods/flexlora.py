@@ -1,0 +1,50 @@
+"""FlexLoRA (Bai et al., 2402.11505, NeurIPS 2024): the mean product, factored anew for every rank.
+
+    Σ p_i s_i B_i A_i = U Σ Vᵀ,      B = U√Σ,  A = √ΣVᵀ cut to R;   a client downloads its first r_i
+
+Losing √Σ, or putting it on one side, is a known mistake: factors are balanced. Singular values come sorted, so the
+first r_i indices are the best approximation of rank r_i. What a low-rank client can't hold is missing from its
+product, so the tail fades round by round even if nobody trains: the published rank collapse.
+
+Open in the paper: a product of rank below R leaves directions with both factors zero, which could never train again;
+they get a fresh row of A and B = 0, as at the start.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from fedelta.adapter import Adapter, LoraPair, draw_A
+from fedelta.lowrank import SVD
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+
+def balanced_pair(svd: SVD, before: LoraPair, module: str, seed: int) -> LoraPair:
+    """U√Σ and √ΣVᵀ at the rank of `before`; directions without energy get A as drawn and B zero."""
+    rank, dtype = before.rank, before.B.dtype
+    kept = min(svd.rank(dtype), rank)
+    top = svd.cut(0, kept, dtype)
+    A = draw_A(module, rank, before.shape[1], seed).to(dtype)
+    A[:kept] = top.V
+    return LoraPair(A, torch.nn.functional.pad(top.U, (0, rank - kept)))
+
+
+@register
+class FlexLoRA(Method):
+    name = "flexlora"
+    paper = "FlexLoRA, arXiv 2402.11505"
+    summary = "SVD of the mean product, balanced, cut to each client's rank"
+    properties = Properties(no_op_invariant="equal ranks", gauge_invariant="always")
+    keeps_basis = False
+    aliases = (("hlora", "HLoRA, arXiv 2503.00813"),)
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        moments = RankMoments(state.adapter, contributions, "total")
+        pairs = {
+            module: balanced_pair(moments.mean_product(module).svd(), before, module, state.seed)
+            for module, before in state.adapter.items()
+        }
+        return replace(state, adapter=Adapter(pairs)), {}

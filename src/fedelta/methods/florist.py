@@ -1,0 +1,50 @@
+"""FLoRIST (Ramesh & Dass, 2506.09199): the stacked product cut to its energy, merged into the base, restart.
+
+    Σ p_i s_i B_i A_i = U Σ Vᵀ,   q = least with Σ_{k≤q} σ_k² ≥ τ Σ σ_k²,   W0 ← W0 + U_q Σ_q V_qᵀ
+
+layer by layer, by the SVD of the stacks and of a small core, never of the m×n matrix. All clients get the same pair,
+merge it and start the next round from a fresh adapter of their own rank. As in `flora` the fresh A is one draw for
+all. The factors are balanced (U√Σ, √ΣVᵀ), where the paper has UΣ and Vᵀ: the product is the same.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field
+
+from fedelta.messages import Wire
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Holds, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+
+@register
+class FLoRIST(Method):
+    """Options: τ, the share of Σσ² that is kept; 1 is FLoRA recompressed."""
+
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    name = "florist"
+    paper = "FLoRIST, arXiv 2506.09199"
+    summary = "the stack of all clients cut to a share of its energy, into the base; restart"
+    properties = Properties(gauge_invariant="always", identity="never")
+    keeps_basis = False
+    variants = ({"energy": 1.0},)
+
+    def holds(self) -> Properties:
+        whole: Holds = "always" if self.energy == 1 else "never"
+        return self.properties._replace(exact=whole, identity=whole)
+
+    def wire(self, round: int) -> Wire:  # noqa: ARG002
+        return Wire(down=frozenset())
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        moments = RankMoments(state.adapter, contributions, "total")
+        patch: Patch = {}
+        for module in state.adapter:
+            product = moments.mean_product(module)
+            svd = product.svd()
+            q = min(svd.energy_rank(self.energy), svd.rank(product.dtype))
+            if q:
+                patch[module] = svd.cut(0, q, product.dtype)
+        return self.restart(state), patch

@@ -1,0 +1,51 @@
+"""raFLoRA (2602.13486): each block of rank indices is weighed by those who have it, then SVD to rank R.
+
+    ΔW = Σ_j Σ_{S_j} (p_i / c_j) s_i b_ij a_ij = U Σ Vᵀ,      B = U√Σ,  A = √ΣVᵀ cut to R
+
+The indices between two neighbouring ranks have the same contributors, which is the paper's partition. Nothing is
+diluted, so nothing collapses. An index that nobody in the round holds keeps its previous product, which the paper
+leaves open; dropping it would lose the tail in every round without a high-rank client.
+
+`exact: true` loses nothing to the cut: the factors are the contributors' means, and what they miss of ΔW,
+Σ_j cov_j/c_j, goes into the base (docs/methods.md 3).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from fedelta.adapter import Adapter
+from fedelta.lowrank import LowRank, add
+from fedelta.methods import register
+from fedelta.methods.flexlora import balanced_pair
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+
+@register
+class RaFLoRA(Method):
+    """Options: whether what the factors miss goes into the base."""
+
+    exact: bool = False
+
+    name = "raflora"
+    paper = "raFLoRA, arXiv 2602.13486"
+    summary = "products weighed among those who hold a rank index, SVD to the largest rank"
+    properties = Properties(gauge_invariant="equal ranks", identity="equal ranks")
+    keeps_basis = False
+    variants = ({"exact": True},)
+
+    def holds(self) -> Properties:
+        return self.properties._replace(exact="equal ranks", identity="always") if self.exact else self.properties
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        moments = RankMoments(state.adapter, contributions, "by rank", state.ranks)
+        means = moments.means()
+        rest = {module: moments.normalised_covariance(module) for module in means}
+        if self.exact:
+            return replace(state, adapter=means), {m: product for m, product in rest.items() if not product.is_zero()}
+        pairs = {}
+        for module, mean in means.items():
+            # Σ_{S_j} (p_i/c_j) s_i b_ij a_ij = b̄_j ā_j + cov_j/c_j, and means hold b⁰_j, a⁰_j where c_j = 0.
+            target = add([LowRank(mean.B, mean.A), rest[module]])
+            pairs[module] = balanced_pair(target.svd(), state.adapter[module], module, state.seed)
+        return replace(state, adapter=Adapter(pairs)), {}

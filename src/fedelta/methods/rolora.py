@@ -1,0 +1,48 @@
+"""RoLoRA (Chen et al., 2502.01755): rounds alternate between training B and training A.
+
+    even rounds:  A fixed,  b_j ← b_j + Σ_{S_j} p_i (s_i b_ij − b_j)
+    odd rounds:   B fixed,  a_j ← a_j + Σ_{S_j} p_i (a_ij − a_j)
+
+The factor that nobody trains is the same at all clients, so the mean of products is the product of the means, as with
+a frozen A, and both factors come to learn. Only the trained factor is sent back.
+
+The paper does not fix in which order; B first is the default, because as long as B = 0 the gradient of A is zero and
+the first round would be lost. At mixed ranks, which the paper does not have, a client that does not hold
+index j counts as unchanged there, which keeps the step exact.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
+
+from fedelta.adapter import Adapter, LoraPair
+from fedelta.messages import Wire
+from fedelta.methods import register
+from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.rank_moments import RankMoments
+
+
+@register
+class RoLoRA(Method):
+    """Options: the factor that the first round trains."""
+
+    first: Literal["A", "B"] = "B"
+
+    name = "rolora"
+    paper = "RoLoRA, arXiv 2502.01755"
+    summary = "rounds train B and A in turn; exact, half the upload"
+    properties = Properties(exact="always", linear=True)
+    variants = ({"first": "A"},)
+
+    def wire(self, round: int) -> Wire:
+        factor = frozenset(("BA" if self.first == "B" else "AB")[round % 2])
+        return Wire(train=factor, up=factor)
+
+    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+        means = RankMoments(state.adapter, contributions).means("unchanged")
+        (factor,) = self.wire(state.round).train
+        pairs = {
+            module: LoraPair(pair.A, means[module].B) if factor == "B" else LoraPair(means[module].A, pair.B)
+            for module, pair in state.adapter.items()
+        }
+        return replace(state, adapter=Adapter(pairs)), {}
