@@ -18,7 +18,7 @@ from fedelta.errors import FedeltaError
 from fedelta.export import single_adapter
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
-from fedelta.peft_io import read_adapter
+from fedelta.peft_io import open_adapter
 from fedelta.runner import Run, export_run, run
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "score_with_peft.py"
@@ -107,7 +107,7 @@ def test_a_method_without_a_global_model_exports_one_adapter_a_client(tiny_confi
     names = sorted(path.name for path in (tmp_path / "adapters").iterdir())
     assert names == ["client-000", "client-001", "client-002", "client-003"]
     products = [
-        read_adapter(tmp_path / "adapters" / name).adapter["bert.encoder.layer.0.attention.self.query"].product()
+        open_adapter(tmp_path / "adapters" / name).read()["bert.encoder.layer.0.attention.self.query"].product()
         for name in names
     ]
     assert all(not torch.allclose(products[0].U @ products[0].V, p.U @ p.V, atol=1e-4) for p in products[1:])

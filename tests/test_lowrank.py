@@ -135,16 +135,20 @@ def test_a_dense_matrix_does_what_a_product_does() -> None:
     assert not d.is_zero()
 
 
-@pytest.mark.parametrize("terms", [1, 3, 40, 400])
+@pytest.mark.parametrize("terms", [0, 1, 3, 40, 400])
 def test_a_running_sum_is_factors_until_the_matrix_is_smaller(terms: int) -> None:
-    total = ProductSum((30, 20), torch.float64)
+    total = ProductSum((30, 20), torch.float64, 5)
     expected = torch.zeros(30, 20, dtype=torch.float64)
+    shift = torch.randn(30, 5, dtype=torch.float64)
+    total_a = torch.zeros(5, 20, dtype=torch.float64)
+    columns = torch.tensor([0, 2, 3])
     for i in range(terms):
-        p = product(30, 20, 3, seed=i)
-        total.add(p.U.T, p.V)
-        expected += dense(p)
-    value = total.value(0.5)
-    assert isinstance(value, LowRank) == (terms == 3 or terms == 1)
+        p, weight = product(30, 20, 3, seed=i), 1.0 + i
+        total.add(p.U, p.V, weight, columns)
+        total_a[columns] += weight * p.V
+        expected += weight * (p.U - shift[:, columns]) @ p.V
+    value = total.value(0.5, shift, total_a, slice(0, 4))
+    assert isinstance(value, LowRank) == (terms <= 3)
     assert value.nbytes <= 8 * 30 * 20
     assert torch.allclose(dense(value), 0.5 * expected)
 

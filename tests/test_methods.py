@@ -1,4 +1,4 @@
-"""Each method's step against a dense float64 oracle, written from the paper's equation, with none of fedelta's algebra."""
+"""Each method's step against a dense float64 oracle, written from the paper's equation in nobody else's algebra."""
 
 from collections.abc import Callable
 from typing import Any

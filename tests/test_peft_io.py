@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.errors import FedeltaError
-from fedelta.peft_io import read_adapter, write_adapter
+from fedelta.peft_io import open_adapter
+from fedelta.peft_write import write_adapter
 
 PREFIX = "base_model.model."
 
@@ -64,10 +65,10 @@ def test_a_folder_that_peft_wrote_means_the_same_here(
 ) -> None:
     fixture, options = CASES[case]
     model = by_peft(tmp_path / "a", request.getfixturevalue(fixture), **options)
-    found = read_adapter(tmp_path / "a")
+    found = open_adapter(tmp_path / "a")
     expected = deltas(model)
-    assert set(found.adapter) == set(expected)
-    for module, pair in found.adapter.items():
+    assert set(found.read()) == set(expected)
+    for module, pair in found.read().items():
         assert torch.allclose(pair.scale * pair.B @ pair.A, expected[module], atol=1e-5)
     saved = safetensors.torch.load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {PREFIX + name for name in found.heads} == {key for key in saved if "lora_" not in key}
@@ -80,11 +81,11 @@ def test_a_folder_that_we_wrote_means_the_same_to_peft(
     """Mixed ranks and scales included: they come out as one rank and one α."""
     fixture, options = CASES[case]
     by_peft(tmp_path / "a", request.getfixturevalue(fixture), **options)
-    found = read_adapter(tmp_path / "a")
-    heads = {name: tensor + 1 for name, tensor in found.heads.items()}
+    found = open_adapter(tmp_path / "a")
+    heads = {name: tensor + 1 for name, tensor in found.read_heads().items()}
     write_adapter(
         tmp_path / "b",
-        found.adapter,
+        found.read(),
         heads,
         base_model="x",
         modules_to_save=found.config["modules_to_save"],
@@ -92,21 +93,21 @@ def test_a_folder_that_we_wrote_means_the_same_to_peft(
     )
     loaded = peft.PeftModel.from_pretrained(base(request.getfixturevalue(fixture)), tmp_path / "b")
     for module, delta in deltas(loaded).items():
-        pair = found.adapter[module]
+        pair = found.read()[module]
         assert torch.allclose(delta, pair.scale * pair.B @ pair.A, atol=1e-5)
     state = loaded.state_dict()
     for name, tensor in heads.items():
         module, parameter = name.rsplit(".", 1)
         wrapped = [k for k in state if "modules_to_save" in k and k.endswith(parameter) and module.split(".")[0] in k]
         assert any(torch.equal(state[key], tensor) for key in wrapped), name
-    again = read_adapter(tmp_path / "b")
-    assert len({pair.rank for pair in again.adapter.values()}) == 1
+    again = open_adapter(tmp_path / "b")
+    assert len({pair.rank for pair in again.read().values()}) == 1
 
 
 def test_writing_and_reading_equal_scales_keeps_the_bits(tmp_path: Path) -> None:
     adapter = Adapter({m: LoraPair(torch.randn(3, 5), torch.randn(4, 3), 2.0) for m in "ab"})
     write_adapter(tmp_path / "x", adapter, {}, base_model="m")
-    again = read_adapter(tmp_path / "x").adapter
+    again = open_adapter(tmp_path / "x").read()
     for module, pair in adapter.items():
         assert torch.equal(again[module].A, pair.A)
         assert torch.equal(again[module].B, pair.B)
@@ -142,7 +143,7 @@ def test_what_would_be_read_wrongly_is_refused(folder: Path, change: dict, reaso
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(FedeltaError, match=reason):
-        read_adapter(folder)
+        open_adapter(folder).read()
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
@@ -168,28 +169,28 @@ QUERY = f"{PREFIX}bert.encoder.layer.0.attention.self.query"
 def test_damaged_weights_are_refused(folder: Path, change: dict, reason: str) -> None:
     rewrite(folder, change)
     with pytest.raises(FedeltaError, match=reason):
-        read_adapter(folder)
+        open_adapter(folder).read()
 
 
 def test_a_truncated_file_is_refused(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(FedeltaError, match="adapter_model.safetensors: "):
-        read_adapter(folder)
+        open_adapter(folder).read()
 
 
 def test_a_pickle_is_never_loaded(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FedeltaError, match="is a pickle.*save it again"):
-        read_adapter(folder)
+        open_adapter(folder).read()
 
 
 def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(FedeltaError, match="nowhere: no such folder"):
-        read_adapter(tmp_path / "nowhere")
+        open_adapter(tmp_path / "nowhere").read()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FedeltaError, match="no adapter_model.safetensors"):
-        read_adapter(folder)
+        open_adapter(folder).read()
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FedeltaError, match="no adapter_config.json"):
-        read_adapter(folder)
+        open_adapter(folder).read()

@@ -113,6 +113,64 @@ def methods() -> None:
 
 
 @app.command()
+def aggregate(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR…", help="PEFT adapter folders of one base model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    method: Annotated[str | None, typer.Option(help="One server step of this method; none: the exact mean.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Of the method, as key=value; may be repeated.")] = None,
+    weights: Annotated[str | None, typer.Option(help="One for each folder, separated by commas.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Cut the result to this rank.", min=1)] = None,
+    single: Annotated[bool, typer.Option("--single", help="Fold a base patch into the adapter.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Aggregate PEFT adapter folders offline: their exact weighted mean, or one server step of a method."""
+    from fedelta.aggregate import aggregate_folders
+    from fedelta.progress import counted
+    from fedelta.report.aggregation import aggregation_json, aggregation_lines, aggregation_table
+
+    chosen = None if method is None else _method(method, option or [])
+    if option and chosen is None:
+        raise FedeltaError("--option is of a method: say --method too")
+    with counted(err, "modules") as progress:
+        done = aggregate_folders(
+            folders,
+            output,
+            method=chosen,
+            weights=None if weights is None else _numbers(weights),
+            rank=rank,
+            single=single,
+            progress=progress,
+        )
+    if json:
+        sys.stdout.write(aggregation_json(done) + "\n")
+        return
+    out.print(aggregation_table(done))
+    for line in aggregation_lines(done):
+        out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _method(name: str, options: list[str]) -> Any:
+    import yaml
+
+    from fedelta.methods import make_method
+
+    values = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise FedeltaError(f"--option {option!r}: expected key=value, such as remainder=rank=8")
+        values[key] = yaml.safe_load(value)
+    return make_method(name, **values)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise FedeltaError(f"--weights {text!r}: expected numbers separated by commas") from error
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Rebuild the table, plot and page of a run or a comparison from its files."""
     from fedelta.runner import open_runs

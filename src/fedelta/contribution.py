@@ -36,7 +36,8 @@ class Contribution:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def _finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
     # A sum is seven times as fast as a mask and finite only if every term is (or on overflow: then look).
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
@@ -111,5 +112,5 @@ def _same_tensors(
         shape, dtype = wanted[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise refuse(f"{what} {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
-        if not _finite(tensor):
+        if not finite(tensor):
             raise refuse(f"{what} {name} holds NaN or infinite values")

@@ -9,7 +9,7 @@ from fedelta.atomic import new_folder
 from fedelta.lowrank import Dense, add
 from fedelta.model import LoraModel
 from fedelta.patch_log import PatchedBase
-from fedelta.peft_io import write_adapter
+from fedelta.peft_write import write_adapter
 from fedelta.server import ServerState
 
 

@@ -137,20 +137,29 @@ class LowRank(Matrix):
         return not (bool(self.U.any()) and bool(self.V.any()))
 
     def norm(self) -> float:
-        """‖U·V‖_F in float64.
+        """‖U·V‖_F, as `norms` has it."""
+        return self.norms(torch.ones(self.width))[0]
 
-        By the traces tr((UᵀU)(VVᵀ)), which are noise below 1e-8 of the product of the factors' norms. A sum that
-        nearly cancels (clients that agree) goes through QR of U, which keeps its digits.
+    def norms(self, *columns: Tensor) -> list[float]:
+        """‖U·diag(d)·V‖_F for some d, (q,), from one pair of Gram matrices: ‖·‖² = Σ (UᵀU ∘ VVᵀ ∘ ddᵀ).
+
+        The Gram matrices have the dtype of the factors, which is enough for the norm of a sum in which nothing cancels.
+        Where the terms do cancel (clients that agree), it goes through QR of U in float64, which keeps its digits.
         """
         if self.width == 0:
-            return 0.0
-        U, V = self.U.double(), self.V.double()
-        left, right = U.T @ U, V @ V.T
-        square = float((left * right).sum())
-        if square > 1e-10 * float(left.trace() * right.trace()):
-            return square**0.5
-        core = torch.linalg.qr(U, mode="r").R
-        return float(torch.linalg.norm(core @ V))
+            return [0.0 for _ in columns]
+        weights = ((self.U.T @ self.U) * (self.V @ self.V.T)).double()
+        result = []
+        for d in columns:
+            d = d.double()
+            square, size = float(d @ weights @ d), float((weights.diagonal() * d.square()).sum())
+            # Orthogonal terms have square = size; rounding of the sum is some eps·q·size.
+            if square > self.width * torch.finfo(self.dtype).eps ** 0.5 * size:
+                result.append(square**0.5)
+            else:
+                core = torch.linalg.qr(self.U.double() * d, mode="r").R
+                result.append(float(torch.linalg.norm(core @ self.V.double())))
+        return result
 
     def svd(self) -> SVD:
         """Singular values and vectors of U·V, without forming it; k ≤ min(q, m, n).

@@ -1,21 +1,20 @@
-"""Adapters to and from PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
+"""Adapters from PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
 
 A folder that would be read wrongly is refused with the reason: DoRA, `lora_bias`, LoRA on embeddings, pickles.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair, lora_alpha, lora_scale
-from fedelta.atomic import new_folder, write_file
+from fedelta.adapter import Adapter, LoraPair, lora_scale
+from fedelta.contribution import finite
 from fedelta.errors import FedeltaError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -37,23 +36,65 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class Layer(NamedTuple):
+    """What a folder says about one adapted layer: rank, shape out×in, and the scale s."""
+
+    rank: int
+    shape: tuple[int, int]
+    scale: float
+
+
 @dataclass(frozen=True, eq=False)
 class PeftFolder:
-    """A PEFT adapter as read.
+    """A PEFT adapter whose configuration and header have been read and checked; its tensors are read when asked for.
 
     Args:
-        adapter: with the scale of each module as its config says.
-        heads: `module.parameter` → tensor of `modules_to_save`.
+        path: the folder.
         config: the whole `adapter_config.json`.
+        layers: module → rank, shape and scale (`rank_pattern`, `alpha_pattern` and rsLoRA honoured).
+        heads: `module.parameter` → shape of what `modules_to_save` holds.
     """
 
-    adapter: Adapter
-    heads: Mapping[str, Tensor]
-    config: Mapping[str, Any] = field(default_factory=dict)
+    path: Path
+    config: Mapping[str, Any]
+    layers: Mapping[str, Layer]
+    heads: Mapping[str, tuple[int, ...]]
+
+    def read(self, modules: Iterable[str] | None = None) -> Adapter:
+        """The pairs of these modules, or of all, in fp32 where the file has fewer bits.
+
+        Raises:
+            FedeltaError: naming the module that holds NaN or infinite values.
+        """
+        pairs = {}
+        with _opened(self.path) as tensors:
+            for module in self.layers if modules is None else modules:
+                factors = []
+                for name in ("A", "B"):
+                    factor = tensors.get_tensor(f"{PREFIX}{module}.lora_{name}.weight").float()
+                    if not finite(factor):
+                        raise FedeltaError(f"{self.path}: module {module}: {name} holds NaN or infinite values")
+                    factors.append(factor)
+                pairs[module] = LoraPair(factors[0], factors[1], self.layers[module].scale)
+        return Adapter(pairs)
+
+    def read_heads(self) -> dict[str, Tensor]:
+        """`module.parameter` → tensor.
+
+        Raises:
+            FedeltaError: naming the head that holds NaN or infinite values.
+        """
+        heads = {}
+        with _opened(self.path) as tensors:
+            for name in self.heads:
+                heads[name] = tensors.get_tensor(PREFIX + name)
+                if heads[name].is_floating_point() and not finite(heads[name]):
+                    raise FedeltaError(f"{self.path}: head {name} holds NaN or infinite values")
+        return heads
 
 
-def read_adapter(folder: str | Path) -> PeftFolder:
-    """Read a PEFT LoRA folder; ranks and α by module (`rank_pattern`, `alpha_pattern`) and rsLoRA are honoured.
+def open_adapter(folder: str | Path) -> PeftFolder:
+    """Read a PEFT LoRA folder's configuration and header, and check that they fit each other.
 
     Raises:
         FedeltaError: naming the folder and what is missing, damaged or not supported.
@@ -67,31 +108,35 @@ def read_adapter(folder: str | Path) -> PeftFolder:
                 "you trust it and save it again: model.save_pretrained(folder, safe_serialization=True)"
             )
         raise FedeltaError(f"{folder}: no {WEIGHTS}")
-    try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FedeltaError(f"{folder / WEIGHTS}: {error}") from error
-    A, B, heads = _sort_keys(folder, tensors)
-    pairs = {}
+    with _opened(folder) as tensors:
+        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    A, B, heads = _sort_keys(folder, shapes)
+    layers = {}
     for module in sorted(A | B):
         if module not in A or module not in B:
             raise FedeltaError(f"{folder}: module {module} has no lora_{'A' if module in B else 'B'}")
-        for name, factor in (("A", A[module]), ("B", B[module])):
-            if factor.ndim != 2:
-                raise FedeltaError(f"{folder}: module {module}: {name} is {tuple(factor.shape)}, expected a matrix")
-            if not torch.isfinite(factor).all():
-                raise FedeltaError(f"{folder}: module {module}: {name} holds NaN or infinite values")
-        rank = A[module].shape[0]
+        for name, shape in (("A", A[module]), ("B", B[module])):
+            if len(shape) != 2:
+                raise FedeltaError(f"{folder}: module {module}: {name} is {shape}, expected a matrix")
+        if A[module][0] != B[module][1]:
+            raise FedeltaError(f"{folder}: module {module}: A {A[module]} and B {B[module]} do not share a rank")
+        rank = A[module][0]
         stated = _pattern(config.get("rank_pattern"), module, config["r"])
         if rank != stated:
             raise FedeltaError(f"{folder}: module {module} has rank {rank}, but {CONFIG} says {stated}")
         alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         scale = lora_scale(float(alpha), rank, "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r")
-        try:
-            pairs[module] = LoraPair(A[module].float(), B[module].float(), scale)
-        except FedeltaError as error:
-            raise FedeltaError(f"{folder}: module {module}: {error}") from error
-    return PeftFolder(Adapter(pairs), heads, config)
+        layers[module] = Layer(rank, (B[module][0], A[module][1]), scale)
+    return PeftFolder(folder, config, layers, heads)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as tensors:
+            yield tensors
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FedeltaError(f"{folder / WEIGHTS}: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -122,9 +167,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+Shape = tuple[int, ...]
+
+
 def _sort_keys(
-    folder: Path, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    folder: Path, tensors: Mapping[str, Shape]
+) -> tuple[dict[str, Shape], dict[str, Shape], dict[str, Shape]]:
     A, B, heads = {}, {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -147,56 +195,3 @@ def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> An
     from peft.utils.other import get_pattern_key
 
     return (pattern or {}).get(get_pattern_key((pattern or {}).keys(), module), default)
-
-
-def write_adapter(
-    folder: Path,
-    adapter: Adapter,
-    heads: Mapping[str, Tensor],
-    *,
-    base_model: str,
-    modules_to_save: list[str] | None = None,
-    fan_in_fan_out: bool = False,
-    task_type: str | None = "SEQ_CLS",
-) -> None:
-    """Write a folder that plain PEFT loads: one rank and one α for all modules, whatever theirs were.
-
-    Modules of smaller rank are padded with zeros, which leaves their product as it is and spares the reader
-    (vLLM, say) a `rank_pattern`.
-
-    Args:
-        folder: appears whole, or not at all.
-        base_model: what `base_model_name_or_path` says.
-        modules_to_save: names of the heads' modules.
-        fan_in_fan_out: whether the adapted layers are Conv1D.
-    """
-    import peft
-
-    rank = adapter.rank
-    scales = {pair.scale for pair in adapter.values()}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    adapter = adapter.with_scale(scale)
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.items()}
-    for module, pair in adapter.items():
-        missing = rank - pair.rank
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(pair.A, (0, 0, 0, missing))
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(pair.B, (0, missing))
-    alpha = lora_alpha(scale, rank)
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=sorted(adapter),
-        modules_to_save=modules_to_save,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type=task_type,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    with new_folder(folder) as temporary:
-        config.save_pretrained(str(temporary))
-        # PEFT keeps names in a set, whose order differs from process to process; equal runs leave equal files.
-        written = json.loads((temporary / CONFIG).read_text()) | {"target_modules": sorted(adapter)}
-        (temporary / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        # Not by save_file, which leaves a file that only its owner can read: an adapter is made to be passed on.
-        contiguous = {key: tensor.contiguous() for key, tensor in sorted(tensors.items())}
-        write_file(temporary / WEIGHTS, safetensors.torch.save(contiguous, metadata={"format": "pt"}))

@@ -1,4 +1,4 @@
-"""A running sum of low-rank products, in memory that does not grow with the number of terms."""
+"""A running sum of low-rank products around a shift, in memory that does not grow with the number of terms."""
 
 import torch
 from torch import Tensor
@@ -10,53 +10,74 @@ CHUNK = 256
 
 
 class ProductSum:
-    """Σ U_i·V_i: stacked factors while those are smaller than the m×n matrix, then that matrix.
+    """Σ_i w_i (b_i − δ)·a_i: stacked factors while those are smaller than the m×n matrix, then that matrix.
+
+    The shift δ is known only in the end. Factors are then corrected in place. What is folded into a dense sum was
+    corrected by the mean δ′ of the first fold, so what is left to take off, (δ − δ′)·Σ w_i a_i, is small.
 
     Args:
         shape: (m, n).
         dtype: of the factors and of the dense sum.
+        columns: number of columns of δ, R.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, columns: int) -> None:
         self.shape = shape
         self.dtype = dtype
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._columns = columns
+        self._terms: list[tuple[Tensor, Tensor, float, Tensor]] = []
         self._width = 0
         self._dense: Tensor | None = None
+        self._shift: Tensor | None = None
 
-    def add(self, Ut: Tensor, V: Tensor) -> None:
-        """Add Utᵀ·V. Factors come with the rank index first, so that stacking them is one copy.
+    def add(self, b: Tensor, a: Tensor, weight: float, columns: Tensor) -> None:
+        """Add weight·b·a.
 
         Args:
-            Ut: shape (q, m).
-            V: shape (q, n).
+            b: shape (m, q). Kept, not copied.
+            a: shape (q, n). Likewise.
+            columns: which column of δ belongs to each column of b, (q,).
         """
-        if len(V) == 0:
-            return
-        self._rows.append((Ut.to(self.dtype), V.to(self.dtype)))
-        self._width += len(V)
+        self._terms.append((b, a, weight, columns))
+        self._width += len(a)
         m, n = self.shape
         if self._dense is None and self._width * (m + n) > m * n:
             self._dense = torch.zeros(m, n, dtype=self.dtype)
         if self._dense is not None and self._width >= CHUNK:
-            self._flush(self._dense)
+            self._fold(self._dense)
 
-    def _stacked(self) -> LowRank:
-        if not self._rows:
-            return LowRank.zero(self.shape, self.dtype)
-        Ut, V = (torch.cat([row[i] for row in self._rows]) for i in (0, 1))
-        return LowRank(Ut.T, V)
+    def _stacked(self, scale: float, shift: Tensor) -> LowRank:
+        """scale·Σ w_i (b_i − shift)·a_i over the terms at hand, as one product."""
+        U = torch.empty(self.shape[0], self._width, dtype=self.dtype)
+        end = 0
+        for b, a, weight, columns in self._terms:
+            begin, end = end, end + len(a)
+            torch.sub(b, shift[:, columns], out=U[:, begin:end]).mul_(weight * scale)
+        V = torch.cat([torch.empty(0, self.shape[1], dtype=self.dtype), *(a for _, a, _, _ in self._terms)])
+        self._terms, self._width = [], 0
+        return LowRank(U, V)
 
-    def _flush(self, dense: Tensor) -> None:
-        self._stacked().add_to(dense)
-        self._rows, self._width = [], 0
+    def _fold(self, dense: Tensor) -> Tensor:
+        if self._shift is None:
+            total = torch.zeros(self.shape[0], self._columns, dtype=torch.float64)
+            mass = torch.zeros(self._columns, dtype=torch.float64)
+            for b, _, weight, columns in self._terms:
+                total[:, columns] += weight * b
+                mass[columns] += weight
+            self._shift = (total / mass.clamp(min=1e-300)).to(self.dtype)
+        self._stacked(1.0, self._shift).add_to(dense)
+        return self._shift
 
-    def value(self, scale: float = 1.0) -> Product:
-        """scale·Σ U_i·V_i; the sum itself is used up."""
+    def value(self, scale: float, shift: Tensor, total_a: Tensor, span: slice) -> Product:
+        """scale·Σ w_i (b_i − δ)·a_i; the sum itself is used up.
+
+        Args:
+            shift: δ, (m, R).
+            total_a: Σ w_i a_i by column of δ, over all terms, (R, n).
+            span: the columns that occur in this sum.
+        """
         if self._dense is None:
-            stacked = self._stacked()
-            self._rows = []
-            stacked.U.mul_(scale)
-            return stacked
-        self._flush(self._dense)
+            return self._stacked(scale, shift.to(self.dtype))
+        left = (self._fold(self._dense).double() - shift)[:, span]
+        LowRank(left, total_a[span]).to(self.dtype).add_to(self._dense)
         return Dense(self._dense.mul_(scale))

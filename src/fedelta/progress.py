@@ -1,5 +1,7 @@
 """Progress on a terminal: rounds with the time left, the clients of the round, evaluation. Quiet elsewhere."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -23,6 +25,15 @@ class TimeLeft(ProgressColumn):
         done = task.completed - task.fields.get("before", 0)
         left = timedelta(seconds=round(used / done * (task.remaining or 0))) if done > 0 else "-:--:--"
         return Text(f"{timedelta(seconds=round(used))}, {left} left")
+
+
+@contextmanager
+def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal for work that says how much of it is done: a function of (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class TerminalProgress(Observer):

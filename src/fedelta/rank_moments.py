@@ -5,10 +5,12 @@ For rank index j: contributors S_j = {i that trained j}, mass c_j = Σ_{S_j} p_i
     b̄_j = Σ_{S_j} p_i s_i b_ij / c_j        ā_j = Σ_{S_j} p_i a_ij / c_j
     cov_j = Σ_{S_j} p_i (s_i b_ij − b̄_j)(a_ij − ā_j)
 
-Clients are folded in one at a time by Welford's update: a client that brings mass w to an index of mass W adds
-w·W/(W+w) · (b − b̄)(a − ā), with the means of those before it. Means run in float64, and the covariance is never a
-difference of large products, so in fp32 it keeps its digits however close the clients are. The first holder of an
-index adds nothing, so the factors of Σ_j cov_j have width Σ r_i − max r_i (docs/methods.md 2).
+Clients are folded in one at a time as differences d from the first client that trained the index, the reference:
+
+    b̄_j = b_ref + δ_j,  δ_j = Σ w_i d^b_ij / W_j        Σ_j cov_j = Σ_i p_i (d^b_ij − δ_j) · d^a_ij
+
+so nothing is a difference of large products, and fp32 keeps its digits however close the clients are (sums of
+differences run in float64). A reference adds nothing, so the factors have width Σ r_i − max r_i (docs/methods.md 2).
 """
 
 from collections.abc import Iterable
@@ -23,42 +25,78 @@ from fedelta.lowrank import LowRank, Product, add
 from fedelta.product_sum import ProductSum
 
 Covariance = Literal["none", "total", "by rank"]
+Index = Tensor | slice
 
 
 class _Module:
-    """The moments of one module. Means have the rank index first: (R, m) and (R, n)."""
+    """The moments of one module. Factors of B are kept in units of the first client's scale."""
 
-    def __init__(self, pair: LoraPair, blocks: list[int]) -> None:
-        self.B = torch.zeros(pair.rank, pair.shape[0], dtype=torch.float64)
-        self.A = torch.zeros(pair.rank, pair.shape[1], dtype=torch.float64)
-        self.mass = torch.zeros(pair.rank, dtype=torch.float64)
-        self.ends = blocks
-        self.covariance = [ProductSum(pair.shape, pair.B.dtype) for _ in blocks]
+    def __init__(self, before: LoraPair, ends: list[int]) -> None:
+        m, n = before.shape
+        R, dtype = before.rank, before.B.dtype
+        self.scale = 0.0
+        self.B_ref, self.A_ref = torch.zeros(m, R, dtype=dtype), torch.zeros(R, n, dtype=dtype)
+        self.B_sum = torch.zeros(m, R, dtype=torch.float64)  # Σ w_i d^b_ij
+        self.A_sum = torch.zeros(R, n, dtype=torch.float64)
+        self.mass = torch.zeros(R, dtype=torch.float64)
+        self.blocks = list(zip([0, *ends], ends, strict=False))
+        self.sums = [ProductSum(before.shape, dtype, R) for _ in self.blocks]
 
-    def add(self, weight: float, pair: LoraPair, index: Tensor | slice) -> None:
-        mass, B, A = self.mass[index], self.B[index], self.A[index]
-        b = (pair.scale * pair.B.T.double()).sub_(B)  # (r, m)
-        a = pair.A.double() - A  # (r, n)
-        share = weight / (mass + weight)
-        if self.covariance:
-            self._add_covariance((mass * share)[:, None] * b, a, mass > 0, index)
-        self.B[index] = torch.addcmul(B, share[:, None], b)
-        self.A[index] = torch.addcmul(A, share[:, None], a)
-        self.mass[index] = mass + weight
+    def add(self, weight: float, pair: LoraPair, index: Index) -> None:
+        dtype = self.B_ref.dtype
+        self.scale = self.scale or pair.scale
+        fresh = self.mass[index] == 0
+        if bool(fresh.any()):
+            self._refer(pair, index, fresh)
+        a = pair.A.to(dtype) - self.A_ref[index]
+        if pair.scale == self.scale:
+            b = pair.B.to(dtype) - self.B_ref[:, index]
+        else:
+            # s·B rounded to fp32 would differ from the reference by that rounding: subtract first.
+            b = (pair.B.double() * (pair.scale / self.scale) - self.B_ref[:, index]).to(dtype)
+        if isinstance(index, slice):
+            self.A_sum[index].add_(a, alpha=weight)
+            self.B_sum[:, index].add_(b, alpha=weight)
+        else:
+            self.A_sum[index] += weight * a
+            self.B_sum[:, index] += weight * b
+        self.mass[index] += weight
+        for (begin, end), total in zip(self.blocks, self.sums, strict=True):
+            rows = self._rows(~fresh, begin, end, index)
+            if rows is None:
+                total.add(b, a, weight, self._columns(index))
+            elif bool(rows.any()):
+                total.add(b[:, rows], a[rows], weight, self._columns(index)[rows])
 
-    def _add_covariance(self, b: Tensor, a: Tensor, held: Tensor, index: Tensor | slice) -> None:
-        if len(self.ends) == 1:
-            if bool(held.all()):
-                self.covariance[0].add(b, a)
-            else:
-                self.covariance[0].add(b[held], a[held])
-            return
-        positions = torch.arange(len(self.mass))[index]
-        begin = 0
-        for end, total in zip(self.ends, self.covariance, strict=True):
-            rows = held & (positions >= begin) & (positions < end)
-            total.add(b[rows], a[rows])
-            begin = end
+    def _refer(self, pair: LoraPair, index: Index, fresh: Tensor) -> None:
+        """Make this client the reference of the indices that nobody has trained before it."""
+        B = pair.B if pair.scale == self.scale else pair.B.double() * (pair.scale / self.scale)
+        where = self._columns(index)[fresh]
+        self.A_ref[where] = pair.A[fresh].to(self.A_ref.dtype)
+        self.B_ref[:, where] = B[:, fresh].to(self.B_ref.dtype)
+
+    def _columns(self, index: Index) -> Tensor:
+        return torch.arange(len(self.mass))[index]
+
+    def _rows(self, held: Tensor, begin: int, end: int, index: Index) -> Tensor | None:
+        """Which of a client's indices add to a block; None is all of them."""
+        if len(self.blocks) > 1:
+            columns = self._columns(index)
+            held = held & (columns >= begin) & (columns < end)
+        return None if bool(held.all()) else held
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """b̄ (m, R) and ā (R, n) in float64; zero where nobody trained."""
+        mass = torch.where(self.mass > 0, self.mass, 1.0)
+        B = self.B_ref.double() + self.B_sum / mass
+        return B * self.scale, self.A_ref.double() + self.A_sum / mass[:, None]
+
+    def covariance(self, block: int, weight: float) -> Product:
+        """Σ_j Σ_i w_i (d^b_ij − δ_j) d^a_ij / weight over the indices of a block. Used up by the call."""
+        mass = torch.where(self.mass > 0, self.mass, 1.0)
+        shift = self.B_sum / mass
+        begin, end = self.blocks[block]
+        return self.sums[block].value(self.scale / weight, shift, self.A_sum, slice(begin, end))
 
 
 class RankMoments:
@@ -124,39 +162,39 @@ class RankMoments:
         return Adapter({module: self._mean(module, padding) for module in self._modules})
 
     def _mean(self, module: str, padding: str) -> LoraPair:
-        moments, before = self._modules[module], self.previous[module]
-        B0, A0 = before.B.T.double(), before.A.double()
-        c = self.share(module)[:, None]
+        before, c = self.previous[module], self.share(module)
+        B, A = self._modules[module].means()
         if padding == "unchanged":
             # b̄ itself, to the bit, where everybody contributed.
-            B = torch.where(c == 1, moments.B, B0 + c * (moments.B - B0))
-            A = torch.where(c == 1, moments.A, A0 + c * (moments.A - A0))
-        else:
-            factor = c if padding == "zeros" else 1.0
-            B, A = factor * moments.B, factor * moments.A
-        B, A = torch.where(c > 0, B, B0), torch.where(c > 0, A, A0)
-        return LoraPair(A.to(before.A.dtype), B.T.to(before.B.dtype).contiguous())
+            B0, A0 = before.B.double(), before.A.double()
+            B = torch.where(c == 1, B, B0 + c * (B - B0))
+            A = torch.where(c[:, None] == 1, A, A0 + c[:, None] * (A - A0))
+        elif padding == "zeros":
+            B, A = c * B, c[:, None] * A
+        B, A = B.to(before.B.dtype), A.to(before.A.dtype)
+        if not bool((c > 0).all()):
+            B, A = torch.where(c > 0, B, before.B), torch.where(c[:, None] > 0, A, before.A)
+        return LoraPair(A, B)
 
     def covariance(self, module: str) -> Product:
         """Σ_j cov_j, (m, n). Used up by the call."""
-        (total,) = self._modules[module].covariance
-        return total.value(1 / (self.weight or 1.0))
+        return self._modules[module].covariance(0, self.weight or 1.0)
 
     def normalised_covariance(self, module: str) -> Product:
         """Σ_j cov_j / c_j, (m, n): each index by its own contributors. Used up by the call."""
         moments = self._modules[module]
         # All indices of a block have the same contributors, hence the same mass.
-        masses = [float(moments.mass[end - 1]) for end in moments.ends]
-        terms = [block.value(1 / (w or 1.0)) for block, w in zip(moments.covariance, masses, strict=True)]
-        return add(terms)
+        return add(
+            [moments.covariance(k, float(moments.mass[end - 1]) or 1.0) for k, (_, end) in enumerate(moments.blocks)]
+        )
 
     def mean_product(self, module: str) -> Product:
         """Σ_i p_i s_i B_i A_i = Σ_j c_j b̄_j ā_j + cov_j, (m, n), of width Σ r_i: what absent indices add is zero.
 
         Uses up the covariance.
         """
-        moments = self._modules[module]
         c, dtype = self.share(module), self.previous[module].B.dtype
+        B, A = self._modules[module].means()
         held = c > 0
-        centre = LowRank((c * moments.B.T)[:, held].to(dtype), moments.A[held].to(dtype))
+        centre = LowRank((c * B)[:, held].to(dtype), A[held].to(dtype))
         return add([centre, self.covariance(module)])

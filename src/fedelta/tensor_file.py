@@ -1,0 +1,93 @@
+"""A safetensors file written one tensor at a time, so that a large one need not fit into memory.
+
+The library writes all tensors of a file at once. The format itself does not ask for that: an 8-byte length, a JSON
+header that may end in spaces, then the tensors' bytes. Room for the header is kept at the start and filled in the end.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+ENTRY = 200
+"""Bytes of a header entry besides the tensor's name: dtype, shape and two offsets have room to spare."""
+
+
+class TensorFile:
+    """Context manager; the file is complete, and on disk, when the block ends without an error.
+
+    Args:
+        path: replaced.
+        names: of all tensors that will be written, in any order.
+        metadata: of the file.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], metadata: dict[str, str] | None = None) -> None:
+        self._names = set(names)
+        self._header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        self._room = 8 * (-(-sum(len(json.dumps(name)) + ENTRY for name in self._names) // 8) + 16)
+        self._offset = 0
+        self._file = path.open("wb", buffering=0)
+        self._file.seek(8 + self._room)
+        # One writer beside the arithmetic; one tensor may wait, so that no more than two are held.
+        self._writer = ThreadPoolExecutor(1)
+        self._pending: list[Future[None]] = []
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor; it must not change until the file is closed."""
+        flat = tensor.detach().contiguous()
+        self._names.remove(name)
+        self._header[name] = {
+            "dtype": _DTYPES[flat.dtype],
+            "shape": list(flat.shape),
+            "data_offsets": [self._offset, self._offset + flat.nbytes],
+        }
+        self._offset += flat.nbytes
+        if flat.nbytes:
+            self._pending.append(
+                self._writer.submit(self._append, memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+            )
+        while len(self._pending) > 2:
+            self._pending.pop(0).result()
+
+    def forget_unwritten(self) -> None:
+        """Leave out the names that have not been written: it was not known how many there would be."""
+        self._names = set()
+
+    def _append(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            for pending in self._pending:
+                pending.result()
+            self._writer.shutdown()
+            if error is None:
+                assert not self._names, f"not written: {sorted(self._names)[:3]}"
+                text = json.dumps(self._header).encode()
+                self._file.seek(0)
+                self._append(memoryview(self._room.to_bytes(8, "little") + text.ljust(self._room)))
+                os.fsync(self._file.fileno())
+        finally:
+            self._writer.shutdown()
+            self._file.close()
