@@ -6,16 +6,14 @@ from hypothesis import given
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.contribution import Contribution
-from fedelta.deviation import DeviationMeter
+from fedelta.deviation import deviation
 from fedelta.methods import make_method
+from fedelta.rank_moments import RankMoments
 from federation import Federation, federations, start, state_of, train, updates
 
 
 def measure(previous: Adapter, contributions: list[Contribution]) -> dict[str, float]:
-    meter = DeviationMeter(previous)
-    for contribution in contributions:
-        meter.add(contribution)
-    return meter.read()
+    return deviation(RankMoments(previous, contributions, "total"))
 
 
 @given(federation=federations())

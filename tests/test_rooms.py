@@ -10,19 +10,8 @@ FLOORS = [
     ["errors", "settings", "seeds", "atomic", "__init__"],
     ["lowrank", "product_sum", "adapter"],
     ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
-    [
-        "data",
-        "base_model",
-        "model",
-        "peft_io",
-        "tensor_file",
-        "peft_write",
-        "peft_folders",
-        "aggregate",
-        "metrics",
-        "training",
-    ],
-    ["server", "client", "checkpoint", "export", "engines", "tracking"],
+    ["data", "base_model", "model", "metrics", "training", "peft_io", "tensor_file", "peft_write"],
+    ["peft_folders", "aggregate", "server", "client", "checkpoint", "export", "engines", "tracking"],
     ["config", "runner", "report", "progress", "cli"],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

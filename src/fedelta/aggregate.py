@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedelta.adapter import LoraPair
 from fedelta.atomic import new_folder
-from fedelta.contribution import Contribution
+from fedelta.deviation import deviation_from_zero_padding
 from fedelta.errors import FedeltaError
 from fedelta.lowrank import LowRank, Product, add
 from fedelta.methods import Method, MethodState
@@ -106,18 +105,18 @@ def aggregate_folders(
     step = _Step(folders, method, rank, single or rank is not None)
     groups = folders.groups(GROUP_BYTES) if method is None or method.by_module else [list(folders.layers)]
     reports: list[ModuleReport] = []
-    with new_folder(output) as temporary:
-        with (
-            AdapterWriter(temporary, folders.layers, heads, **folders.writer_options()) as adapter_writer,
-            PatchWriter(temporary / PATCH, folders.layers) as patch_writer,
-        ):
-            for group in groups:
-                for result in step.run(group):
-                    adapter_writer.add(result.module, result.pair)
-                    if result.patch is not None:
-                        patch_writer.add(result.module, result.patch)
-                    reports.append(result.report(folders))
-                    progress(len(reports), len(folders.layers))
+    with (
+        new_folder(output) as temporary,
+        AdapterWriter(temporary, folders.layers, heads, folders.config()) as adapter_writer,
+        PatchWriter(temporary / PATCH, folders.layers) as patch_writer,
+    ):
+        for group in groups:
+            for result in step.run(group):
+                adapter_writer.add(result.module, result.pair)
+                if result.patch is not None:
+                    patch_writer.add(result.module, result.patch)
+                reports.append(result.report(folders))
+                progress(len(reports), len(folders.layers))
     has_patch = any(report.patch_width for report in reports)
     name = None if method is None else method.name
     return Aggregation(output, name, folders.shares(), sorted(reports, key=lambda r: r.module), has_patch)
@@ -150,19 +149,18 @@ class _Step:
         self.single = single
 
     def run(self, group: list[str]) -> Iterator[_Result]:
-        zero = self.folders.zero_adapter(group)
+        contributions = self.folders.contributions(group)
         if self.method is None:
-            moments = RankMoments(zero, self.folders.contributions(group), "total")
+            moments = RankMoments(self.folders.zero_adapter(group), contributions, "total")
             for module in group:
-                deviation, whole = _mean_and_deviation(moments, module)
-                yield self._single(module, whole, deviation)
+                yield self._single(module, moments.mean_product(module), deviation_from_zero_padding(moments, module))
             return
-        moments = RankMoments(zero, covariance="total")
         state = MethodState(0, self.folders.start_adapter(group, self.method), ranks=self.folders.all_ranks)
-        after, patch = self.method.step(state, _watched(self.folders.contributions(group), moments))
+        moments = self.method.fold(state, contributions, measured=True)
+        after, patch = self.method.conclude(state, moments)
         for module in group:
-            deviation, _ = _mean_and_deviation(moments, module)
-            yield self._of_method(module, after.adapter[module], patch.get(module), deviation)
+            found = deviation_from_zero_padding(moments, module)
+            yield self._of_method(module, after.adapter[module], patch.get(module), found)
 
     def _of_method(self, module: str, pair: LoraPair, patch: Product | None, deviation: float) -> _Result:
         product = pair.product()
@@ -185,26 +183,3 @@ class _Step:
         m, n = whole.shape
         pair = LoraPair(product.V, product.U) if kept else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))
         return _Result(module, pair, None, deviation, cut)
-
-
-def _watched(contributions: Iterator[Contribution], moments: RankMoments) -> Iterator[Contribution]:
-    for contribution in contributions:
-        moments.add(contribution)
-        yield contribution
-
-
-def _mean_and_deviation(moments: RankMoments, module: str) -> tuple[float, Product]:
-    """How far plain averaging is from the exact mean product, and that product.
-
-    The mean product is Σ_j c_j b̄_j ā_j + cov_j; averaging with zeros for missing indices gives Σ_j c_j² b̄_j ā_j.
-    """
-    whole, c = moments.mean_product(module), moments.share(module)
-    held = c > 0
-    if isinstance(whole, LowRank):
-        # The first columns are the centre's, the others those of the covariance.
-        missed: Tensor = torch.cat([1 - c[held], torch.ones(whole.width - int(held.sum()), dtype=torch.float64)])
-        size, off = whole.norms(torch.ones(whole.width), missed)
-    else:
-        mean = moments.means("zeros")[module]
-        size, off = whole.norm(), add([type(whole)(whole.W.clone()), LowRank(-mean.B, mean.A)]).norm()
-    return (off / size if size > 0 else 0.0), whole

@@ -40,7 +40,9 @@ def _config(arguments: list[str] | None) -> Any:
 
 def _finish(runs: list[Any], folder: Path) -> None:
     """Table on the terminal; plot, table and page in the folder."""
-    from fedelta.report import console_table, plot_accuracy, write_page, write_table
+    from fedelta.report.page import write_page
+    from fedelta.report.plot import plot_accuracy
+    from fedelta.report.table import console_table, write_table
 
     write_table(runs, folder)
     plots = plot_accuracy(runs, folder)

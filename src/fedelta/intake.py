@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fedelta.adapter import Shapes
 from fedelta.contribution import Contribution, receive
-from fedelta.deviation import DeviationMeter
 from fedelta.errors import BadUpdate
 from fedelta.messages import Broadcast, ClientUpdate
 
@@ -28,7 +27,6 @@ class Intake:
         shapes: module → (m, n).
         weights: client → w_i, or None for its number of examples.
         heads: the round's heads, name → tensor.
-        meter: measures the deviation on the way; None does without.
         refuse: raise on a bad update instead of skipping it.
 
     Attributes:
@@ -45,13 +43,11 @@ class Intake:
         shapes: Shapes,
         weights: Mapping[str, float | None],
         heads: Mapping[str, Tensor],
-        meter: DeviationMeter | None,
         refuse: bool,
     ) -> None:
         self._replies = replies
         self._shapes = shapes
         self._weights = weights
-        self._meter = meter
         self._refuse = refuse
         self._heads = heads
         self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in heads.items()}
@@ -99,8 +95,6 @@ class Intake:
         self._weight += contribution.weight
         for name, total in self._sums.items():
             total += contribution.weight * contribution.heads[name].double()
-        if self._meter is not None:
-            self._meter.add(contribution)
 
     def mean_heads(self) -> dict[str, Tensor]:
         """Σ p_i head_i, in the dtype of the heads before."""

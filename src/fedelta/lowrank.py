@@ -122,7 +122,7 @@ class LowRank(Matrix):
 
     def scaled(self, factor: float) -> "LowRank":
         """factor·U·V."""
-        return LowRank(self.U * factor, self.V)
+        return self if factor == 1 else LowRank(self.U * factor, self.V)
 
     def to(self, dtype: torch.dtype) -> "LowRank":
         """The same product with factors of another dtype."""
@@ -134,7 +134,8 @@ class LowRank(Matrix):
 
     def is_zero(self) -> bool:
         """Whether a factor holds nothing but zeros."""
-        return not (bool(self.U.any()) and bool(self.V.any()))
+        # A row tells in most cases; all of it is looked at only where that row is zero.
+        return self.width == 0 or not all(bool(x[:1].any()) or bool(x.any()) for x in (self.U, self.V))
 
     def norm(self) -> float:
         """‖U·V‖_F, as `norms` has it."""
@@ -226,7 +227,7 @@ class Dense(Matrix):
         return self.W.nbytes
 
     def scaled(self, factor: float) -> "Dense":
-        return Dense(self.W * factor)
+        return self if factor == 1 else Dense(self.W * factor)
 
     def to(self, dtype: torch.dtype) -> "Dense":
         return Dense(self.W.to(dtype))
@@ -265,11 +266,13 @@ def _check(product: Product, weight: Tensor) -> None:
 
 def add(terms: list[Product]) -> Product:
     """The sum of some matrices: dense if one of them is, else of the width of all."""
+    if len(terms) == 1:
+        return terms[0]
     dense = [term for term in terms if isinstance(term, Dense)]
     low = [term for term in terms if isinstance(term, LowRank)]
     if not dense:
-        return low[0] if len(low) == 1 else LowRank.sum(low)
-    total = dense[0].W
+        return LowRank.sum(low)
+    total = dense[0].W.clone()
     for term in [*dense[1:], *low]:
         term.add_to(total)
     return Dense(total)

@@ -137,26 +137,17 @@ class Folders:
     def mean_heads(self) -> dict[str, Tensor]:
         """Σ p_i head_i, in the dtype of the first folder's."""
         sums: dict[str, Tensor] = {}
-        dtypes = {}
+        dtypes: dict[str, torch.dtype] = {}
         for (_, p), folder in zip(self.shares(), self.folders, strict=True):
             for name, tensor in folder.read_heads().items():
                 dtypes.setdefault(name, tensor.dtype)
                 sums[name] = sums.get(name, 0) + p * tensor.double()
         return {name: total.to(dtypes[name]) for name, total in sums.items()}
 
-    def writer_options(self) -> dict[str, Any]:
-        """What an adapter's configuration keeps of theirs."""
-        config = self.folders[0].config
-        return {
-            "base_model": _base_model(self.folders),
-            "modules_to_save": config.get("modules_to_save"),
-            "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-            "task_type": config.get("task_type"),
-        }
-
-
-def _base_model(folders: Sequence[PeftFolder]) -> str | None:
-    return next((name for f in folders if (name := f.config.get("base_model_name_or_path"))), None)
+    def config(self) -> dict[str, Any]:
+        """The first folder's configuration, with a base model that any of them names."""
+        names = (folder.config.get("base_model_name_or_path") for folder in self.folders)
+        return {**self.folders[0].config, "base_model_name_or_path": next((name for name in names if name), None)}
 
 
 def _check_alike(first: PeftFolder, folder: PeftFolder) -> None:

@@ -192,6 +192,8 @@ def _sort_keys(
 
 
 def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    if not pattern:
+        return default
     from peft.utils.other import get_pattern_key
 
-    return (pattern or {}).get(get_pattern_key((pattern or {}).keys(), module), default)
+    return pattern.get(get_pattern_key(pattern.keys(), module), default)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import safetensors
 import torch
@@ -30,9 +31,7 @@ class AdapterWriter:
         folder: where the two files go; not made here.
         modules: names of all modules that will be added.
         heads: `module.parameter` → tensor of `modules_to_save`.
-        base_model: what `base_model_name_or_path` says.
-        modules_to_save: names of the heads' modules.
-        fan_in_fan_out: whether the adapted layers are Conv1D.
+        config: an `adapter_config.json` whose rank, α and the like are replaced, and all else kept.
         scale: s of all modules.
     """
 
@@ -41,23 +40,14 @@ class AdapterWriter:
         folder: Path,
         modules: Iterable[str],
         heads: Mapping[str, Tensor],
-        *,
-        base_model: str | None,
-        modules_to_save: list[str] | None = None,
-        fan_in_fan_out: bool = False,
-        task_type: str | None = "SEQ_CLS",
+        config: Mapping[str, Any],
         scale: float = 1.0,
     ) -> None:
         self._folder = folder
         self._heads = heads
+        self._config = config
         self._scale = scale
         self._ranks: dict[str, int] = {}
-        self._options = {
-            "base_model_name_or_path": base_model,
-            "modules_to_save": modules_to_save,
-            "fan_in_fan_out": fan_in_fan_out,
-            "task_type": task_type,
-        }
         self._names = [_key(module, factor) for module in modules for factor in "AB"]
         self._draft = self._open(_DRAFT)
 
@@ -97,20 +87,17 @@ class AdapterWriter:
         self._write_config(rank)
 
     def _write_config(self, rank: int) -> None:
-        import peft
-
         alpha = lora_alpha(self._scale, rank)
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-            target_modules=sorted(self._ranks),
-            inference_mode=True,
-            **self._options,
-        )
-        config.save_pretrained(str(self._folder))
-        # PEFT keeps names in a set, whose order differs from process to process; equal runs leave equal files.
-        written = json.loads((self._folder / CONFIG).read_text()) | {"target_modules": sorted(self._ranks)}
-        (self._folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        config = {
+            **self._config,
+            "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "inference_mode": True,
+        }
+        (self._folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _key(module: str, factor: str) -> str:
@@ -131,37 +118,41 @@ def write_adapter(
     adapter: Adapter,
     heads: Mapping[str, Tensor],
     *,
-    base_model: str | None,
+    base_model: str,
     modules_to_save: list[str] | None = None,
     fan_in_fan_out: bool = False,
     task_type: str | None = "SEQ_CLS",
 ) -> None:
-    """Write a whole adapter; the arguments are those of `AdapterWriter`.
+    """Write a whole adapter.
 
     Args:
         folder: appears whole, or not at all.
         adapter: of any ranks and scales; a scale that all modules share is kept.
+        heads: `module.parameter` → tensor of `modules_to_save`.
+        base_model: what `base_model_name_or_path` says.
+        modules_to_save: names of the heads' modules.
+        fan_in_fan_out: whether the adapted layers are Conv1D.
     """
+    import peft
+
+    config = peft.LoraConfig(
+        target_modules=sorted(adapter),
+        modules_to_save=modules_to_save,
+        fan_in_fan_out=fan_in_fan_out,
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+    ).to_dict()
+    # PEFT keeps names in a set, whose order differs from process to process; equal runs leave equal files.
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     scales = {pair.scale for pair in adapter.values()}
-    with (
-        new_folder(folder) as temporary,
-        AdapterWriter(
-            temporary,
-            adapter,
-            heads,
-            base_model=base_model,
-            modules_to_save=modules_to_save,
-            fan_in_fan_out=fan_in_fan_out,
-            task_type=task_type,
-            scale=scales.pop() if len(scales) == 1 else 1.0,
-        ) as writer,
-    ):
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    with new_folder(folder) as temporary, AdapterWriter(temporary, adapter, heads, config, scale) as writer:
         for module, pair in adapter.items():
             writer.add(module, pair)
 
 
 class PatchWriter:
-    """Writes `base_patch.safetensors`: `<module>.U` (m, q) and `<module>.V` (q, n), so that W + U·V is the patched weight.
+    """Writes `base_patch.safetensors`: `<module>.U` (m, q) and `<module>.V` (q, n), so that W + U·V is the new weight.
 
     Shapes are those of the layer as a Linear, out×in; scales are applied. Without a patch there is no file.
 

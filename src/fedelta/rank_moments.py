@@ -92,7 +92,7 @@ class _Module:
         return B * self.scale, self.A_ref.double() + self.A_sum / mass[:, None]
 
     def covariance(self, block: int, weight: float) -> Product:
-        """Σ_j Σ_i w_i (d^b_ij − δ_j) d^a_ij / weight over the indices of a block. Used up by the call."""
+        """Σ_j Σ_i w_i (d^b_ij − δ_j) d^a_ij / weight over the indices of a block. Uses up the block's sum."""
         mass = torch.where(self.mass > 0, self.mass, 1.0)
         shift = self.B_sum / mass
         begin, end = self.blocks[block]
@@ -124,6 +124,7 @@ class RankMoments:
         self.previous = previous
         self.weight = 0.0
         self.clients = 0
+        self._finished: dict[str, list[tuple[Product, float]]] = {}
         self._modules = {}
         for module, pair in previous.items():
             ends = {
@@ -177,22 +178,26 @@ class RankMoments:
         return LoraPair(A, B)
 
     def covariance(self, module: str) -> Product:
-        """Σ_j cov_j, (m, n). Used up by the call."""
-        return self._modules[module].covariance(0, self.weight or 1.0)
+        """Σ_j cov_j, (m, n)."""
+        weight = self.weight or 1.0
+        return add([block.scaled(w / weight) for block, w in self._blocks(module)])
 
     def normalised_covariance(self, module: str) -> Product:
-        """Σ_j cov_j / c_j, (m, n): each index by its own contributors. Used up by the call."""
-        moments = self._modules[module]
-        # All indices of a block have the same contributors, hence the same mass.
-        return add(
-            [moments.covariance(k, float(moments.mass[end - 1]) or 1.0) for k, (_, end) in enumerate(moments.blocks)]
-        )
+        """Σ_j cov_j / c_j, (m, n): each index by its own contributors. Needs a covariance by rank."""
+        return add([block for block, _ in self._blocks(module)])
+
+    def _blocks(self, module: str) -> list[tuple[Product, float]]:
+        """Σ_j cov_j / c_j and the mass w of each block. Its indices have the same contributors, hence the same mass."""
+        if module not in self._finished:
+            moments = self._modules[module]
+            # In one block for all indices masses differ, and the whole weight stands for them.
+            whole = len(moments.blocks) == 1
+            masses = [self.weight if whole else float(moments.mass[end - 1]) for _, end in moments.blocks]
+            self._finished[module] = [(moments.covariance(k, w or 1.0), w) for k, w in enumerate(masses)]
+        return self._finished[module]
 
     def mean_product(self, module: str) -> Product:
-        """Σ_i p_i s_i B_i A_i = Σ_j c_j b̄_j ā_j + cov_j, (m, n), of width Σ r_i: what absent indices add is zero.
-
-        Uses up the covariance.
-        """
+        """Σ_i p_i s_i B_i A_i = Σ_j c_j b̄_j ā_j + cov_j, (m, n), of width Σ r_i: what absent indices add is zero."""
         c, dtype = self.share(module), self.previous[module].B.dtype
         B, A = self._modules[module].means()
         held = c > 0

@@ -14,12 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from fedelta.adapter import Adapter, ScaleRule, Shapes, lora_scale
-from fedelta.deviation import DeviationMeter
+from fedelta.deviation import deviation
 from fedelta.errors import FedeltaError
 from fedelta.intake import Intake, Reply
 from fedelta.messages import Broadcast, select_factors
 from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.patch_log import PatchLog
+from fedelta.rank_moments import RankMoments
 from fedelta.ranks import RankSettings, initial_ranks, promote, quota
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings
@@ -34,8 +35,8 @@ class FederationSettings(Settings):
         weighting: p_i by number of examples, all equal, or one weight for each client in the order of names.
         on_bad_update: skip a client whose update can't be used, or stop the run.
         min_clients: fewer usable updates than this stop the run.
-        deviation: measure each round what averaging A and B apart would lose; in rounds of hundreds of clients that
-            costs the memory of one dense sum a layer.
+        deviation: measure each round what averaging A and B apart would lose. For a method that needs means alone it
+            costs the memory of the clients' factors, at most that of a dense sum a layer.
     """
 
     participation: float = Field(default=1.0, gt=0, le=1)
@@ -219,12 +220,12 @@ class Server:
             FedeltaError: if fewer than `min_clients` updates can be used, or on the first bad one if the
                 setting says refuse.
         """
-        meter = DeviationMeter(state.method.adapter) if self.settings.deviation else None
         refuse = self.settings.on_bad_update == "refuse"
-        intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, meter, refuse)
+        intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, refuse)
         before = replace(state.method, ranks=frozenset(state.ranks.values()))
-        method, patch = self.method.step(before, intake.contributions())
-        self._check_result(state, intake, method)
+        moments = self.method.fold(before, intake.contributions(), measured=self.settings.deviation)
+        self._check_usable(state, intake, moments)
+        method, patch = self.method.conclude(before, moments)
         ranks = promote({**state.ranks, **intake.pruned}, state.first_losses, intake.losses, self.ranks)
         outcome = RoundOutcome(
             contributors=intake.contributors,
@@ -232,7 +233,7 @@ class Server:
             promoted=sorted(client for client in ranks if ranks[client] > state.ranks[client]),
             pruned=sorted(intake.pruned),
             train_loss=intake.mean_loss(),
-            deviation=meter.read() if meter else {},
+            deviation=deviation(moments) if self.settings.deviation else {},
             patch_width=max((product.width for product in patch.values()), default=0),
         )
         # A client that failed may or may not have folded what it was sent; it skips what it already has.
@@ -246,7 +247,7 @@ class Server:
             first_losses={**state.first_losses, **intake.losses},
         ), outcome
 
-    def _check_result(self, state: ServerState, intake: Intake, method: MethodState) -> None:
+    def _check_usable(self, state: ServerState, intake: Intake, moments: RankMoments) -> None:
         usable = len(intake.contributors)
         if usable < self.settings.min_clients:
             reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(intake.skipped.items())[:3])
@@ -254,8 +255,9 @@ class Server:
                 f"round {state.round}: {usable} usable updates, "
                 f"expected at least {self.settings.min_clients} ({reasons})"
             )
-        for module, pair in method.adapter.items():
-            if not bool(torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()):
+        for module, pair in moments.means().items():
+            # A product of factors as large as this may overflow where the factors themselves do not.
+            if not float(pair.A.abs().max()) * float(pair.B.abs().max()) < torch.finfo(pair.B.dtype).max:
                 raise FedeltaError(
                     f"round {state.round}: the mean of module {module} is not finite; updates are too large"
                 )

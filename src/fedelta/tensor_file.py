@@ -60,9 +60,8 @@ class TensorFile:
         }
         self._offset += flat.nbytes
         if flat.nbytes:
-            self._pending.append(
-                self._writer.submit(self._append, memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
-            )
+            data = memoryview(flat.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            self._pending.append(self._writer.submit(self._append, data))
         while len(self._pending) > 2:
             self._pending.pop(0).result()
 

@@ -8,7 +8,6 @@ high-rank clients. The fold is for the round alone. The indices are drawn withou
 an index that nobody drew keeps its values, which the paper leaves open.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from fedelta.adapter import Adapter
 from fedelta.methods import register
-from fedelta.methods.method import ClientView, Contribution, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
 from fedelta.rank_moments import RankMoments
 from fedelta.seeds import derive_seed
 
@@ -36,5 +35,5 @@ class FedPLoRA(Method):
         tail = Adapter({m: pair.select(rest) for m, pair in state.adapter.items()}).products() if len(rest) else {}
         return Tailored(state.adapter.map(lambda pair: pair.select(trained)), tail, trained)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=moments.means()), {}

@@ -9,13 +9,12 @@ here has seen. fedelta draws Q (orthonormal) and A from the seed and starts from
 sent; it wants a larger rank than other methods (the paper's go to 200).
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 CORE = frozenset({"core"})
@@ -33,8 +32,8 @@ class FedSB(Method):
     def wire(self, round: int) -> Wire:  # noqa: ARG002
         return Wire(down=CORE, train=CORE, up=CORE)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         # Every B_i is Q·C_i, so the mean of B is Q·C̄.
-        means = RankMoments(state.adapter, contributions).means()
+        means = moments.means()
         pairs = {module: LoraPair(pair.A, means[module].B) for module, pair in state.adapter.items()}
         return replace(state, adapter=Adapter(pairs)), {}

@@ -21,7 +21,6 @@ The paper also cuts the residual to a rank r′ (Eckart–Young); `remainder` do
 next round.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -29,9 +28,9 @@ import torch
 
 from fedelta.lowrank import LowRank, Product, add
 from fedelta.methods import register
-from fedelta.methods.method import ClientView, Contribution, Holds, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.method import ClientView, Holds, Method, MethodState, Patch, Properties, Tailored
 from fedelta.methods.remainder import cut_residuals, parse_cut
-from fedelta.rank_moments import RankMoments
+from fedelta.rank_moments import Covariance, RankMoments
 
 
 @register
@@ -64,6 +63,10 @@ class FedEx(Method):
         return self.properties._replace(exact=where, gauge_invariant=where)
 
     @property
+    def covariance(self) -> Covariance:  # type: ignore[override]
+        return "by rank" if self.target == "rank-normalised" else "total"
+
+    @property
     def by_module(self) -> bool:
         return super().by_module and parse_cut(self.remainder).kind != "bytes"
 
@@ -74,9 +77,8 @@ class FedEx(Method):
         rest = torch.arange(client.rank, state.adapter.rank)
         return Tailored(adapter, {module: pair.select(rest).product() for module, pair in state.adapter.items()})
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         normalised = self.target == "rank-normalised"
-        moments = RankMoments(state.adapter, contributions, "by rank" if normalised else "total", state.ranks)
         after = replace(state, adapter=moments.means())
         residuals: dict[str, Product] = {}
         for module in state.adapter:

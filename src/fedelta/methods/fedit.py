@@ -5,11 +5,10 @@
 Inexact: Σ p_i s_i B_i A_i ≠ B̄ Ā as soon as clients differ in both factors. Equal ranks only.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -21,5 +20,5 @@ class FedIT(Method):
     mixed_ranks = False
     properties = Properties(reduces_to_fedit="always", linear=True)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=moments.means()), {}

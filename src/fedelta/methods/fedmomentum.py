@@ -8,7 +8,6 @@ What is beyond q is dropped. The abstract says that the dominant components rebu
 residual can go into the backbone; the balanced split and τ = 0.9999 follow a public reimplementation. Equal ranks.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from pydantic import Field
 from fedelta.adapter import Adapter
 from fedelta.methods import register
 from fedelta.methods.flexlora import balanced_pair
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -32,14 +31,14 @@ class FedMomentum(Method):
     summary = "SVD of the mean product: the top R to the adapter, the rest of the energy to the base"
     mixed_ranks = False
     properties = Properties(gauge_invariant="always")
+    covariance = "total"
     keeps_basis = False
     variants = ({"energy": 1.0},)
 
     def holds(self) -> Properties:
         return self.properties._replace(exact="always" if self.energy == 1 else "never")
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        moments = RankMoments(state.adapter, contributions, "total")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         pairs, patch = {}, Patch()
         for module, before in state.adapter.items():
             product = moments.mean_product(module)

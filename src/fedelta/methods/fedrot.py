@@ -12,7 +12,6 @@ order of rounds this is; λ = 1, all the way, is our default. Q is taken as a ro
 is no path of rotations to a reflection. Equal ranks.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -61,5 +60,5 @@ class FedRot(Method):
             Q = nearest_orthogonal((1 - self.strength) * torch.eye(pair.rank, dtype=Q.dtype) + self.strength * Q)
         return LoraPair((Q.T @ A).to(pair.A.dtype), (B @ Q).to(pair.B.dtype), pair.scale)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=moments.means()), {}

@@ -10,13 +10,12 @@ The paper has equal ranks; at mixed ones A is averaged over the contributors of 
 classifier local too; here heads are averaged as in every method, because a head is no part of B.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -32,7 +31,7 @@ class FedSA(Method):
     def wire(self, round: int) -> Wire:  # noqa: ARG002
         return Wire(down=frozenset("A"), train=frozenset("AB"), up=frozenset("A"), keep=frozenset("B"))
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        means = RankMoments(state.adapter, contributions).means()
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        means = moments.means()
         pairs = {module: LoraPair(means[module].A, pair.B) for module, pair in state.adapter.items()}
         return replace(state, adapter=Adapter(pairs)), {}

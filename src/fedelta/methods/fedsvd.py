@@ -8,7 +8,6 @@ A shared A makes the mean exact. The paper has equal ranks; at mixed ones, clien
 index j count as unchanged there, which keeps it exact.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from pydantic import Field
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -50,8 +49,8 @@ class FedSVD(Method):
     def wire(self, round: int) -> Wire:  # noqa: ARG002
         return Wire(train=frozenset("B"), up=frozenset("B"))
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        means = RankMoments(state.adapter, contributions).means("unchanged")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        means = moments.means("unchanged")
         pairs = {module: LoraPair(pair.A, means[module].B) for module, pair in state.adapter.items()}
         if (state.round + 1) % self.every == 0:
             pairs = {module: refactor(pair) for module, pair in pairs.items()}

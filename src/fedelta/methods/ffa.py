@@ -9,13 +9,12 @@ unchanged there, which keeps the step exact: the new weight is the old one plus 
 A is never sent: each client draws it from the seed (`draw_A`), which halves the traffic in both directions.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 B_ALONE = frozenset("B")
@@ -31,7 +30,7 @@ class FFA(Method):
     def wire(self, round: int) -> Wire:  # noqa: ARG002
         return Wire(down=B_ALONE, train=B_ALONE, up=B_ALONE)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        means = RankMoments(state.adapter, contributions).means("unchanged")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        means = moments.means("unchanged")
         pairs = {module: LoraPair(state.adapter[module].A, pair.B) for module, pair in means.items()}
         return replace(state, adapter=Adapter(pairs)), {}

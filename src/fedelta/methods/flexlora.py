@@ -10,7 +10,6 @@ Open in the paper: a product of rank below R leaves directions with both factors
 they get a fresh row of A and B = 0, as at the start.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from fedelta.adapter import Adapter, LoraPair, draw_A
 from fedelta.lowrank import SVD
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -38,11 +37,11 @@ class FlexLoRA(Method):
     paper = "FlexLoRA, arXiv 2402.11505"
     summary = "SVD of the mean product, balanced, cut to each client's rank"
     properties = Properties(no_op_invariant="equal ranks", gauge_invariant="always")
+    covariance = "total"
     keeps_basis = False
     aliases = (("hlora", "HLoRA, arXiv 2503.00813"),)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        moments = RankMoments(state.adapter, contributions, "total")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         pairs = {
             module: balanced_pair(moments.mean_product(module).svd(), before, module, state.seed)
             for module, before in state.adapter.items()

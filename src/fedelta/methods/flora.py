@@ -9,14 +9,13 @@ The paper's clients each draw an A of their own; here it is one draw for all, wh
 round reproducible. `restart: same` uses the first round's A in all rounds.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -30,14 +29,14 @@ class FLoRA(Method):
     paper = "FLoRA, arXiv 2409.05976"
     summary = "stack all clients into the base, restart the adapter; exact at any ranks"
     properties = Properties(exact="always", gauge_invariant="always")
+    covariance = "total"
     keeps_basis = False
     variants = ({"restart_from": "same"},)
 
     def wire(self, round: int) -> Wire:  # noqa: ARG002
         return Wire(down=frozenset())
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        moments = RankMoments(state.adapter, contributions, "total")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         stacks = {module: moments.mean_product(module) for module in state.adapter}
         patch = {module: stack for module, stack in stacks.items() if not stack.is_zero()}
         if self.restart_from == "fresh":

@@ -7,14 +7,13 @@ merge it and start the next round from a fresh adapter of their own rank. As in 
 all. The factors are balanced (U√Σ, √ΣVᵀ), where the paper has UΣ and Vᵀ: the product is the same.
 """
 
-from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import Field
 
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Holds, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Holds, Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -28,6 +27,7 @@ class FLoRIST(Method):
     paper = "FLoRIST, arXiv 2506.09199"
     summary = "the stack of all clients cut to a share of its energy, into the base; restart"
     properties = Properties(gauge_invariant="always", identity="never")
+    covariance = "total"
     keeps_basis = False
     variants = ({"energy": 1.0},)
 
@@ -38,8 +38,7 @@ class FLoRIST(Method):
     def wire(self, round: int) -> Wire:  # noqa: ARG002
         return Wire(down=frozenset())
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        moments = RankMoments(state.adapter, contributions, "total")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         patch: Patch = {}
         for module in state.adapter:
             product = moments.mean_product(module)

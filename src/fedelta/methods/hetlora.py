@@ -15,7 +15,6 @@ Open in what we could read of the paper: whether S_i is of a layer or of the who
 client), and the values of γ and λ (0.99 and 0.01, as public reimplementations have them).
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from fedelta.adapter import Adapter
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -65,5 +64,5 @@ class HetLoRA(Method):
             return trained.truncate(rank)
         return trained
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        return replace(state, adapter=RankMoments(state.adapter, contributions).means("zeros")), {}
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=moments.means("zeros")), {}

@@ -9,7 +9,6 @@ The paper compares the two products by their cosine and descends on the server, 
 Frobenius distance, which measures the size of the product too, has this closed form, and the same λ.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from pydantic import Field
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.lowrank import LowRank
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -35,9 +34,9 @@ class LoRAFAIR(Method):
     mixed_ranks = False
 
     properties = Properties()
+    covariance = "total"
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        moments = RankMoments(state.adapter, contributions, "total")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         pairs = {}
         for module, mean in moments.means().items():
             residual, A = moments.covariance(module), mean.A.double()

@@ -19,6 +19,7 @@ from fedelta.errors import FedeltaError
 from fedelta.lowrank import LowRank, Product, add
 from fedelta.messages import Wire
 from fedelta.methods.server_optimizer import ServerOptimizer, optimize
+from fedelta.rank_moments import Covariance, RankMoments
 from fedelta.seeds import derive_seed
 
 Holds = Literal["never", "equal ranks", "always"]
@@ -104,6 +105,7 @@ class Method(ABC):
         summary: one line for a person.
         properties: what the default options guarantee.
         mixed_ranks: whether clients may have different ranks.
+        covariance: what `aggregate` needs besides means: nothing, the covariance of the factors, or that by rank index.
         keeps_basis: rank index j means the same direction in the next round, so that factors of two rounds can be
             subtracted; methods that factor anew (SVD) can't have a server optimiser.
         personal: whether every client has a model of its own, kept in part where nobody else sees it.
@@ -124,6 +126,7 @@ class Method(ABC):
     summary: ClassVar[str]
     properties: ClassVar[Properties]
     mixed_ranks: ClassVar[bool] = True
+    covariance: ClassVar[Covariance] = "none"
     keeps_basis: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     offline: ClassVar[str] = ""
@@ -173,23 +176,38 @@ class Method(ABC):
         """What a client sends after training; its rank may be lower than it was."""
         return trained
 
-    @abstractmethod
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        """The method's own step, without the options that every method has.
+    def fold(self, state: MethodState, contributions: Iterable[Contribution], measured: bool = False) -> RankMoments:
+        """The first half of a step: what the clients trained, folded into sums one client at a time.
 
         Args:
             state: as broadcast in this round.
-            contributions: what the clients trained; consumed once, each to be folded in and dropped.
+            contributions: consumed once; each is folded in and dropped.
+            measured: keep what the deviation is read from, even if the method does not need it.
+        """
+        if self.norm_weighting:
+            contributions = _weighed_by_norm(contributions)
+        kind = "total" if measured and self.covariance == "none" else self.covariance
+        return RankMoments(state.adapter, contributions, kind, state.ranks)
+
+    @abstractmethod
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        """The method's own equation, without the options that every method has.
+
+        Args:
+            state: as broadcast in this round.
+            moments: of the clients' factors, by rank index.
 
         Returns:
             The state with the next adapter (scale 1), and the patch of the base, empty when there is none.
         """
 
     def step(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        """One server step: `aggregate` between the options that every method has, and the next round's number."""
-        if self.norm_weighting:
-            contributions = _weighed_by_norm(contributions)
-        after, patch = self.aggregate(state, contributions)
+        """One server step: the state of the next round and the patch of the base."""
+        return self.conclude(state, self.fold(state, contributions))
+
+    def conclude(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        """The second half of a step: `aggregate`, the options that every method has, and the next round's number."""
+        after, patch = self.aggregate(state, moments)
         if self.residual_step != 1:
             patch = {module: product.scaled(self.residual_step) for module, product in patch.items()}
         if self.server_optimizer != "none":

@@ -10,14 +10,13 @@ leaves open; dropping it would lose the tail in every round without a high-rank 
 Σ_j cov_j/c_j, goes into the base (docs/methods.md 3).
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.adapter import Adapter
 from fedelta.lowrank import LowRank, add
 from fedelta.methods import register
 from fedelta.methods.flexlora import balanced_pair
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -31,14 +30,14 @@ class RaFLoRA(Method):
     paper = "raFLoRA, arXiv 2602.13486"
     summary = "products weighed among those who hold a rank index, SVD to the largest rank"
     properties = Properties(gauge_invariant="equal ranks", identity="equal ranks")
+    covariance = "by rank"
     keeps_basis = False
     variants = ({"exact": True},)
 
     def holds(self) -> Properties:
         return self.properties._replace(exact="equal ranks", identity="always") if self.exact else self.properties
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        moments = RankMoments(state.adapter, contributions, "by rank", state.ranks)
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means()
         rest = {module: moments.normalised_covariance(module) for module in means}
         if self.exact:

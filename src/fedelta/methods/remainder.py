@@ -74,9 +74,7 @@ def _with_feedback(module: str, residual: Product, memory: Mapping[str, Tensor])
     parts = {part: memory[key] for part in "UVW" if (key := f"{FEEDBACK}/{module}/{part}") in memory}
     if not parts:
         return residual
-    before = from_tensors(parts)
-    # `add` adds into a dense matrix in place: the memory of the state before must stay as it is.
-    return add([Dense(before.W.clone()) if isinstance(before, Dense) else before, residual])
+    return add([from_tensors(parts), residual])
 
 
 def _rank(svd: SVD, cut: Cut) -> int:

@@ -9,11 +9,10 @@ have them, then all are averaged. That is the weighted mean over the contributor
 An index that nobody in the round holds keeps its previous values. A client downloads the first r_i.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -25,5 +24,5 @@ class Replication(Method):
     properties = Properties(reduces_to_fedit="equal ranks", linear=True)
     aliases = (("rbla", "RBLA, arXiv 2408.08699"), ("fedilora", "FediLoRA, arXiv 2509.06984"))
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        return replace(state, adapter=RankMoments(state.adapter, contributions).means()), {}
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=moments.means()), {}

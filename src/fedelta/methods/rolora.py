@@ -11,14 +11,13 @@ the first round would be lost. At mixed ranks, which the paper does not have, a 
 index j counts as unchanged there, which keeps the step exact.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -38,8 +37,8 @@ class RoLoRA(Method):
         factor = frozenset(("BA" if self.first == "B" else "AB")[round % 2])
         return Wire(train=factor, up=factor)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        means = RankMoments(state.adapter, contributions).means("unchanged")
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        means = moments.means("unchanged")
         (factor,) = self.wire(state.round).train
         pairs = {
             module: LoraPair(pair.A, means[module].B) if factor == "B" else LoraPair(means[module].A, pair.B)

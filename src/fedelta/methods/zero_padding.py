@@ -9,11 +9,10 @@ round: the published rank collapse, kept as it is. An index that nobody in the r
 (zeros in both factors could never train again).
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from fedelta.methods import register
-from fedelta.methods.method import Contribution, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, MethodState, Patch, Properties
 from fedelta.rank_moments import RankMoments
 
 
@@ -24,5 +23,5 @@ class ZeroPadding(Method):
     summary = "pad with zeros to the largest rank, then average; dilutes what few clients hold"
     properties = Properties(no_op_invariant="equal ranks", reduces_to_fedit="equal ranks", linear=True)
 
-    def aggregate(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
-        return replace(state, adapter=RankMoments(state.adapter, contributions).means("zeros")), {}
+    def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
+        return replace(state, adapter=moments.means("zeros")), {}

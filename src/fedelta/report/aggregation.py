@@ -10,6 +10,7 @@ from statistics import mean
 from rich.table import Table
 
 from fedelta.aggregate import Aggregation, ModuleReport
+from fedelta.peft_write import PATCH
 
 MOST_ROWS = 40
 """A model with more modules is shown by kind: the same name with its layer's number left out."""
@@ -38,9 +39,8 @@ def aggregation_table(done: Aggregation) -> Table:
     if len(kinds) < len(done.modules):
         caption += "; mean over the modules of a kind, --json has each"
     table = Table(caption=caption, caption_justify="left")
-    for i, name in enumerate(
-        ("module", "rank in", "rank out", "deviation", *(["error of the cut"] if cut else []), "MB")
-    ):
+    names = ["module", "rank in", "rank out", "deviation", *(["error of the cut"] if cut else []), "MB"]
+    for i, name in enumerate(names):
         table.add_column(name, justify="left" if i == 0 else "right")
     for kind, reports in kinds.items():
         table.add_row(*_cells(f"{kind} ({len(reports)})" if len(reports) > 1 else kind, reports, cut))
@@ -55,14 +55,11 @@ def aggregation_lines(done: Aggregation) -> list[str]:
     what = "exact weighted mean" if done.method is None else f"one step of {done.method}"
     lines = [f"{what} of {len(done.clients)} adapters"]
     if any(report.cut for report in done.modules):
-        lines.append(
-            f"the cut costs a relative error of {_overall_cut(done.modules):.3g} (root mean square over modules)"
-        )
+        error = _overall_cut(done.modules)
+        lines.append(f"the cut costs a relative error of {error:.3g} (root mean square over modules)")
     lines.append(f"adapter   {done.output}")
     if done.patch:
-        lines.append(
-            f"patch     {done.output / 'base_patch.safetensors'}: add U·V to each base weight (out×in) before use"
-        )
+        lines.append(f"patch     {done.output / PATCH}: add U·V to each base weight (out×in) before use")
     return lines
 
 
