@@ -8,7 +8,7 @@ import fedelta
 ROOT = Path(fedelta.__file__).parent
 FLOORS = [
     ["errors", "settings", "seeds", "atomic", "__init__"],
-    ["lowrank", "product_sum", "adapter"],
+    ["gram", "lowrank", "product_sum", "adapter"],
     ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
     ["data", "base_model", "model", "metrics", "training", "peft_io", "tensor_file", "peft_write"],
     ["peft_folders", "aggregate", "server", "client", "checkpoint", "export", "engines", "tracking"],

@@ -1,9 +1,9 @@
 """How far the mean of factors is from the mean of products, layer by layer, without a dense matrix."""
 
 import torch
-from torch import Tensor
 
-from fedelta.lowrank import Dense, LowRank, Product, add
+from fedelta.gram import norms
+from fedelta.lowrank import LowRank, add
 from fedelta.rank_moments import RankMoments
 
 
@@ -23,7 +23,7 @@ def deviation(moments: RankMoments) -> dict[str, float]:
     result = {}
     for module, mean in moments.means().items():
         residual = moments.covariance(module)
-        size, off = _norms(LowRank(mean.B, mean.A), torch.zeros(mean.rank), residual)
+        off, size = residual.norm(), add([LowRank(mean.B, mean.A), residual]).norm()
         result[module] = off / size if size > 0 else 0.0
     return result
 
@@ -34,18 +34,15 @@ def deviation_from_zero_padding(moments: RankMoments, module: str) -> float:
     What a person gets who averages the factors of adapter folders, against their exact mean
     Σ_j c_j b̄_j ā_j + cov_j; the plain average is Σ_j c_j² b̄_j ā_j.
     """
-    c, mean = moments.share(module), moments.means()[module]
-    centre = LowRank(mean.B * c.to(mean.B.dtype), mean.A)
-    size, off = _norms(centre, 1 - c, moments.covariance(module))
+    c = moments.share(module)
+    terms = moments.mean_terms(module)
+    low_rank = [term for term in terms if isinstance(term, LowRank)]
+    if len(low_rank) < len(terms):
+        plain = moments.mean(module, "zeros")
+        size, off = add(terms).norm(), add([*terms, LowRank(-plain.B, plain.A)]).norm()
+    else:
+        missed = 1 - c[c > 0]
+        one = torch.ones(sum(term.width for term in low_rank), dtype=torch.float64)
+        factors = [(term.U, term.V) for term in low_rank]
+        size, off = norms(factors, one, torch.cat([missed, one[len(missed) :]]))
     return off / size if size > 0 else 0.0
-
-
-def _norms(centre: LowRank, left: Tensor, rest: Product) -> tuple[float, float]:
-    """‖centre + rest‖ and ‖centre·diag(left) + rest‖, where diag(left) acts on the rank indices of the centre."""
-    if isinstance(rest, Dense):
-        scaled = LowRank(centre.U * left.to(centre.dtype), centre.V)
-        return add([centre, rest]).norm(), add([scaled, rest]).norm()
-    whole = LowRank.sum([centre, rest])
-    one = torch.ones(whole.width)
-    size, off = whole.norms(one, torch.cat([left.to(one.dtype), one[centre.width :]]))
-    return size, off

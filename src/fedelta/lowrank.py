@@ -7,18 +7,29 @@ m×n matrix: sums stack the factors, norms and truncations go through small Gram
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fedelta.gram import norms
+
 
 @dataclass(frozen=True, eq=False)
 class SVD:
-    """left·diag(sigma)·right in float64: (m, k), (k,) descending, (k, n)."""
+    """left·diag(sigma)·right, with singular vectors as combinations of given columns and rows, formed when asked for.
 
-    left: Tensor
+    Args:
+        sigma: (k,) descending, float64.
+        U, left_of_U: (m, q) and (q, k): left = U·left_of_U.
+        V, right_of_V: (q, n) and (k, q): right = right_of_V·V.
+    """
+
     sigma: Tensor
-    right: Tensor
+    U: Tensor
+    left_of_U: Tensor
+    V: Tensor
+    right_of_V: Tensor
 
     def rank(self, dtype: torch.dtype) -> int:
         """Number of singular values above the rounding of the largest one in this dtype."""
@@ -36,7 +47,8 @@ class SVD:
     def cut(self, begin: int, end: int | None, dtype: torch.dtype) -> "LowRank":
         """Components begin to end with balanced factors U√Σ and √ΣVᵀ."""
         root = self.sigma[begin:end].sqrt()
-        U, V = self.left[:, begin:end] * root, root[:, None] * self.right[begin:end]
+        U = self.U.double() @ (self.left_of_U[:, begin:end] * root)
+        V = (root[:, None] * self.right_of_V[begin:end]) @ self.V.double()
         return LowRank(U.to(dtype).contiguous(), V.to(dtype).contiguous())
 
 
@@ -138,29 +150,8 @@ class LowRank(Matrix):
         return self.width == 0 or not all(bool(x[:1].any()) or bool(x.any()) for x in (self.U, self.V))
 
     def norm(self) -> float:
-        """‖U·V‖_F, as `norms` has it."""
-        return self.norms(torch.ones(self.width))[0]
-
-    def norms(self, *columns: Tensor) -> list[float]:
-        """‖U·diag(d)·V‖_F for some d, (q,), from one pair of Gram matrices: ‖·‖² = Σ (UᵀU ∘ VVᵀ ∘ ddᵀ).
-
-        The Gram matrices have the dtype of the factors, which is enough for the norm of a sum in which nothing cancels.
-        Where the terms do cancel (clients that agree), it goes through QR of U in float64, which keeps its digits.
-        """
-        if self.width == 0:
-            return [0.0 for _ in columns]
-        weights = ((self.U.T @ self.U) * (self.V @ self.V.T)).double()
-        result = []
-        for d in columns:
-            d = d.double()
-            square, size = float(d @ weights @ d), float((weights.diagonal() * d.square()).sum())
-            # Orthogonal terms have square = size; rounding of the sum is some eps·q·size.
-            if square > self.width * torch.finfo(self.dtype).eps ** 0.5 * size:
-                result.append(square**0.5)
-            else:
-                core = torch.linalg.qr(self.U.double() * d, mode="r").R
-                result.append(float(torch.linalg.norm(core @ self.V.double())))
-        return result
+        """‖U·V‖_F, without forming the product; a product that cancels keeps its digits."""
+        return norms([(self.U, self.V)], torch.ones(self.width))[0]
 
     def svd(self) -> SVD:
         """Singular values and vectors of U·V, without forming it; k ≤ min(q, m, n).
@@ -168,25 +159,29 @@ class LowRank(Matrix):
         Factors of 32 bits and fewer: eigenvectors of two q×q Gram matrices in float64, twice as fast as QR and exact
         to 1e-8 of the largest singular value, below the rounding of the factors. Factors in float64 need QR.
         """
-        U, V = self.U.double(), self.V.double()
-        if self.width == 0:
-            return SVD(U, U.new_zeros(0), V)
         if self.dtype == torch.float64 or self.width > min(self.shape):
-            Qu, Ru = torch.linalg.qr(U)
-            Qv, Rv = torch.linalg.qr(V.T)
+            Qu, Ru = torch.linalg.qr(self.U.double())
+            Qv, Rv = torch.linalg.qr(self.V.double().T)
             left, sigma, right = torch.linalg.svd(Ru @ Rv.T, full_matrices=False)
-            return SVD(Qu @ left, sigma, right @ Qv.T)
-        values, vectors = torch.linalg.eigh(U.T @ U)
+            return SVD(sigma, Qu, left, Qv.T, right)
+        gram_U, gram_V = self.grams
+        values, vectors = torch.linalg.eigh(gram_U)
         # Directions of U that are rounding have no left singular vector; a zero U (B = 0, round 0) has none at all.
-        kept = values > max(float(values[-1]), 0.0) * torch.finfo(torch.float64).eps * self.width
+        largest = float(values[-1]) if len(values) else 0.0
+        kept = values > max(largest, 0.0) * torch.finfo(torch.float64).eps * self.width
         root, vectors = values[kept].sqrt(), vectors[:, kept]
         # U = (U·vectors/root)·(root·vectorsᵀ), so the core root·vectorsᵀ·V has the singular values of U·V.
         inner = root[:, None] * vectors.T
-        squares, turn = torch.linalg.eigh(inner @ (V @ V.T) @ inner.T)
+        squares, turn = torch.linalg.eigh(inner @ gram_V @ inner.T)
         sigma, turn = squares.clamp(min=0).sqrt().flip(0), turn.flip(1)
-        left = U @ ((vectors / root) @ turn)
         inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
-        return SVD(left, sigma, (inverse[:, None] * (turn.T @ inner)) @ V)
+        return SVD(sigma, self.U, (vectors / root) @ turn, self.V, inverse[:, None] * (turn.T @ inner))
+
+    @cached_property
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """UᵀU and VVᵀ in float64, (q, q)."""
+        U, V = self.U.double(), self.V.double()
+        return U.T @ U, V @ V.T
 
     def add_to(self, weight: Tensor) -> None:
         """weight += U·V in place, as one GEMM without an m×n temporary.
@@ -242,7 +237,9 @@ class Dense(Matrix):
         return float(torch.linalg.norm(self.W.double()))
 
     def svd(self) -> SVD:
-        return SVD(*torch.linalg.svd(self.W.double(), full_matrices=False))
+        left, sigma, right = torch.linalg.svd(self.W.double(), full_matrices=False)
+        one = torch.eye(len(sigma), dtype=torch.float64)
+        return SVD(sigma, left, one, right, one)
 
     def add_to(self, weight: Tensor) -> None:
         _check(self, weight)

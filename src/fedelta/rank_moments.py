@@ -25,6 +25,7 @@ from fedelta.lowrank import LowRank, Product, add
 from fedelta.product_sum import ProductSum
 
 Covariance = Literal["none", "total", "by rank"]
+Padding = Literal["contributors", "zeros", "unchanged"]
 Index = Tensor | slice
 
 
@@ -125,6 +126,7 @@ class RankMoments:
         self.weight = 0.0
         self.clients = 0
         self._finished: dict[str, list[tuple[Product, float]]] = {}
+        self._products: dict[str, Product] = {}
         self._modules = {}
         for module, pair in previous.items():
             ends = {
@@ -152,7 +154,7 @@ class RankMoments:
         """c_j, (R,), float64: the mass of the contributors of each rank index."""
         return self._modules[module].mass / (self.weight or 1.0)
 
-    def means(self, padding: Literal["contributors", "zeros", "unchanged"] = "contributors") -> Adapter:
+    def means(self, padding: Padding = "contributors") -> Adapter:
         """The mean factors, at scale 1 and in the dtype of the previous adapter.
 
         Args:
@@ -160,9 +162,10 @@ class RankMoments:
                 zeros (c_j b̄_j, c_j ā_j), or the previous values (c_j b̄_j + (1 − c_j) b⁰_j). An index that nobody
                 trained keeps its previous values in each case.
         """
-        return Adapter({module: self._mean(module, padding) for module in self._modules})
+        return Adapter({module: self.mean(module, padding) for module in self._modules})
 
-    def _mean(self, module: str, padding: str) -> LoraPair:
+    def mean(self, module: str, padding: Padding = "contributors") -> LoraPair:
+        """The mean factors of one module, as `means` has them."""
         before, c = self.previous[module], self.share(module)
         B, A = self._modules[module].means()
         if padding == "unchanged":
@@ -197,9 +200,14 @@ class RankMoments:
         return self._finished[module]
 
     def mean_product(self, module: str) -> Product:
-        """Σ_i p_i s_i B_i A_i = Σ_j c_j b̄_j ā_j + cov_j, (m, n), of width Σ r_i: what absent indices add is zero."""
+        """Σ_i p_i s_i B_i A_i, (m, n), of width Σ r_i: what absent indices add is zero."""
+        if module not in self._products:
+            self._products[module] = add(self.mean_terms(module))
+        return self._products[module]
+
+    def mean_terms(self, module: str) -> list[Product]:
+        """Σ_j c_j b̄_j ā_j, a column for each index that somebody trained, in order, and Σ_j cov_j: the mean product."""
         c, dtype = self.share(module), self.previous[module].B.dtype
         B, A = self._modules[module].means()
         held = c > 0
-        centre = LowRank((c * B)[:, held].to(dtype), A[held].to(dtype))
-        return add([centre, self.covariance(module)])
+        return [LowRank((c * B)[:, held].to(dtype), A[held].to(dtype)), self.covariance(module)]

@@ -1,0 +1,44 @@
+"""Frobenius norms of sums of products U·V from Gram matrices of their factors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def norms(terms: Sequence[tuple[Tensor, Tensor]], *columns: Tensor) -> list[float]:
+    """‖U·diag(d)·V‖_F for some d, where U·V is a sum of products: ‖·‖² = Σ (UᵀU ∘ VVᵀ ∘ ddᵀ).
+
+    The Gram matrices have the dtype of the factors, which is enough for the norm of a sum in which nothing cancels.
+    Where the terms do cancel (clients that agree), it goes through QR of U in float64, which keeps its digits.
+
+    Args:
+        terms: (U_i, V_i) with U = [U_1 …] and V = [V_1; …], (m, q_i) and (q_i, n) of one dtype. Not stacked unless they
+            cancel.
+        columns: each d, (Σ q_i,).
+    """
+    if sum(U.shape[1] for U, _ in terms) == 0:
+        return [0.0 for _ in columns]
+    weights = (gram([U for U, _ in terms]) * gram([V.T for _, V in terms])).double()
+    result = []
+    for d in columns:
+        d = d.double()
+        square, size = float(d @ weights @ d), float((weights.diagonal() * d.square()).sum())
+        # Orthogonal terms have square = size; rounding of the sum is some eps·q·size.
+        if square > len(d) * torch.finfo(terms[0][0].dtype).eps ** 0.5 * size:
+            result.append(square**0.5)
+        else:
+            U, V = torch.cat([U for U, _ in terms], dim=1), torch.cat([V for _, V in terms])
+            core = torch.linalg.qr(U.double() * d, mode="r").R
+            result.append(float(torch.linalg.norm(core @ V.double())))
+    return result
+
+
+def gram(blocks: Sequence[Tensor]) -> Tensor:
+    """XᵀX of X = [blocks], (q, q), without putting X together."""
+    upper = {(i, j): left.T @ blocks[j] for i, left in enumerate(blocks) for j in range(i, len(blocks))}
+    rows = [
+        torch.cat([upper[i, j] if i <= j else upper[j, i].T for j in range(len(blocks))], dim=1)
+        for i in range(len(blocks))
+    ]
+    return torch.cat(rows)
