@@ -27,8 +27,8 @@ FULL = {
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
-    names = ["rounds.jsonl", "result.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
-    return {name: (folder / name).read_bytes() for name in names}
+    files = [folder / "rounds.jsonl", folder / "result.json", *(folder / "adapter").rglob("*.*")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def command(config: Path, *options: str) -> list[str]:
@@ -94,6 +94,36 @@ def test_a_crash_at_each_step_of_finishing_a_round_loses_nothing(
             patched.setattr(tracking, "save_checkpoint", crash_on_third(tracking.save_checkpoint))
         else:
             patched.setattr(checkpoint, "write_file", crash_on_third(checkpoint.write_file))
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert outcome(run(config, resume=True).folder.path) == outcome(straight.folder.path)
+
+
+@pytest.mark.parametrize("name", ["fedsa", "hetlora", "fed-plora", "flora", "fed-sb", "fedex"])
+def test_what_methods_keep_between_rounds_survives_a_crash(
+    name: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B at the clients, ranks after pruning, the seed after a restart, error feedback, moments of the optimiser."""
+    options = {
+        "hetlora": {"gamma": 0.6, "server_optimizer": "fedadam"},
+        "fedex": {"remainder": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
+    }.get(name, {})
+    ranks = {"allocation": "uniform", "high": 4} if name == "fed-sb" else {}
+    settings = {"rounds": 6, "method": {"name": name, **options}, "federation": {"participation": 0.5}}
+    settings |= {"ranks": ranks} if ranks else {}
+    straight = run(tiny_config(name="straight", **settings))
+    config = tiny_config(name="crashed", **settings)
+    calls = [0]
+    save = tracking.save_checkpoint
+
+    def crash(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "save_checkpoint", crash)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert outcome(run(config, resume=True).folder.path) == outcome(straight.folder.path)

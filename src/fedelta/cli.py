@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
+_python_shows = warnings.showwarning
 out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
@@ -100,8 +101,12 @@ def compare(
 @app.command()
 def methods() -> None:
     """List the methods and the properties that they hold."""
+    from dataclasses import fields
+
+    from fedelta.methods import Method, aliases
     from fedelta.methods import methods as registry
 
+    shared = {field.name for field in fields(Method)}
     table = Table(caption="exact, no-op, gauge: where the property holds, among the ranks that a method takes")
     for name in ("method", "ranks", "exact", "no-op invariant", "gauge invariant", "linear"):
         table.add_column(name)
@@ -112,6 +117,12 @@ def methods() -> None:
     out.print(table)
     for name, method in registry().items():
         out.print(f"[bold]{name}[/bold]: {method.summary} ({method.paper})", highlight=False)
+        own = [field.name for field in fields(method) if field.name not in shared]
+        if own:
+            out.print(f"    options: {', '.join(own)}", highlight=False)
+    out.print(f"options of every method: {', '.join(sorted(shared))}", highlight=False)
+    for alias, (name, paper) in aliases().items():
+        out.print(f"{alias}: another name of {name} ({paper})", highlight=False)
 
 
 @app.command()
@@ -204,6 +215,7 @@ def version() -> None:
 def main() -> None:
     """Entry point: bad input is one line on standard error and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _show_warning
     try:
         # Without its standalone mode Typer returns the exit code, also that of Ctrl-C.
         code = app(standalone_mode=False) or 0
@@ -217,6 +229,14 @@ def main() -> None:
     if code == INTERRUPTED:
         err.print("stopped; finished rounds are kept, --resume goes on from them")
     sys.exit(code)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Ours as a line for people; those of libraries as Python has them."""
+    if category.__module__.startswith("fedelta"):
+        err.print(escape(str(message)), highlight=False, soft_wrap=True)
+    else:
+        _python_shows(message, category, *place, **more)
 
 
 def _fail(message: str) -> int:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from fedelta.base_model import ModelSettings
 from fedelta.data import DataSettings, PartitionSettings
 from fedelta.errors import FedeltaError
-from fedelta.methods import Method, make_method, nearest
+from fedelta.methods import Method, make_method, nearest, resolve
 from fedelta.model import LoraSettings
 from fedelta.ranks import RankSettings
 from fedelta.server import FederationSettings
@@ -41,6 +41,11 @@ class MethodSettings(Settings):
 
     name: str = "replication"
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _no_alias(cls, name: str) -> str:
+        return resolve(name)
 
     def make(self) -> Method:
         return make_method(self.name, **self.options)

@@ -109,7 +109,7 @@ def _head_key(name: str) -> str:
 
 
 def _write_heads(file: TensorFile, heads: Mapping[str, Tensor]) -> None:
-    for name, tensor in heads.items():
+    for name, tensor in sorted(heads.items()):
         file.write(_head_key(name), tensor)
 
 

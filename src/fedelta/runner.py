@@ -20,7 +20,7 @@ from fedelta.engines import Observer
 from fedelta.engines.local import LocalEngine
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged, export_personal
-from fedelta.methods import make_method
+from fedelta.methods import make_method, resolve
 from fedelta.model import LoraModel
 from fedelta.seeds import derive_seed
 from fedelta.server import Server, ServerState
@@ -148,6 +148,7 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
     Raises:
         FedeltaError: for an unknown method, or one that can't take the configured ranks.
     """
+    methods = tuple(resolve(method) for method in methods)
     if len(set(methods)) < len(methods):
         raise FedeltaError(f"methods to compare: {', '.join(methods)}, expected each once")
     configs = []

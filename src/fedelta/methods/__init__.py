@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import pkgutil
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -34,9 +35,17 @@ def aliases() -> dict[str, tuple[str, str]]:
     return dict(sorted(_ALIASES.items()))
 
 
+class AliasWarning(UserWarning):
+    """A method was called by the name that another paper has for the same rule."""
+
+
 def resolve(name: str) -> str:
-    """The registry's name of a method that may be called by an alias, whatever the case of its letters."""
-    return _ALIASES[name.lower()][0] if name.lower() in _ALIASES else name
+    """The registry's name of a method that may be called by an alias, whatever the case of its letters; says so."""
+    if name.lower() not in _ALIASES:
+        return name
+    method, paper = _ALIASES[name.lower()]
+    warnings.warn(f"{paper} states the rule that is called {method} here", AliasWarning, stacklevel=2)
+    return method
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -76,6 +85,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "AliasWarning",
     "ClientView",
     "Method",
     "MethodState",

@@ -1,0 +1,71 @@
+"""What this machine can do, measured in the same run as everything that is compared with it."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+
+def seconds(work: Callable[[], object], repeats: int = 5, enough: float = 2.0) -> float:
+    """Best of some repetitions after one to warm up; slow work is repeated less."""
+    begin = time.perf_counter()
+    work()
+    once = time.perf_counter() - begin
+    best = once if once > enough else float("inf")
+    for _ in range(0 if once > enough else max(1, min(repeats, int(enough / max(once, 1e-6))))):
+        begin = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GEMM rates in FLOP/s, memory bandwidth in bytes/s (read and write together)."""
+
+    fp32: float
+    fp64: float
+    bandwidth: float
+
+    @classmethod
+    def measure(cls) -> "Machine":
+        rates = []
+        for dtype in (torch.float32, torch.float64):
+            X = torch.randn(4096, 4096, dtype=dtype)
+            rates.append(2 * 4096**3 / seconds(lambda X=X: X @ X, repeats=3))
+        X = torch.randn(8192, 8192)
+        Y = torch.empty_like(X)
+        return cls(rates[0], rates[1], 2 * X.nbytes / seconds(lambda: Y.copy_(X)))
+
+    def describe(self) -> str:
+        name = platform.processor() or platform.machine()
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():
+            models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+            name = models[0] if models else name
+        return (
+            f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, "
+            f"{date.today().isoformat()}. Limits measured in the same run: GEMM {self.fp32 / 1e9:.0f} GFLOP/s in fp32, "
+            f"{self.fp64 / 1e9:.0f} in fp64; memory {self.bandwidth / 1e9:.0f} GB/s."
+        )
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, so that the next read comes from the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
