@@ -1,14 +1,13 @@
 """One layer: the exact residual, its cut and FlexLoRA's SVD, against the published ways and the machine's limits."""
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from machine import Machine, seconds, table
+from machine import Machine, forget_peak, peak_mb, seconds, table
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair
@@ -168,9 +167,10 @@ def _peak(way: str, layer: str) -> None:
     work = {"published": lambda p, w: published_fold(p, w), "fold": lambda p, w: our_fold(p, w)()}
     work["wire"] = lambda p, w: ours(make_method("fedex"), p)()  # noqa: ARG005
     work[way](small, torch.zeros(64, 64))  # libraries load what they need
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = peak_mb()
     work[way](pairs, weight)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_mb() - before)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,17 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
+def forget_peak() -> None:
+    """Make this process's peak memory start from what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> float:
+    """Peak memory of this process in MB. (`ru_maxrss` would also hold what its parent had before it.)"""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

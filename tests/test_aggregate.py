@@ -247,6 +247,38 @@ def test_bf16_adapters_are_averaged_in_fp32(folders: list[Path], tmp_path: Path)
     assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in dense_mean(folders).items())
 
 
+def test_hetlora_weighs_folders_by_the_norm_of_the_whole_adapter(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregate_module, "GROUP_BYTES", 1)
+    done = aggregate_folders(folders, tmp_path / "out", method=make_method("hetlora"))
+    norms = [sum(float(m.norm() ** 2) for m in dense_mean([path]).values()) ** 0.5 for path in folders]
+    assert [p for _, p in done.clients] == pytest.approx([norm / sum(norms) for norm in norms], rel=1e-5)
+    pairs = [open_adapter(path).read() for path in folders]
+    found = open_adapter(tmp_path / "out").read()
+    for module, pair in found.items():
+        B, A = 0, 0
+        for adapter, norm in zip(pairs, norms, strict=True):
+            mine = adapter[module]
+            B = B + norm / sum(norms) * torch.nn.functional.pad(mine.scale * mine.B, (0, 4 - mine.rank))
+            A = A + norm / sum(norms) * torch.nn.functional.pad(mine.A, (0, 0, 0, 4 - mine.rank))
+        assert torch.allclose(pair.scale * pair.B @ pair.A, B @ A, atol=1e-5)
+
+
+def test_a_folder_of_the_hubs_cache_is_read(folders: list[Path], tmp_path: Path) -> None:
+    cached = []
+    for i, path in enumerate(folders):
+        home = tmp_path / f"models--owner--{i}"
+        (home / "snapshots").mkdir(parents=True)
+        path.rename(home / "snapshots" / "abc123")
+        if i:
+            (home / "refs").mkdir()
+            (home / "refs" / "main").write_text("abc123\n")
+            (home / "snapshots" / "newer").mkdir()
+        cached.append(home)
+    assert len(aggregate_folders(cached, tmp_path / "out").modules) == 4
+
+
 # The command line
 
 

@@ -6,7 +6,7 @@ nor the size of the model decides how much memory it takes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -102,6 +102,9 @@ def aggregate_folders(
     if method is not None:
         folders.check_method(method)
     heads = folders.mean_heads()
+    if method is not None and method.norm_weighting:
+        # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
+        folders, method = folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
     step = _Step(folders, method, rank, single or rank is not None)
     groups = folders.groups(GROUP_BYTES) if method is None or method.by_module else [list(folders.layers)]
     reports: list[ModuleReport] = []

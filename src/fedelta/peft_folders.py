@@ -80,6 +80,17 @@ class Folders:
             left -= size
         return groups
 
+    def by_norm(self, budget: int) -> "Folders":
+        """The same folders with w_i = ‖s_i B_i A_i‖_F over the whole adapter; a weight of 0 stays 0."""
+        squares = [0.0] * len(self.folders)
+        for group in self.groups(budget):
+            for i, folder in enumerate(self.folders):
+                squares[i] += sum(product.norm() ** 2 for product in folder.read(group).products().values())
+        norms = [square**0.5 if weight else 0.0 for square, weight in zip(squares, self.weights, strict=True)]
+        if not sum(norms) > 0:
+            raise FedeltaError("all adapters are zero: there is no norm to weigh them by")
+        return Folders(self.folders, norms)
+
     def contributions(self, group: list[str]) -> Iterator[Contribution]:
         """Each folder's part of a group of modules, read when its turn comes."""
         for folder, weight in zip(self.folders, self.weights, strict=True):

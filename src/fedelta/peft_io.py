@@ -99,7 +99,7 @@ def open_adapter(folder: str | Path) -> PeftFolder:
     Raises:
         FedeltaError: naming the folder and what is missing, damaged or not supported.
     """
-    folder = Path(folder)
+    folder = _snapshot(Path(folder))
     config = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
@@ -128,6 +128,17 @@ def open_adapter(folder: str | Path) -> PeftFolder:
         scale = lora_scale(float(alpha), rank, "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r")
         layers[module] = Layer(rank, (B[module][0], A[module][1]), scale)
     return PeftFolder(folder, config, layers, heads)
+
+
+def _snapshot(folder: Path) -> Path:
+    """The folder itself, or the newest revision in it if it is one of the hub's cache (`models--owner--name`)."""
+    if (folder / CONFIG).exists() or not (folder / "snapshots").is_dir():
+        return folder
+    main = folder / "refs" / "main"
+    if main.is_file():
+        return folder / "snapshots" / main.read_text().strip()
+    revisions = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
+    return revisions[-1] if revisions else folder
 
 
 @contextmanager
