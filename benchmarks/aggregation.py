@@ -29,12 +29,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    machine = Machine.measure()
-    print(machine.describe(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         for part in arguments.parts:
-            print(f"\n## {part}", flush=True)
+            machine = Machine.measure()
+            print(f"\n## {part}\n\n{machine.describe()}", flush=True)
             if part == "layers":
                 names = ["RoBERTa-base query", "Mistral-7B q_proj"] if arguments.quick else list(LAYERS)
                 Ks, ranks = ([3, 10], [16]) if arguments.quick else ([3, 10, 50, 100], [4, 16, 32])

@@ -153,6 +153,18 @@ def test_a_running_sum_is_factors_until_the_matrix_is_smaller(terms: int) -> Non
     assert torch.allclose(dense(value), 0.5 * expected)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_of_a_dense_matrix(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = dense(product(*shape, 5)).to(dtype)
+    svd = Dense(matrix).svd()
+    expected = torch.linalg.svdvals(matrix.double())
+    assert torch.allclose(svd.sigma, expected, rtol=0, atol=2e-7 * float(expected[0]))
+    assert svd.rank(dtype) == 5
+    assert torch.allclose(dense(Dense(matrix).truncate(2)), dense(product(*shape, 5).truncate(2)), atol=1e-5)
+    assert torch.allclose(dense(Dense(matrix).recompress()), matrix.double(), atol=1e-5)
+
+
 def test_a_sum_of_matrices_of_both_kinds() -> None:
     p, q, d = product(6, 5, 2), product(6, 5, 1, seed=5), Dense(torch.randn(6, 5, dtype=torch.float64))
     expected = dense(p) + dense(q) + d.W

@@ -623,6 +623,20 @@ def test_a_server_optimiser_moves_the_factors_by_its_moments(optimizer: str) -> 
         assert torch.allclose(state.adapter["tall"].B, x, atol=1e-9)
 
 
+def test_a_refresh_forgets_the_optimisers_moments() -> None:
+    method = make_method("replication", server_optimizer="fedadam", refresh=2)
+    state = method.start(SHAPES, 2, 0)
+    federation = Federation([2, 2], [1.0, 1.0], [1.0, 1.0], 2, 1)
+    for expected in (True, False, True):
+        state, _ = method.step(state, updates(train(method, state, federation)))
+        assert any(key.startswith("optimizer/") for key in state.memory) == expected
+
+
+def test_only_these_methods_collapse_when_nobody_trains() -> None:
+    denied = {name for name in methods() if make_method(name).holds().no_op_invariant != "always"}
+    assert denied == {"zero-padding", "hetlora", "flexlora"}
+
+
 def test_a_server_optimiser_needs_factors_that_keep_their_basis() -> None:
     with pytest.raises(FedeltaError, match="flexlora: server_optimizer fedadam needs factors that mean the same"):
         make_method("flexlora", server_optimizer="fedadam")

@@ -1,6 +1,5 @@
 """Streaming: a client is folded in and dropped, and what is kept does not grow with the number of clients."""
 
-import gc
 import weakref
 from collections.abc import Iterator
 
@@ -43,7 +42,6 @@ def test_every_method_lets_go_of_a_client_before_the_next_but_one(name: str, opt
             alive.append(weakref.ref(each.adapter["x"].B))
             yield each
             del each
-            gc.collect()
             most[0] = max(most[0], sum(reference() is not None for reference in alive))
 
     method.step(start(method), stream())

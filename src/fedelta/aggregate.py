@@ -21,8 +21,8 @@ from fedelta.peft_folders import Folders
 from fedelta.peft_write import PATCH, AdapterWriter, PatchWriter
 from fedelta.rank_moments import RankMoments
 
-GROUP_BYTES = 128 * 2**20
-"""Bytes of all folders' factors of the modules that are in memory at once."""
+GROUP_BYTES = 16 * 2**20
+"""Bytes of the sums of the modules that are in memory at once. Each group opens every folder once."""
 
 
 @dataclass(frozen=True)

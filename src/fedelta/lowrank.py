@@ -237,9 +237,19 @@ class Dense(Matrix):
         return float(torch.linalg.norm(self.W.double()))
 
     def svd(self) -> SVD:
-        left, sigma, right = torch.linalg.svd(self.W.double(), full_matrices=False)
-        one = torch.eye(len(sigma), dtype=torch.float64)
-        return SVD(sigma, left, one, right, one)
+        """In fp32 by eigenvectors of the smaller Gram matrix in float64, for the reason that `LowRank.svd` gives."""
+        W = self.W.double()
+        one = torch.eye(min(self.shape), dtype=torch.float64)
+        if self.dtype == torch.float64:
+            left, sigma, right = torch.linalg.svd(W, full_matrices=False)
+            return SVD(sigma, left, one, right, one)
+        wide = self.shape[0] <= self.shape[1]
+        squares, vectors = torch.linalg.eigh(W @ W.T if wide else W.T @ W)
+        sigma, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+        inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
+        if wide:
+            return SVD(sigma, vectors, one, self.W, inverse[:, None] * vectors.T)
+        return SVD(sigma, self.W, vectors * inverse, vectors.T, one)
 
     def add_to(self, weight: Tensor) -> None:
         _check(self, weight)

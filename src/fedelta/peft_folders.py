@@ -13,6 +13,7 @@ from fedelta.contribution import Contribution
 from fedelta.errors import FedeltaError
 from fedelta.methods import Method
 from fedelta.peft_io import Layer, PeftFolder, open_adapter
+from fedelta.product_sum import CHUNK
 
 
 class Folders:
@@ -66,13 +67,13 @@ class Folders:
         return frozenset(layer.rank for folder in self.folders for layer in folder.layers.values())
 
     def groups(self, budget: int) -> list[list[str]]:
-        """The modules in groups whose factors take at most this many bytes in fp32, over all folders."""
+        """The modules in groups whose sums over all folders take at most this many bytes, or of one module."""
         groups: list[list[str]] = []
         left = 0
         for module, layer in self.layers.items():
-            # A group's sums never exceed its dense matrices, so a thousand folders count as those.
+            # With many folders a sum is a dense matrix and one chunk of factors, and no more.
             m, n = layer.shape
-            size = 4 * min(sum(self.ranks(module)) * (m + n), m * n)
+            size = 4 * min(sum(self.ranks(module)) * (m + n), m * n + CHUNK * (m + n))
             if not groups or size > left:
                 groups.append([])
                 left = budget

@@ -25,19 +25,21 @@ class ProductSum:
         self.shape = shape
         self.dtype = dtype
         self._columns = columns
-        self._terms: list[tuple[Tensor, Tensor, float, Tensor]] = []
+        self._terms: list[tuple[Tensor, Tensor, float, Tensor | slice]] = []
         self._width = 0
         self._dense: Tensor | None = None
         self._shift: Tensor | None = None
 
-    def add(self, b: Tensor, a: Tensor, weight: float, columns: Tensor) -> None:
+    def add(self, b: Tensor, a: Tensor, weight: float, columns: Tensor | slice) -> None:
         """Add weight·b·a.
 
         Args:
             b: shape (m, q). Kept, not copied.
             a: shape (q, n). Likewise.
-            columns: which column of δ belongs to each column of b, (q,).
+            columns: which columns of δ belong to those of b.
         """
+        if len(a) == 0:
+            return
         self._terms.append((b, a, weight, columns))
         self._width += len(a)
         m, n = self.shape

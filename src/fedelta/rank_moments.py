@@ -13,6 +13,7 @@ so nothing is a difference of large products, and fp32 keeps its digits however 
 differences run in float64). A reference adds nothing, so the factors have width Σ r_i − max r_i (docs/methods.md 2).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
 
@@ -39,63 +40,85 @@ class _Module:
         self.B_ref, self.A_ref = torch.zeros(m, R, dtype=dtype), torch.zeros(R, n, dtype=dtype)
         self.B_sum = torch.zeros(m, R, dtype=torch.float64)  # Σ w_i d^b_ij
         self.A_sum = torch.zeros(R, n, dtype=torch.float64)
-        self.mass = torch.zeros(R, dtype=torch.float64)
         self.blocks = list(zip([0, *ends], ends, strict=False))
         self.sums = [ProductSum(before.shape, dtype, R) for _ in self.blocks]
+        self._filled = 0  # indices below have a reference, as long as clients train the first r_i
+        self._weights: defaultdict[int, float] = defaultdict(float)  # weight by rank, of those clients
+        self._mass: Tensor | None = None  # weight by index, once a client has trained others
 
-    def add(self, weight: float, pair: LoraPair, index: Index) -> None:
-        dtype = self.B_ref.dtype
+    @property
+    def mass(self) -> Tensor:
+        """W_j, (R,), float64."""
+        if self._mass is not None:
+            return self._mass
+        mass = torch.zeros(self.B_ref.shape[1], dtype=torch.float64)
+        for rank, weight in self._weights.items():
+            mass[:rank] += weight
+        return mass
+
+    def add(self, weight: float, pair: LoraPair, indices: Tensor | None) -> None:
         self.scale = self.scale or pair.scale
-        fresh = self.mass[index] == 0
-        if bool(fresh.any()):
-            self._refer(pair, index, fresh)
-        a = pair.A.to(dtype) - self.A_ref[index]
-        if pair.scale == self.scale:
-            b = pair.B.to(dtype) - self.B_ref[:, index]
+        if indices is None and self._mass is None:
+            self._add_first(weight, pair)
         else:
-            # s·B rounded to fp32 would differ from the reference by that rounding: subtract first.
-            b = (pair.B.double() * (pair.scale / self.scale) - self.B_ref[:, index]).to(dtype)
-        if isinstance(index, slice):
-            self.A_sum[index].add_(a, alpha=weight)
-            self.B_sum[:, index].add_(b, alpha=weight)
-        else:
-            self.A_sum[index] += weight * a
-            self.B_sum[:, index] += weight * b
-        self.mass[index] += weight
-        for (begin, end), total in zip(self.blocks, self.sums, strict=True):
-            rows = self._rows(~fresh, begin, end, index)
-            if rows is None:
-                total.add(b, a, weight, self._columns(index))
-            elif bool(rows.any()):
-                total.add(b[:, rows], a[rows], weight, self._columns(index)[rows])
+            self._mass = self.mass
+            self._add_any(weight, pair, torch.arange(pair.rank) if indices is None else indices)
 
-    def _refer(self, pair: LoraPair, index: Index, fresh: Tensor) -> None:
+    def _add_first(self, weight: float, pair: LoraPair) -> None:
+        """A client that trained the first r indices: all is slices, which is what makes small layers fast."""
+        r, held = pair.rank, min(self._filled, pair.rank)
+        if r > held:
+            self._refer(pair, slice(held, r), slice(held, r))
+            self._filled = r
+        b, a = self._differences(pair, slice(0, r))
+        self.A_sum[:r].add_(a, alpha=weight)
+        self.B_sum[:, :r].add_(b, alpha=weight)
+        self._weights[r] += weight
+        for (begin, end), total in zip(self.blocks, self.sums, strict=True):
+            if begin < min(end, held):
+                own = slice(begin, min(end, held))
+                total.add(b[:, own], a[own], weight, own)
+
+    def _add_any(self, weight: float, pair: LoraPair, indices: Tensor) -> None:
+        fresh = self.mass[indices] == 0
+        if bool(fresh.any()):
+            self._refer(pair, fresh.nonzero()[:, 0], indices[fresh])
+        b, a = self._differences(pair, indices)
+        self.A_sum[indices] += weight * a
+        self.B_sum[:, indices] += weight * b
+        self.mass[indices] += weight
+        for (begin, end), total in zip(self.blocks, self.sums, strict=True):
+            own = ~fresh & (indices >= begin) & (indices < end)
+            total.add(b[:, own], a[own], weight, indices[own])
+
+    def _refer(self, pair: LoraPair, mine: Index, where: Index) -> None:
         """Make this client the reference of the indices that nobody has trained before it."""
         B = pair.B if pair.scale == self.scale else pair.B.double() * (pair.scale / self.scale)
-        where = self._columns(index)[fresh]
-        self.A_ref[where] = pair.A[fresh].to(self.A_ref.dtype)
-        self.B_ref[:, where] = B[:, fresh].to(self.B_ref.dtype)
+        self.A_ref[where] = pair.A[mine].to(self.A_ref.dtype)
+        self.B_ref[:, where] = B[:, mine].to(self.B_ref.dtype)
 
-    def _columns(self, index: Index) -> Tensor:
-        return torch.arange(len(self.mass))[index]
-
-    def _rows(self, held: Tensor, begin: int, end: int, index: Index) -> Tensor | None:
-        """Which of a client's indices add to a block; None is all of them."""
-        if len(self.blocks) > 1:
-            columns = self._columns(index)
-            held = held & (columns >= begin) & (columns < end)
-        return None if bool(held.all()) else held
+    def _differences(self, pair: LoraPair, where: Index) -> tuple[Tensor, Tensor]:
+        """d^b (m, r) and d^a (r, n)."""
+        dtype = self.B_ref.dtype
+        a = pair.A.to(dtype) - self.A_ref[where]
+        if pair.scale == self.scale:
+            return pair.B.to(dtype) - self.B_ref[:, where], a
+        # s·B rounded to fp32 would differ from the reference by that rounding: subtract first.
+        return (pair.B.double() * (pair.scale / self.scale) - self.B_ref[:, where]).to(dtype), a
 
     def means(self) -> tuple[Tensor, Tensor]:
         """b̄ (m, R) and ā (R, n) in float64; zero where nobody trained."""
-        mass = torch.where(self.mass > 0, self.mass, 1.0)
+        mass = self._divisor()
         B = self.B_ref.double() + self.B_sum / mass
         return B * self.scale, self.A_ref.double() + self.A_sum / mass[:, None]
 
+    def _divisor(self) -> Tensor:
+        mass = self.mass
+        return torch.where(mass > 0, mass, 1.0)
+
     def covariance(self, block: int, weight: float) -> Product:
         """Σ_j Σ_i w_i (d^b_ij − δ_j) d^a_ij / weight over the indices of a block. Uses up the block's sum."""
-        mass = torch.where(self.mass > 0, self.mass, 1.0)
-        shift = self.B_sum / mass
+        shift = self.B_sum / self._divisor()
         begin, end = self.blocks[block]
         return self.sums[block].value(self.scale / weight, shift, self.A_sum, slice(begin, end))
 
@@ -147,8 +170,7 @@ class RankMoments:
         self.weight += contribution.weight
         self.clients += 1
         for module, pair in contribution.adapter.items():
-            index = slice(0, pair.rank) if contribution.indices is None else contribution.indices
-            self._modules[module].add(contribution.weight, pair, index)
+            self._modules[module].add(contribution.weight, pair, contribution.indices)
 
     def share(self, module: str) -> Tensor:
         """c_j, (R,), float64: the mass of the contributors of each rank index."""

@@ -18,7 +18,7 @@ from fedelta.contribution import Contribution
 from fedelta.errors import FedeltaError
 from fedelta.lowrank import LowRank, Product, add
 from fedelta.messages import Wire
-from fedelta.methods.server_optimizer import ServerOptimizer, optimize
+from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer, optimize
 from fedelta.rank_moments import Covariance, RankMoments
 from fedelta.seeds import derive_seed
 
@@ -226,7 +226,9 @@ class Method(ABC):
         fresh = self.start(state.adapter.shapes, state.adapter.rank, seed)
         first = next(iter(state.adapter.values()))
         adapter = fresh.adapter.to(first.B.dtype)
-        return replace(state, adapter=adapter, seed=seed, memory={**state.memory, **fresh.memory})
+        # Moments of the optimiser are of directions that are gone.
+        kept = {key: tensor for key, tensor in state.memory.items() if not key.startswith(f"{MOMENTS}/")}
+        return replace(state, adapter=adapter, seed=seed, memory={**kept, **fresh.memory})
 
 
 def _weighed_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:

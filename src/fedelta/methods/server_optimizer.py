@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 BETA_2, TAU = 0.99, 1e-3
+MOMENTS = "optimizer"
 
 
 def optimize(method: "Method", before: "MethodState", after: "MethodState") -> "MethodState":
@@ -28,14 +29,14 @@ def optimize(method: "Method", before: "MethodState", after: "MethodState") -> "
 
     def move(key: str, old: Tensor, new: Tensor) -> Tensor:
         delta = new - old
-        m = memory.get(f"optimizer/m/{key}", torch.zeros_like(old))
+        m = memory.get(f"{MOMENTS}/m/{key}", torch.zeros_like(old))
         beta, rate = method.server_momentum, method.server_learning_rate
         if method.server_optimizer == "fedavgm":
-            memory[f"optimizer/m/{key}"] = m = beta * m + delta
+            memory[f"{MOMENTS}/m/{key}"] = m = beta * m + delta
             return old + rate * m
-        v = memory.get(f"optimizer/v/{key}", torch.zeros_like(old))
-        memory[f"optimizer/m/{key}"] = m = beta * m + (1 - beta) * delta
-        memory[f"optimizer/v/{key}"] = v = BETA_2 * v + (1 - BETA_2) * delta.square()
+        v = memory.get(f"{MOMENTS}/v/{key}", torch.zeros_like(old))
+        memory[f"{MOMENTS}/m/{key}"] = m = beta * m + (1 - beta) * delta
+        memory[f"{MOMENTS}/v/{key}"] = v = BETA_2 * v + (1 - BETA_2) * delta.square()
         return old + rate * m / (v.sqrt() + TAU)
 
     pairs = {
