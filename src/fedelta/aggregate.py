@@ -169,7 +169,8 @@ class _Step:
         product = pair.product()
         if self.single:
             return self._single(module, product if patch is None else add([patch, product]), deviation)
-        low_rank = patch if patch is None or isinstance(patch, LowRank) else patch.recompress()
+        # A sum of so many clients that it is dense has full rank: the SVD would find nothing to save.
+        low_rank = patch if patch is None or isinstance(patch, LowRank) else patch.as_product()
         if low_rank is not None and product.is_zero():
             # A method that restarts: the pair that its server sends for merging is the adapter here.
             return _Result(module, LoraPair(low_rank.V, low_rank.U), None, deviation, 0.0)

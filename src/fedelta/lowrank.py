@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fedelta.gram import norms
+from fedelta.gram import gram, norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +21,15 @@ class SVD:
 
     Args:
         sigma: (k,) descending, float64.
-        U, left_of_U: (m, q) and (q, k): left = U·left_of_U.
-        V, right_of_V: (q, n) and (k, q): right = right_of_V·V.
+        U, left_of_U: (m, q) and (q, k): left = U·left_of_U; None stands for the identity.
+        V, right_of_V: (q, n) and (k, q): right = right_of_V·V; likewise.
     """
 
     sigma: Tensor
     U: Tensor
-    left_of_U: Tensor
+    left_of_U: Tensor | None
     V: Tensor
-    right_of_V: Tensor
+    right_of_V: Tensor | None
 
     def rank(self, dtype: torch.dtype) -> int:
         """Number of singular values above the rounding of the largest one in this dtype."""
@@ -47,8 +47,14 @@ class SVD:
     def cut(self, begin: int, end: int | None, dtype: torch.dtype) -> "LowRank":
         """Components begin to end with balanced factors U√Σ and √ΣVᵀ."""
         root = self.sigma[begin:end].sqrt()
-        U = self.U.double() @ (self.left_of_U[:, begin:end] * root)
-        V = (root[:, None] * self.right_of_V[begin:end]) @ self.V.double()
+        if self.left_of_U is None:
+            U = self.U[:, begin:end] * root
+        else:
+            U = self.U.double() @ (self.left_of_U[:, begin:end] * root)
+        if self.right_of_V is None:
+            V = root[:, None] * self.V[begin:end]
+        else:
+            V = (root[:, None] * self.right_of_V[begin:end]) @ self.V.double()
         return LowRank(U.to(dtype).contiguous(), V.to(dtype).contiguous())
 
 
@@ -238,18 +244,22 @@ class Dense(Matrix):
 
     def svd(self) -> SVD:
         """In fp32 by eigenvectors of the smaller Gram matrix in float64, for the reason that `LowRank.svd` gives."""
-        W = self.W.double()
-        one = torch.eye(min(self.shape), dtype=torch.float64)
         if self.dtype == torch.float64:
-            left, sigma, right = torch.linalg.svd(W, full_matrices=False)
-            return SVD(sigma, left, one, right, one)
+            left, sigma, right = torch.linalg.svd(self.W, full_matrices=False)
+            return SVD(sigma, left, None, right, None)
         wide = self.shape[0] <= self.shape[1]
-        squares, vectors = torch.linalg.eigh(W @ W.T if wide else W.T @ W)
+        squares, vectors = torch.linalg.eigh(gram([(self.W.T if wide else self.W).double()]))
         sigma, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
         inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
         if wide:
-            return SVD(sigma, vectors, one, self.W, inverse[:, None] * vectors.T)
-        return SVD(sigma, self.W, vectors * inverse, vectors.T, one)
+            return SVD(sigma, vectors, None, self.W, inverse[:, None] * vectors.T)
+        return SVD(sigma, self.W, vectors * inverse, vectors.T, None)
+
+    def as_product(self) -> LowRank:
+        """The same matrix as a product with the identity of its smaller side, without any arithmetic."""
+        m, n = self.shape
+        one = torch.eye(min(m, n), dtype=self.dtype)
+        return LowRank(one, self.W) if m <= n else LowRank(self.W, one)
 
     def add_to(self, weight: Tensor) -> None:
         _check(self, weight)

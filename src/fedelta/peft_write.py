@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -74,9 +73,9 @@ class AdapterWriter:
     def _finish(self, rank: int) -> None:
         draft = self._folder / _DRAFT
         if any(found < rank for found in self._ranks.values()):
-            with safetensors.safe_open(draft, framework="pt") as tensors, self._open(WEIGHTS) as padded:
+            with self._open(WEIGHTS) as padded:
                 for module in self._ranks:
-                    A, B = (tensors.get_tensor(_key(module, factor)) for factor in "AB")
+                    A, B = (self._draft.read(_key(module, factor)) for factor in "AB")
                     missing = rank - len(A)
                     padded.write(_key(module, "A"), torch.nn.functional.pad(A, (0, 0, 0, missing)))
                     padded.write(_key(module, "B"), torch.nn.functional.pad(B, (0, missing)))

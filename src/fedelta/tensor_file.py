@@ -39,6 +39,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, names: Iterable[str], metadata: dict[str, str] | None = None) -> None:
+        self._path = path
         self._names = set(names)
         self._header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         self._room = 8 * (-(-sum(len(json.dumps(name)) + ENTRY for name in self._names) // 8) + 16)
@@ -64,6 +65,17 @@ class TensorFile:
             self._pending.append(self._writer.submit(self._append, data))
         while len(self._pending) > 2:
             self._pending.pop(0).result()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that has been written, from the closed file; a copy, so that the file's pages are not held."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(8 + self._room + begin)
+            data = bytearray(end - begin)
+            file.readinto(data)
+        dtype = next(dtype for dtype, label in _DTYPES.items() if label == entry["dtype"])
+        return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
 
     def forget_unwritten(self) -> None:
         """Leave out the names that have not been written: it was not known how many there would be."""
