@@ -23,7 +23,8 @@ PARTS = ("layers", "accuracy", "memory", "mistral", "thousand")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="two layers, r = 16, K = 3 and 10")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folder", type=Path, help="where adapter folders are made, and left for the next time")
     parser.add_argument("--threads", type=int)
@@ -36,7 +37,7 @@ def main() -> None:
             print(f"\n## {part}\n\n{machine.describe()}", flush=True)
             if part == "layers":
                 names = ["RoBERTa-base query", "Mistral-7B q_proj"] if arguments.quick else list(LAYERS)
-                Ks, ranks = ([3, 10], [16]) if arguments.quick else ([3, 10, 50, 100], [4, 16, 32])
+                Ks, ranks = ([3, 10], [16]) if arguments.quick else ([3, 10, 50, 100], arguments.ranks)
                 found = speed(machine, names, Ks, ranks)
             elif part == "mistral":
                 found = mistral(machine, folder / "mistral")

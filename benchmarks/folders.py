@@ -109,7 +109,7 @@ def mistral(machine: Machine, folder: Path, clients: int = 10, rank: int = 16) -
     for name, limit in limits.items():
         for cold in (True, False):
             read, write, wall = (float("inf"),) * 3
-            for _ in range(3):
+            for _ in range(2):
                 drop(folders, cold)
                 read = min(read, read_once(folders))
                 drop(folders, cold)
@@ -133,7 +133,7 @@ def mistral(machine: Machine, folder: Path, clients: int = 10, rank: int = 16) -
             )
             print(" | ".join(rows[-1]), flush=True)
     head = ["method", "files from", "read once, s", "GEMM limit, s", "fedelta aggregate, s", "of read + limit"]
-    return f"Best of three. Start of Python and imports, {start:.1f} s, taken off.\n\n" + table(
+    return f"Best of two. Start of Python and imports, {start:.1f} s, taken off.\n\n" + table(
         [*head, "writing as many bytes, s", "peak MB"], rows
     )
 

@@ -159,7 +159,9 @@ def test_every_method_makes_one_server_step_or_says_why_not(name: str, tiny_bert
         with pytest.raises(FedeltaError, match=f"A of module .* differs from that of .*; method {name} is for clients"):
             aggregate_folders(paths, tmp_path / "out", method=method)
         share_A(paths)
-    done = aggregate_folders(paths, tmp_path / "out", method=method, weights=[1, 2, 3])
+    done = aggregate_folders(
+        paths, tmp_path / "out", method=method, weights=None if method.norm_weighting else [1, 2, 3]
+    )
     assert done.method == name
     peft.PeftModel.from_pretrained(base(tiny_bert), str(tmp_path / "out"))
     exact = dense_mean(paths, [1, 2, 3])
@@ -180,6 +182,59 @@ def share_A(paths: list[Path]) -> None:
             if "lora_A" in key:
                 tensors[key] = largest[key][: len(tensors[key])].clone()
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_frozen_factor_is_shared_with_its_scale_and_module_by_module(tiny_bert: Path, tmp_path: Path) -> None:
+    """Crossing rank patterns: neither folder is the largest in every module."""
+    paths = [
+        save(tmp_path / "0", tiny_bert, 0, r=2, rank_pattern={"query": 4}),
+        save(tmp_path / "1", tiny_bert, 1, r=3, rank_pattern={"intermediate.dense": 4}),
+    ]
+    files = [path / "adapter_model.safetensors" for path in paths]
+    one, two = (safetensors.torch.load_file(file) for file in files)
+    for key in (key for key in one if "lora_A" in key):
+        small, large = sorted((one, two), key=lambda tensors: len(tensors[key]))
+        small[key] = large[key][: len(small[key])].clone()
+    for file, tensors in zip(files, (one, two), strict=True):
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    aggregate_folders(paths, tmp_path / "out", method=make_method("ffa"))
+    found = dense_result(tmp_path / "out")
+    assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in dense_mean(paths).items())
+
+
+def test_a_shared_B_is_shared_after_its_scale(tiny_bert: Path, tmp_path: Path) -> None:
+    paths = [save(tmp_path / str(i), tiny_bert, i, lora_alpha=alpha) for i, alpha in enumerate((6, 12))]
+    files = [path / "adapter_model.safetensors" for path in paths]
+    one, two = (safetensors.torch.load_file(file) for file in files)
+    for key in (key for key in one if "lora_B" in key):
+        two[key] = one[key].clone()
+    safetensors.torch.save_file(two, files[1], metadata={"format": "pt"})
+    method = make_method("rolora", first="A")
+    with pytest.raises(FedeltaError, match="B of module .* differs"):
+        aggregate_folders(paths, tmp_path / "out", method=method)
+    for key in (key for key in one if "lora_B" in key):
+        two[key] = one[key] / 2
+    safetensors.torch.save_file(two, files[1], metadata={"format": "pt"})
+    aggregate_folders(paths, tmp_path / "out", method=method)
+    found = dense_result(tmp_path / "out")
+    assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in dense_mean(paths).items())
+
+
+def test_base_models_are_compared_with_whoever_names_one(folders: list[Path], tmp_path: Path) -> None:
+    edit_config(folders[0], base_model_name_or_path=None)
+    edit_config(folders[2], base_model_name_or_path="other")
+    with pytest.raises(FedeltaError, match=r"site-2: base model other, but .*site-1 has"):
+        aggregate_folders(folders, tmp_path / "out")
+
+
+def test_heads_of_whole_numbers_are_rounded(folders: list[Path], tmp_path: Path) -> None:
+    for path in folders:
+        file = path / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        tensors["base_model.model.counts"] = torch.tensor([7, 100], dtype=torch.int8)
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    aggregate_folders(folders, tmp_path / "out")
+    assert open_adapter(tmp_path / "out").read_heads()["counts"].tolist() == [7, 100]
 
 
 def test_fedex_leaves_a_patch_and_single_folds_it_in(tiny_bert: Path, tmp_path: Path) -> None:
@@ -372,6 +427,23 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
     "infinity": (lambda p: spoil(p, float("inf")), [], "B holds NaN or infinite values"),
     "truncated": (truncate, [], "adapter_model.safetensors: "),
     "pickle": (to_pickle, [], "is a pickle, which can run code and is never loaded; open it with PEFT"),
+    "a file for a folder": (lambda p: (shutil.rmtree(p), p.write_text("x")), [], "a file, expected an adapter folder"),
+    "config is a list": (lambda p: (p / "adapter_config.json").write_text("[]"), [], "a list, expected names"),
+    "pattern is a list": (lambda p: edit_config(p, rank_pattern=[1]), [], "rank_pattern is [1], expected names"),
+    "α is NaN": (lambda p: edit_config(p, lora_alpha=float("nan")), [], "lora_alpha is nan, expected a positive"),
+    "α of a module is 0": (
+        lambda p: edit_config(p, alpha_pattern={"query": 0}),
+        [],
+        "lora_alpha 0, expected",
+    ),
+    "weights for norms": (None, ["--method", "hetlora", "--weights", "1,2,3"], "there is no use for weights"),
+    "option called name": (None, ["--method", "fedex", "--option", "name=x"], "method fedex has no option 'name'"),
+    "option that is no YAML": (None, ["--method", "fedex", "--option", "energy=["], "--option 'energy=['"),
+    "option of many rounds": (
+        None,
+        ["--method", "fedex", "--option", "server_optimizer=fedadam"],
+        "--option server_optimizer is about many rounds",
+    ),
     "too few weights": (None, ["--weights", "1,2"], "2 weights, expected one for each of 3 folders"),
     "negative weight": (None, ["--weights", "1,-2,3"], "weight -2.0 of"),
     "weight not a number": (None, ["--weights", "1,x,3"], "--weights '1,x,3': expected numbers"),

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from fedelta import client as client_module
 from fedelta.adapter import lora_scale
+from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
 from fedelta.engines import Observer
 from fedelta.engines.local import LocalEngine
 from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast, ClientUpdate
-from fedelta.methods import methods
+from fedelta.methods import make_method, methods
 from fedelta.packing import count_bytes
 from fedelta.patch_log import PatchedBase, PatchLog
 from fedelta.runner import Run, run
@@ -168,53 +170,62 @@ def test_every_client_that_takes_part_holds_the_servers_base_over_thirty_rounds(
 
 @pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_gpt2"])
 @pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
+@pytest.mark.parametrize("method", ["fedex", "fedex, start-relative", "fed-plora", "flora"])
 def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
-    fixture: str, rule: str, tiny_config: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    method: Any,
+    fixture: str,
+    rule: str,
+    tiny_config: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Read off the model itself just before each local training, against a dense float64 sum of the messages."""
+    """Read off the model itself as local training begins, against a dense float64 sum of the messages."""
     checked = []
     original: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     folded = [0]
-    answer = Trainer.answer
+    sent: list[Broadcast] = []
+    answer, train = Trainer.answer, client_module.train
 
-    def check(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        model = self.model
+    def written_out(product: Any) -> torch.Tensor:
+        tensors = {part: tensor.double() for part, tensor in product.tensors.items()}
+        return tensors["W"] if "W" in tensors else tensors["U"] @ tensors["V"]
+
+    def listen(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if not original:
-            for module, layer in model.layers.items():
+            for module, layer in self.model.layers.items():
                 weight = layer.get_base_layer().weight.detach().double().clone()
                 original[module] = weight.T if layer.fan_in_fan_out else weight
                 sums[module] = torch.zeros_like(original[module])
-        sent = Broadcast.from_bytes(blob)
-        for version, patch in sorted(sent.patch.entries.items()):
+        sent.append(Broadcast.from_bytes(blob))
+        for version, patch in sorted(sent[-1].patch.entries.items()):
             if version > folded[0]:
                 folded[0] = version
                 for module, product in patch.items():
-                    sums[module] += product.U.double() @ product.V.double()
-        load = model.load
+                    sums[module] += written_out(product)
+        return answer(self, blob, shard)
 
-        def load_and_look(*arguments: Any) -> None:
-            load(*arguments)
-            model.peft.eval()
-            for module, layer in model.layers.items():
-                n = model.shapes[module][1]
-                with torch.no_grad():
-                    seen = (layer(torch.eye(n)) - layer(torch.zeros(1, n))).T.double()
-                A = sent.factors["A"][module].double()
-                s = lora_scale(8, sent.rank, rule)  # type: ignore[arg-type]
-                oracle = original[module] + sums[module] + s * sent.factors["B"][module].double() @ A
-                assert torch.allclose(seen, oracle, atol=1e-5)
-                checked.append(float(sums[module].norm()))
+    def look(model: Any, *arguments: Any, **more: Any) -> float:
+        message = sent[-1]
+        model.peft.eval()
+        for module, layer in model.layers.items():
+            n = model.shapes[module][1]
+            with torch.no_grad():
+                seen = (layer(torch.eye(n)) - layer(torch.zeros(1, n))).T.double()
+            base = sums[module] + (written_out(message.tail[module]) if module in message.tail else 0)
+            pair = message.adapter(model.shapes)[module]
+            s = lora_scale(8, message.rank, rule)  # type: ignore[arg-type]
+            oracle = original[module] + base + s * pair.B.double() @ pair.A.double()
+            assert torch.allclose(seen, oracle, atol=1e-5)
+            checked.append(float(base.norm()))
+        return train(model, *arguments, **more)
 
-        monkeypatch.setattr(model, "load", load_and_look)
-        reply = answer(self, blob, shard)
-        monkeypatch.setattr(model, "load", load)
-        return reply
-
-    monkeypatch.setattr(Trainer, "answer", check)
+    monkeypatch.setattr(Trainer, "answer", listen)
+    monkeypatch.setattr(client_module, "train", look)
+    name, _, target = method.partition(", ")
     run(
         tiny_config(
-            method="fedex",
+            method={"name": name, "target": target} if target else name,
             model={"name": str(request.getfixturevalue(fixture))},
             lora={"alpha": 8, "scale": rule},
             rounds=4,
@@ -222,7 +233,38 @@ def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
         )
     )
     assert len(checked) > 16
-    assert max(checked) > 1e-3, "patches were not negligible"
+    assert max(checked) > 1e-3, "patches and tails were not negligible"
+    assert any(message.tail for message in sent) == (method in ("fedex, start-relative", "fed-plora"))
+
+
+def test_the_penalty_of_hetlora_shrinks_the_tail(tiny_config: Any) -> None:
+    tails = {}
+    for weight in (0.0, 30.0):
+        options = {"name": "hetlora", "gamma": 0.5, "penalty_weight": weight, "least_rank": 4}
+        finished = run(tiny_config(name=f"penalty-{weight}", method=options, rounds=4))
+        state, *_ = load_checkpoint(finished.folder.checkpoint_file)
+        tails[weight] = sum(float((pair.B[:, 2:] @ pair.A[2:]).norm()) for pair in state.method.adapter.values())
+    assert tails[30.0] < 0.5 * tails[0.0]
+
+
+def test_a_client_that_diverged_keeps_what_it_had(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedSA keeps B at the client: a NaN there would stay in its model for ever."""
+    finish = type(make_method("fedsa")).finish
+    calls = [0]
+
+    def diverge(self: Any, round: int, start: Any, trained: Any) -> Any:
+        calls[0] += 1
+        done = finish(self, round, start, trained)
+        if calls[0] == 6:
+            for pair in done.values():
+                pair.A.fill_(float("nan"))
+                pair.B.fill_(float("nan"))
+        return done
+
+    monkeypatch.setattr(type(make_method("fedsa")), "finish", diverge)
+    finished = run(tiny_config(method="fedsa", rounds=3))
+    assert [len(record["skipped"]) for record in finished.records] == [0, 1, 0]
+    assert finished.result["test"]["loss"] < 10
 
 
 def test_clients_that_drop_out_are_skipped_with_a_warning(tiny_config: Any) -> None:
@@ -349,8 +391,6 @@ def test_a_bf16_base_runs_with_fp32_messages(
 
 
 def test_an_engine_refuses_to_judge_a_model_on_a_stale_base(tiny_config: Any) -> None:
-    from fedelta.checkpoint import load_checkpoint
-
     finished = run(tiny_config(method="fedex"))
     state, *_ = load_checkpoint(finished.folder.checkpoint_file)
     engine = LocalEngine.__new__(LocalEngine)

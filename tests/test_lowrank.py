@@ -96,6 +96,12 @@ def test_fp32_svd_resolves_small_singular_values_of_nearly_parallel_columns() ->
     assert (dense(p.truncate(4)) - dense(p)).norm() < 1.01 * expected[4:].norm() + 1e-7 * expected[0]
 
 
+def test_a_column_that_is_small_beside_the_others_counts_by_its_product() -> None:
+    p = LowRank(torch.diag(torch.tensor([1.0, 1e-9])), torch.diag(torch.tensor([1e-3, 1e9])))
+    assert torch.allclose(p.svd().sigma, torch.tensor([1.0, 1e-3], dtype=torch.float64))
+    assert p.norm() == pytest.approx(1.0, rel=1e-5)
+
+
 def test_svd_of_zero_factors_is_zero_and_not_nan() -> None:
     """B = 0, as in the first round."""
     for dtype in (torch.float32, torch.float64):

@@ -111,6 +111,11 @@ def test_a_core_is_all_that_crosses() -> None:
     assert torch.allclose(got.adapter["x"].B, draw_basis("x", 6, 2, SEED) @ core, atol=1e-6)
 
 
+def test_a_tail_counts_as_adapter() -> None:
+    with_tail, without = (count_bytes(broadcast(tail=tail).to_bytes()).adapter for tail in (True, False))
+    assert with_tail - without == 4 * (5 + 5)
+
+
 def test_a_client_that_may_prune_itself_sends_a_lower_rank() -> None:
     sent = broadcast(Wire(prune=True))
     update = answer(sent)
@@ -202,6 +207,10 @@ nan = torch.full((6, 2), float("nan"))
         (bad(A={**good.factors["A"], "z": good.factors["A"]["x"]}), "A of module z was not asked for"),
         (bad(metrics={"train_loss": float("nan")}), "reports train_loss nan, expected a finite number"),
         (bad(metrics={"train_loss": "low"}), "reports train_loss 'low'"),
+        (bad(metrics={"train_loss": 10**400}), "reports train_loss 1000"),
+        (bad(metrics={"train_loss": 10**9999}), "reports train_loss a int too long to print"),
+        (bad(metrics={"train_loss": 1e308}), "reports train_loss 1e"),
+        (bad(metrics=[1]), "its metrics are a list"),
         (bad(heads={}), "head head.weight is missing"),
         (bad(heads={"head.weight": nan}), r"head head.weight is .* \(6, 2\), expected .* \(3, 5\)"),
         (bad(A={m: t.half() for m, t in good.factors["A"].items()}), "torch.float16"),

@@ -463,6 +463,67 @@ def test_fed_plora_trains_every_index_sooner_or_later() -> None:
     assert seen == {0, 1, 2, 3}
 
 
+def test_fed_plora_draws_other_indices_for_other_clients() -> None:
+    method = make_method("fed-plora")
+    state = state_of(method, 4)
+    drawn = train(method, state, Federation([2] * 8, [1.0] * 8, [1.0] * 8, 4, 0))
+    assert len({tuple(client.contribution.indices.tolist()) for client in drawn}) > 2
+
+
+WIRES = {
+    "ffa": ("B", "B", "B", ""),
+    "fedsvd": ("A B", "B", "B", ""),
+    "fedsa": ("A", "A B", "A", "B"),
+    "flora": ("", "A B", "A B", ""),
+    "florist": ("", "A B", "A B", ""),
+    "fed-sb": ("core", "core", "core", ""),
+}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_what_crosses_the_wire_is_what_the_paper_says(name: str) -> None:
+    wire = make_method(name).wire(0)
+    expected = WIRES.get(name, ("A B", "A B", "A B", ""))
+    if name == "rolora":
+        expected = ("A B", "B", "B", "")
+        assert make_method(name).wire(1).up == frozenset("A")
+    assert (wire.down, wire.train, wire.up, wire.keep) == tuple(frozenset(names.split()) for names in expected)
+
+
+def test_feedback_that_has_been_sent_is_forgotten() -> None:
+    method = make_method("fedex", remainder="rank=2")
+    state = state_of(method, 3)
+    federation = Federation([3, 3], [1.0, 1.0], [1.0, 1.0], 3, 4)
+    state, _ = method.step(state, updates(train(method, state, federation)))
+    assert any(key.startswith("feedback/") for key in state.memory)
+    # Nobody trains: the one component that was cut off is sent, and nothing is left.
+    state, patch = method.step(state, updates(train(method, state, federation, size=0)))
+    assert set(patch) == set(SHAPES)
+    assert not state.memory
+    state, patch = method.step(state, updates(train(method, state, federation, size=0)))
+    assert not patch
+
+
+def test_a_residual_step_leaves_the_product_of_a_refresh_whole() -> None:
+    federation = SITUATIONS["equal ranks"]
+    plain = make_method("fedex", residual_step=0.5)
+    state = state_of(make_method("fedex"), 3)
+    trained = updates(train(plain, state, federation))
+    expected = global_weight(*plain.step(state, trained))
+    found = global_weight(*make_method("fedex", residual_step=0.5, refresh=3).step(state, trained))
+    assert_same(found, expected)
+
+
+def test_a_weight_of_zero_stays_zero_when_norms_weigh() -> None:
+    federation = Federation([2, 2, 2], [1.0, 1.0, 1.0], [1.0, 0.0, 3.0], 2, 4)
+    method = make_method("hetlora", gamma=1.0)
+    state = state_of(method, 2)
+    trained = updates(train(method, state, federation))
+    one, _ = method.step(state, trained)
+    two, _ = method.step(state, [trained[0], trained[2]])
+    assert_same({m: dense(p) for m, p in one.adapter.items()}, {m: dense(p) for m, p in two.adapter.items()})
+
+
 def test_what_fedex_cuts_off_is_sent_in_later_rounds() -> None:
     """Error feedback: the patches and what is kept add up to all residuals."""
     federation = Federation([3, 3, 3], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0], 3, 4)
@@ -638,7 +699,7 @@ def test_only_these_methods_collapse_when_nobody_trains() -> None:
 
 
 def test_a_server_optimiser_needs_factors_that_keep_their_basis() -> None:
-    with pytest.raises(FedeltaError, match="flexlora: server_optimizer fedadam needs factors that mean the same"):
+    with pytest.raises(FedeltaError, match="flexlora can't have server_optimizer: it needs factors that mean the same"):
         make_method("flexlora", server_optimizer="fedadam")
 
 
@@ -676,6 +737,13 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
         ("fedex", {"remainder": "rank="}, "remainder 'rank=': expected"),
         ("fedex", {"target": "unpadded"}, "target: input should be 'replicated', 'rank-normalised' or"),
         ("florist", {"energy": 0}, "method florist: energy: input should be greater than 0, found 0"),
+        ("fedex", {"remainder": "rank=inf"}, "remainder 'rank=inf': expected"),
+        ("fedex", {"remainder": "bytes=1e999"}, "remainder 'bytes=1e999': expected"),
+        ("fedex", {"remainder": "exact="}, "remainder 'exact=': expected"),
+        ("fedsa", {"norm_weighting": True}, "method fedsa can't have norm_weighting: the server sees no B"),
+        ("fed-sb", {"server_optimizer": "fedavgm"}, "method fed-sb can't have server_optimizer: it would move B"),
+        ("rolora", {"refresh": 3}, "method rolora: refresh 3 would restart when it is the other factor's turn"),
+        ("fedit", {"name": "x"}, "method fedit has no option 'name'"),
         ("ffa", {"refresh": "often"}, "method ffa: refresh: input should be a valid integer"),
     ],
 )

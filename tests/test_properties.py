@@ -252,7 +252,7 @@ def test_a_refresh_moves_the_product_into_the_base_and_changes_nothing_else(name
     federation = Federation([3, 3, 3], [1.0, 2.0, 0.5], [1.0, 2.0, 3.0], 3, 8)
     plain = method_of(name, options)
     if plain.personal:
-        with pytest.raises(FedeltaError, match="refresh needs the whole product"):
+        with pytest.raises(FedeltaError, match="can't have refresh"):
             method_of(name, {**options, "refresh": 3})
         return
     refreshing = method_of(name, {**options, "refresh": 3})

@@ -109,6 +109,21 @@ def test_validation_losses_are_asked_once_and_promote() -> None:
     assert not new.B[:, 1].any()
 
 
+def test_a_client_that_pruned_itself_is_sent_its_new_rank() -> None:
+    server, state = make("hetlora", ranks={"high": 4})
+    whole = reply(server, state, "a", 10, 1.0)
+    lower = {
+        "A": {"x": whole.factors["A"]["x"][:3].clone()},
+        "B": {"x": whole.factors["B"]["x"][:, :3].clone()},
+    }
+    after, outcome = step(
+        server, state, {"a": replace(whole, rank=3, factors=lower), "b": reply(server, state, "b", 10, 1.0)}
+    )
+    assert outcome.pruned == ["a"]
+    assert after.ranks == {"a": 3, "b": 4, "c": 4, "d": 4}
+    assert server.broadcast(after, "a").rank == 3
+
+
 def test_a_client_of_weight_zero_is_never_asked() -> None:
     server, state = make(weighting=(1.0, 0.0, 0.0, 1.0), participation=0.5)
     for round_ in range(10):

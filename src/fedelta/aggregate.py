@@ -103,6 +103,8 @@ def aggregate_folders(
         folders.check_method(method)
     heads = folders.mean_heads()
     if method is not None and method.norm_weighting:
+        if weights is not None:
+            raise FedeltaError(f"method {method.name} weighs adapters by their norm: there is no use for weights")
         # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
         folders, method = folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
     step = _Step(folders, method, rank, single or rank is not None)

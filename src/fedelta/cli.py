@@ -103,24 +103,26 @@ def methods() -> None:
     """List the methods and the properties that they hold."""
     from dataclasses import fields
 
-    from fedelta.methods import Method, aliases
+    from fedelta.methods import Method, Properties, aliases
     from fedelta.methods import methods as registry
 
-    shared = {field.name for field in fields(Method)}
-    table = Table(caption="exact, no-op, gauge: where the property holds, among the ranks that a method takes")
-    for name in ("method", "ranks", "exact", "no-op invariant", "gauge invariant", "linear"):
+    shared = {field.name: field.default for field in fields(Method)}
+    table = Table(caption="where each property holds, among the ranks that a method takes: docs/methods.md 5")
+    for name in ("method", "ranks", *Properties._fields):
         table.add_column(name)
     for name, method in registry().items():
         ranks, holds = "mixed" if method.mixed_ranks else "equal", method.properties
-        linear = "yes" if holds.linear else "no"
-        table.add_row(name, ranks, holds.exact, holds.no_op_invariant, holds.gauge_invariant, linear)
+        words = {"never": "–", False: "–", True: "yes", "always": "yes", "equal ranks": "equal ranks"}
+        table.add_row(name, ranks, *(words[where] for where in holds))
     out.print(table)
     for name, method in registry().items():
         out.print(f"[bold]{name}[/bold]: {method.summary} ({method.paper})", highlight=False)
-        own = [field.name for field in fields(method) if field.name not in shared]
+        own = [f"{f.name}={f.default}" for f in fields(method) if f.name not in shared]
         if own:
-            out.print(f"    options: {', '.join(own)}", highlight=False)
-    out.print(f"options of every method: {', '.join(sorted(shared))}", highlight=False)
+            about = str(method.__doc__).removeprefix("Options: ")
+            out.print(f"    options: {', '.join(own)}: {about}", highlight=False)
+    everywhere = ", ".join(f"{name}={default}" for name, default in shared.items())
+    out.print(f"options of every method: {everywhere}", highlight=False)
     for alias, (name, paper) in aliases().items():
         out.print(f"{alias}: another name of {name} ({paper})", highlight=False)
 
@@ -172,7 +174,10 @@ def _method(name: str, options: list[str]) -> Any:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise FedeltaError(f"--option {option!r}: expected key=value, such as remainder=rank=8")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise FedeltaError(f"--option {option!r}: {' '.join(str(error).split())}") from error
     return make_method(name, **values)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedelta.adapter import Adapter
+from fedelta.contribution import finite
 from fedelta.data import Shard
 from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
@@ -76,7 +77,8 @@ class Trainer:
                 scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
                 metrics["validation_loss"] = scores["loss"]
         trained = method.finish(broadcast.round, start, self.model.read())
-        if wire.keep:
+        # A client that diverged keeps what it had: its update will be refused too.
+        if wire.keep and all(finite(pair.A) and finite(pair.B) for pair in trained.values()):
             self.kept[client] = trained
         return ClientUpdate(
             client=client,

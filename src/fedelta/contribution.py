@@ -1,6 +1,5 @@
 """The door: an update is checked against the broadcast that it answers, once, and never again inside."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +12,8 @@ from fedelta.messages import Broadcast, ClientUpdate
 
 MOST_EXAMPLES = 10**12
 """A client that claims more would drown all others by a slip or by intent."""
+MOST_METRIC = 1e30
+"""Sums of metrics stay finite below this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,14 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
+def shown(value: object) -> str:
+    """A value as a short text: a number of 400 digits, or one too long to be printed, is no way to fill a log."""
+    try:
+        return repr(value)[:20]
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+
+
 def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float | None = None) -> Contribution:
     """Check an update against the broadcast that it answers. The door: nothing is checked again inside.
 
@@ -69,9 +78,11 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
         raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
     if type(update.examples) is not int or not 1 <= update.examples <= MOST_EXAMPLES:
         raise refuse(f"it reports {str(update.examples)[:20]} training examples, expected 1 to {MOST_EXAMPLES}")
+    if not isinstance(update.metrics, Mapping):
+        raise refuse(f"its metrics are a {type(update.metrics).__name__}, expected names and numbers")
     for name, value in update.metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise refuse(f"it reports {name} {value!r}, expected a finite number")
+        if not isinstance(value, int | float) or not abs(value) <= MOST_METRIC:
+            raise refuse(f"it reports {name} {shown(value)}, expected a finite number")
     start = sent.adapter(shapes).truncate(update.rank)
     if set(update.factors) != sent.wire.up:
         found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.wire.up))

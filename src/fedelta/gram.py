@@ -24,7 +24,7 @@ def norms(terms: Sequence[tuple[Tensor, Tensor]], *columns: Tensor) -> list[floa
     for d in columns:
         d = d.double()
         square, size = float(d @ weights @ d), float((weights.diagonal() * d.square()).sum())
-        # Orthogonal terms have square = size; rounding of the sum is some eps·q·size.
+        # Orthogonal terms have square = size; a sum a thousandth of that has lost half its digits.
         if square > len(d) * torch.finfo(terms[0][0].dtype).eps ** 0.5 * size:
             result.append(square**0.5)
         else:

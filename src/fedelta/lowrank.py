@@ -128,11 +128,6 @@ class LowRank(Matrix):
         return self.U.nbytes + self.V.nbytes
 
     @staticmethod
-    def zero(shape: tuple[int, int], dtype: torch.dtype) -> "LowRank":
-        """The m×n zero matrix, of width 0."""
-        return LowRank(torch.zeros(shape[0], 0, dtype=dtype), torch.zeros(0, shape[1], dtype=dtype))
-
-    @staticmethod
     def sum(terms: Iterable["LowRank"]) -> "LowRank":
         """Σ U_i·V_i = [U_1 … U_K]·[V_1; …; V_K], of width Σ q_i."""
         terms = list(terms)
@@ -171,6 +166,11 @@ class LowRank(Matrix):
             left, sigma, right = torch.linalg.svd(Ru @ Rv.T, full_matrices=False)
             return SVD(sigma, Qu, left, Qv.T, right)
         gram_U, gram_V = self.grams
+        # Columns of U to length one, rows of V taking their length: a column that is small beside the others counts
+        # by its part of the product.
+        length = gram_U.diagonal().sqrt()
+        unit = torch.where(length > 0, 1 / length, 0.0)
+        gram_U, gram_V = unit[:, None] * gram_U * unit, length[:, None] * gram_V * length
         values, vectors = torch.linalg.eigh(gram_U)
         # Directions of U that are rounding have no left singular vector; a zero U (B = 0, round 0) has none at all.
         largest = float(values[-1]) if len(values) else 0.0
@@ -181,7 +181,8 @@ class LowRank(Matrix):
         squares, turn = torch.linalg.eigh(inner @ gram_V @ inner.T)
         sigma, turn = squares.clamp(min=0).sqrt().flip(0), turn.flip(1)
         inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
-        return SVD(sigma, self.U, (vectors / root) @ turn, self.V, inverse[:, None] * (turn.T @ inner))
+        left = unit[:, None] * ((vectors / root) @ turn)
+        return SVD(sigma, self.U, left, self.V, inverse[:, None] * (turn.T @ inner) * length)
 
     @cached_property
     def grams(self) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from fedelta.methods import Method
 from fedelta.peft_io import Layer, PeftFolder, open_adapter
 from fedelta.product_sum import CHUNK
 
+BASE = "base_model_name_or_path"
+
 
 class Folders:
     """Adapter folders of one base model, with a weight each.
@@ -31,7 +33,10 @@ class Folders:
         self.folders = folders
         self.weights = weights
         first = folders[0]
+        named = next((f for f in folders if f.config.get(BASE)), first)
         for folder in folders[1:]:
+            if (mine := folder.config.get(BASE)) and mine != (base := named.config[BASE]):
+                raise _unlike(folder, "base model", mine, named, base)
             _check_alike(first, folder)
         self.layers = first.layers
 
@@ -116,27 +121,28 @@ class Folders:
         if not frozen:
             return zero
         (factor,) = frozen
-        largest = max(self.folders, key=lambda folder: max(folder.layers[m].rank for m in group))
-        start = largest.read(group)
-        for folder in self.folders:
-            for module, pair in folder.read(group).items():
-                mine, shared = (getattr(p, factor) for p in (pair, start[module].truncate(pair.rank)))
-                if mine.shape != shared.shape or not torch.equal(mine, shared):
+        pairs = {}
+        for module in group:
+            largest = max(self.folders, key=lambda folder: folder.layers[module].rank)
+            start = _absorbed(largest, module)
+            for folder in self.folders:
+                pair = _absorbed(folder, module)
+                mine, shared = (getattr(p, factor) for p in (pair, start.truncate(pair.rank)))
+                if not torch.equal(mine, shared):
                     raise FedeltaError(
                         f"{folder.path}: {factor} of module {module} differs from that of {largest.path}; method "
                         f"{method.name} is for clients that share {factor}. The exact mean needs no method"
                     )
-        return Adapter(
-            {
-                m: LoraPair(pair.A, zero[m].B) if factor == "A" else LoraPair(zero[m].A, pair.product().U)
-                for m, pair in start.items()
-            }
-        )
+            pairs[module] = LoraPair(start.A, zero[module].B) if factor == "A" else LoraPair(zero[module].A, start.B)
+        return Adapter(pairs)
 
     def check_method(self, method: Method) -> None:
         """Refuse what can't be one server step on these folders."""
         if method.offline:
             raise FedeltaError(f"method {method.name} can't run on folders: {method.offline}")
+        for option in ("refresh", "server_optimizer"):
+            if option in method.options:
+                raise FedeltaError(f"--option {option} is about many rounds, and this is one step")
         if not method.mixed_ranks:
             for module in self.layers:
                 ranks = self.ranks(module)
@@ -147,37 +153,46 @@ class Folders:
                     )
 
     def mean_heads(self) -> dict[str, Tensor]:
-        """Σ p_i head_i, in the dtype of the first folder's."""
+        """Σ p_i head_i by the folders' own weights, in a dtype that holds all of theirs; whole numbers are rounded."""
         sums: dict[str, Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
         for (_, p), folder in zip(self.shares(), self.folders, strict=True):
             for name, tensor in folder.read_heads().items():
-                dtypes.setdefault(name, tensor.dtype)
+                dtypes[name] = torch.promote_types(dtypes.get(name, tensor.dtype), tensor.dtype)
                 sums[name] = sums.get(name, 0) + p * tensor.double()
-        return {name: total.to(dtypes[name]) for name, total in sums.items()}
+        return {
+            name: (total if dtypes[name].is_floating_point else total.round()).to(dtypes[name])
+            for name, total in sums.items()
+        }
 
     def config(self) -> dict[str, Any]:
         """The first folder's configuration, with a base model that any of them names."""
-        names = (folder.config.get("base_model_name_or_path") for folder in self.folders)
-        return {**self.folders[0].config, "base_model_name_or_path": next((name for name in names if name), None)}
+        names = (folder.config.get(BASE) for folder in self.folders)
+        return {**self.folders[0].config, BASE: next((name for name in names if name), None)}
+
+
+def _absorbed(folder: PeftFolder, module: str) -> LoraPair:
+    """A pair at scale 1: what is shared is s·B, not B."""
+    return folder.read([module])[module].with_scale(1.0)
+
+
+def _unlike(folder: PeftFolder, what: str, mine: Any, other: PeftFolder, theirs: Any) -> FedeltaError:
+    return FedeltaError(f"{folder.path}: {what} {mine}, but {other.path} has {theirs}; expected the same")
 
 
 def _check_alike(first: PeftFolder, folder: PeftFolder) -> None:
-    def refuse(what: str, mine: Any, theirs: Any) -> FedeltaError:
-        return FedeltaError(f"{folder.path}: {what} {mine}, but {first.path} has {theirs}; expected the same")
-
-    base, mine = (f.config.get("base_model_name_or_path") for f in (first, folder))
-    if base and mine and base != mine:
-        raise refuse("base model", mine, base)
     if set(first.layers) != set(folder.layers):
         extra, missing = sorted(set(folder.layers) - set(first.layers)), sorted(set(first.layers) - set(folder.layers))
         odd = f"adapts {extra[0]}" if extra else f"does not adapt {missing[0]}"
         raise FedeltaError(f"{folder.path}: {odd}, unlike {first.path}; expected the same target modules")
     for module, layer in folder.layers.items():
         if layer.shape != first.layers[module].shape:
-            raise refuse(f"module {module} is out×in", layer.shape, first.layers[module].shape)
-    if bool(first.config.get("fan_in_fan_out")) != bool(folder.config.get("fan_in_fan_out")):
-        raise refuse("fan_in_fan_out", folder.config.get("fan_in_fan_out"), first.config.get("fan_in_fan_out"))
+            raise _unlike(folder, f"module {module} is out×in", layer.shape, first, first.layers[module].shape)
+    turned = [bool(f.config.get("fan_in_fan_out")) for f in (folder, first)]
+    if turned[0] != turned[1]:
+        raise _unlike(folder, "fan_in_fan_out", turned[0], first, turned[1])
     if dict(first.heads) != dict(folder.heads):
         name = sorted(set(first.heads.items()) ^ set(folder.heads.items()))[0][0]
-        raise refuse(f"head {name} is", folder.heads.get(name, "missing"), first.heads.get(name, "none"))
+        raise _unlike(
+            folder, f"head {name} is", folder.heads.get(name, "missing"), first, first.heads.get(name, "none")
+        )

@@ -125,6 +125,8 @@ def open_adapter(folder: str | Path) -> PeftFolder:
         if rank != stated:
             raise FedeltaError(f"{folder}: module {module} has rank {rank}, but {CONFIG} says {stated}")
         alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        if not _positive(alpha):
+            raise FedeltaError(f"{folder}: module {module} has lora_alpha {alpha!r}, expected a positive number")
         scale = lora_scale(float(alpha), rank, "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r")
         layers[module] = Layer(rank, (B[module][0], A[module][1]), scale)
     return PeftFolder(folder, config, layers, heads)
@@ -151,6 +153,8 @@ def _opened(folder: Path) -> Iterator[Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise FedeltaError(f"{folder}: a file, expected an adapter folder")
     if not folder.is_dir():
         raise FedeltaError(f"{folder}: no such folder")
     try:
@@ -159,6 +163,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FedeltaError(f"{folder}: no {CONFIG}") from error
     except ValueError as error:
         raise FedeltaError(f"{folder / CONFIG}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise FedeltaError(f"{folder / CONFIG}: a {type(config).__name__}, expected names and values")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise FedeltaError(f"{folder / CONFIG}: {key} is {config[key]!r}, expected names and numbers")
     if config.get("peft_type") != "LORA":
         raise FedeltaError(f"{folder}: a {config.get('peft_type')} adapter, expected LORA")
     for key, reason in _REFUSED.items():
@@ -173,7 +182,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("bias", "none") != "none":
         raise FedeltaError(f"{folder}: bias={config['bias']!r} trains biases of the base, expected 'none'")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if not _positive(config.get(key)):
             raise FedeltaError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, expected a positive number")
     return config
 
@@ -200,6 +209,10 @@ def _sort_keys(
     if not A:
         raise FedeltaError(f"{folder / WEIGHTS}: no LoRA weights, found {len(tensors)} other tensors")
     return A, B, heads
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
 
 
 def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -36,7 +36,7 @@ class _Module:
     def __init__(self, before: LoraPair, ends: list[int]) -> None:
         m, n = before.shape
         R, dtype = before.rank, before.B.dtype
-        self.scale = 0.0
+        self._scale: float | None = None
         self.B_ref, self.A_ref = torch.zeros(m, R, dtype=dtype), torch.zeros(R, n, dtype=dtype)
         self.B_sum = torch.zeros(m, R, dtype=torch.float64)  # Σ w_i d^b_ij
         self.A_sum = torch.zeros(R, n, dtype=torch.float64)
@@ -45,6 +45,11 @@ class _Module:
         self._filled = 0  # indices below have a reference, as long as clients train the first r_i
         self._weights: defaultdict[int, float] = defaultdict(float)  # weight by rank, of those clients
         self._mass: Tensor | None = None  # weight by index, once a client has trained others
+
+    @property
+    def scale(self) -> float:
+        """s of the first client, the unit of B_ref and B_sum."""
+        return 1.0 if self._scale is None else self._scale
 
     @property
     def mass(self) -> Tensor:
@@ -57,7 +62,8 @@ class _Module:
         return mass
 
     def add(self, weight: float, pair: LoraPair, indices: Tensor | None) -> None:
-        self.scale = self.scale or pair.scale
+        if self._scale is None:
+            self._scale = pair.scale
         if indices is None and self._mass is None:
             self._add_first(weight, pair)
         else:
@@ -146,6 +152,7 @@ class RankMoments:
         ranks: Iterable[int] = (),
     ) -> None:
         self.previous = previous
+        self.kind = covariance
         self.weight = 0.0
         self.clients = 0
         self._finished: dict[str, list[tuple[Product, float]]] = {}
@@ -164,7 +171,13 @@ class RankMoments:
             self.add(contribution)
 
     def add(self, contribution: Contribution) -> None:
-        """Fold one client in."""
+        """Fold one client in.
+
+        Raises:
+            ValueError: once a covariance has been read: it is finished by that.
+        """
+        if self._finished:
+            raise ValueError("a client came after the covariance was read")
         if contribution.weight == 0:
             return
         self.weight += contribution.weight
@@ -203,12 +216,24 @@ class RankMoments:
         return LoraPair(A, B)
 
     def covariance(self, module: str) -> Product:
-        """Σ_j cov_j, (m, n)."""
+        """Σ_j cov_j, (m, n).
+
+        Raises:
+            ValueError: unless a covariance was asked for.
+        """
+        if self.kind == "none":
+            raise ValueError("no covariance was kept: the method must say covariance = 'total'")
         weight = self.weight or 1.0
         return add([block.scaled(w / weight) for block, w in self._blocks(module)])
 
     def normalised_covariance(self, module: str) -> Product:
-        """Σ_j cov_j / c_j, (m, n): each index by its own contributors. Needs a covariance by rank."""
+        """Σ_j cov_j / c_j, (m, n): each index by its own contributors.
+
+        Raises:
+            ValueError: unless the covariance is kept by rank.
+        """
+        if self.kind != "by rank":
+            raise ValueError("the covariance is not kept by rank: the method must say covariance = 'by rank'")
         return add([block for block, _ in self._blocks(module)])
 
     def _blocks(self, module: str) -> list[tuple[Product, float]]:
@@ -216,7 +241,7 @@ class RankMoments:
         if module not in self._finished:
             moments = self._modules[module]
             # In one block for all indices masses differ, and the whole weight stands for them.
-            whole = len(moments.blocks) == 1
+            whole = self.kind == "total"
             masses = [self.weight if whole else float(moments.mass[end - 1]) for _, end in moments.blocks]
             self._finished[module] = [(moments.covariance(k, w or 1.0), w) for k, w in enumerate(masses)]
         return self._finished[module]

@@ -223,7 +223,9 @@ class Server:
         refuse = self.settings.on_bad_update == "refuse"
         intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, refuse)
         before = replace(state.method, ranks=frozenset(state.ranks.values()))
-        moments = self.method.fold(before, intake.contributions(), measured=self.settings.deviation)
+        # Where clients keep B there is no product on the server to measure.
+        measured = self.settings.deviation and not self.method.personal
+        moments = self.method.fold(before, intake.contributions(), measured)
         self._check_usable(state, intake, moments)
         method, patch = self.method.conclude(before, moments)
         ranks = promote({**state.ranks, **intake.pruned}, state.first_losses, intake.losses, self.ranks)
@@ -233,7 +235,7 @@ class Server:
             promoted=sorted(client for client in ranks if ranks[client] > state.ranks[client]),
             pruned=sorted(intake.pruned),
             train_loss=intake.mean_loss(),
-            deviation=deviation(moments) if self.settings.deviation else {},
+            deviation=deviation(moments) if measured else {},
             patch_width=max((product.width for product in patch.values()), default=0),
         )
         # A client that failed may or may not have folded what it was sent; it skips what it already has.

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedelta.errors import FedeltaError
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -22,6 +24,8 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -55,7 +59,7 @@ class TensorFile:
         flat = tensor.detach().contiguous()
         self._names.remove(name)
         self._header[name] = {
-            "dtype": _DTYPES[flat.dtype],
+            "dtype": _label(name, flat.dtype),
             "shape": list(flat.shape),
             "data_offsets": [self._offset, self._offset + flat.nbytes],
         }
@@ -102,3 +106,9 @@ class TensorFile:
         finally:
             self._writer.shutdown()
             self._file.close()
+
+
+def _label(name: str, dtype: torch.dtype) -> str:
+    if dtype not in _DTYPES:
+        raise FedeltaError(f"tensor {name} is {dtype}, which is not written; expected one of {list(_DTYPES)}")
+    return _DTYPES[dtype]

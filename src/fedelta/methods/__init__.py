@@ -54,7 +54,7 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}" if close else ""
 
 
-def make_method(name: str, **options: Any) -> Method:
+def make_method(name: str, /, **options: Any) -> Method:
     """The method of this name, or alias, with these options.
 
     Raises:

@@ -27,6 +27,8 @@ class FedPLoRA(Method):
     summary = "clients train random rank indices, the others folded into their base for the round"
     properties = Properties(reduces_to_fedit="equal ranks", linear=True)
 
+    offline = "folders do not say which rank indices they trained; on the first ones it is replication"
+
     def tailor(self, state: MethodState, client: ClientView) -> Tailored:
         R = state.adapter.rank
         rng = np.random.default_rng(derive_seed(state.seed, "rank indices", state.round, client.id))

@@ -27,6 +27,7 @@ class FedSB(Method):
     summary = "an r×r core between two fixed factors; exact, r² numbers a layer"
     mixed_ranks = False
     properties = Properties(exact="always", linear=True)
+    refused = (("server_optimizer", "it would move B out of the span of its basis"),)
     offline = "its clients share a basis of B that adapter folders do not have"
 
     def wire(self, round: int) -> Wire:  # noqa: ARG002

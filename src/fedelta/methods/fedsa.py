@@ -26,6 +26,10 @@ class FedSA(Method):
     summary = "mean of A; every client keeps its own B and so a model of its own"
     properties = Properties(linear=True)
     personal = True
+    refused = (
+        ("refresh", "the server has no product to put into the base, because clients keep B"),
+        ("norm_weighting", "the server sees no B, and so no norm"),
+    )
     offline = "every client keeps its own B, so there is no common adapter to write"
 
     def wire(self, round: int) -> Wire:  # noqa: ARG002

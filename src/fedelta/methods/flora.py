@@ -6,13 +6,13 @@ and every client starts the next round from a fresh A and B = 0. Exact at any ra
 the base patch sends. The fresh adapter is drawn from a seed, so nothing of it is sent.
 
 The paper's clients each draw an A of their own; here it is one draw for all, which costs nothing and keeps a
-round reproducible. `restart: same` uses the first round's A in all rounds.
+round reproducible. `restart_from: same` uses the first round's A in all rounds.
 """
 
 from dataclasses import replace
 from typing import Literal
 
-from fedelta.adapter import Adapter, LoraPair
+from fedelta.adapter import LoraPair
 from fedelta.messages import Wire
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
@@ -43,4 +43,4 @@ class FLoRA(Method):
             return self.restart(state), patch
         # The state's own B is zero: what clients trained is in the patch.
         zero = state.adapter.map(lambda pair: LoraPair(pair.A, pair.B.new_zeros(pair.B.shape)))
-        return replace(state, adapter=Adapter(zero)), patch
+        return replace(state, adapter=zero), patch

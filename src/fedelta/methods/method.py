@@ -5,6 +5,7 @@ what the round's clients trained, and returns the next adapter and what goes int
 penalty to the loss and change what is sent. The server tells clients the method's name and options.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -110,6 +111,7 @@ class Method(ABC):
             subtracted; methods that factor anew (SVD) can't have a server optimiser.
         personal: whether every client has a model of its own, kept in part where nobody else sees it.
         offline: why one step on adapter folders alone makes no sense; empty where it does.
+        refused: options of every method that this one can't have, with the reason.
         variants: further options that the property suite must cover.
         aliases: other names under which papers state this rule, (name, paper).
     """
@@ -130,17 +132,19 @@ class Method(ABC):
     keeps_basis: ClassVar[bool] = True
     personal: ClassVar[bool] = False
     offline: ClassVar[str] = ""
+    refused: ClassVar[tuple[tuple[str, str], ...]] = ()
     variants: ClassVar[tuple[Options, ...]] = ()
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __post_init__(self) -> None:
         if self.server_optimizer != "none" and not self.keeps_basis:
             raise FedeltaError(
-                f"method {self.name}: server_optimizer {self.server_optimizer} needs factors that mean the same in the "
-                "next round, and this method factors anew"
+                f"method {self.name} can't have server_optimizer: it needs factors that mean the same in the next "
+                "round, and this method factors anew"
             )
-        if self.refresh and self.personal:
-            raise FedeltaError(f"method {self.name}: refresh needs the whole product, and clients keep a part of it")
+        for option, reason in self.refused:
+            if getattr(self, option) != getattr(Method, option):
+                raise FedeltaError(f"method {self.name} can't have {option}: {reason}")
 
     def holds(self) -> Properties:
         """What these options guarantee."""
@@ -234,5 +238,9 @@ class Method(ABC):
 def _weighed_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:
     for c in contributions:
         squares = sum(product.norm() ** 2 for product in c.adapter.products().values())
+        if not math.isfinite(squares):
+            raise FedeltaError(
+                f"client {c.client}: the norm of its update is not finite; it is too large to be weighed"
+            )
         # A client without weight stays without, however much it trained.
         yield replace(c, weight=squares**0.5 if c.weight else 0.0)

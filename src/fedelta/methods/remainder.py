@@ -35,8 +35,8 @@ def parse_cut(text: str) -> Cut:
         number = float(amount or 0)
     except ValueError:
         number = -1.0
-    whole = number >= 0 and number == int(number)
-    good = {"exact": not amount, "rank": whole, "energy": 0 < number <= 1, "bytes": whole}
+    whole = 0 <= number < 2**62 and number == int(number)
+    good = {"exact": text == "exact", "rank": whole, "energy": 0 < number <= 1, "bytes": whole}
     if not good.get(kind) or (kind != "exact" and not amount):
         raise FedeltaError(f"remainder {text!r}: expected exact, rank=q, energy=τ (0 < τ ≤ 1) or bytes=N")
     return Cut(kind, number)

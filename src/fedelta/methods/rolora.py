@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fedelta.adapter import Adapter, LoraPair
+from fedelta.errors import FedeltaError
 from fedelta.messages import Wire
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
@@ -32,6 +33,14 @@ class RoLoRA(Method):
     summary = "rounds train B and A in turn; exact, half the upload"
     properties = Properties(exact="always", linear=True)
     variants = ({"first": "A"},)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refresh % 2:
+            raise FedeltaError(
+                f"method rolora: refresh {self.refresh} would restart when it is the other factor's turn, which has no "
+                "gradient while B is zero; expected an even number of rounds"
+            )
 
     def wire(self, round: int) -> Wire:
         factor = frozenset(("BA" if self.first == "B" else "AB")[round % 2])

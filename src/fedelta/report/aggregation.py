@@ -41,7 +41,7 @@ def aggregation_table(done: Aggregation) -> Table:
     table = Table(caption=caption, caption_justify="left")
     names = ["module", "rank in", "rank out", "deviation", *(["error of the cut"] if cut else []), "MB"]
     for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for kind, reports in kinds.items():
         table.add_row(*_cells(f"{kind} ({len(reports)})" if len(reports) > 1 else kind, reports, cut))
     if len(kinds) > 1:
