@@ -21,7 +21,7 @@ from fedelta.peft_folders import Folders
 from fedelta.peft_write import PATCH, AdapterWriter, PatchWriter
 from fedelta.rank_moments import RankMoments
 
-GROUP_BYTES = 16 * 2**20
+GROUP_BYTES = 64 * 2**20
 """Bytes of the sums of the modules that are in memory at once. Each group opens every folder once."""
 
 

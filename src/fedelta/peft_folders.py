@@ -76,9 +76,9 @@ class Folders:
         groups: list[list[str]] = []
         left = 0
         for module, layer in self.layers.items():
-            # With many folders a sum is a dense matrix and one chunk of factors, and no more.
+            # With many folders a sum is a dense matrix and one chunk of factors, and a few such matrices in the end.
             m, n = layer.shape
-            size = 4 * min(sum(self.ranks(module)) * (m + n), m * n + CHUNK * (m + n))
+            size = 4 * min(sum(self.ranks(module)) * (m + n), 4 * m * n + CHUNK * (m + n))
             if not groups or size > left:
                 groups.append([])
                 left = budget
