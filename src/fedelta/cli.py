@@ -22,6 +22,15 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 _python_shows = warnings.showwarning
+# Short enough for a terminal of 80 columns.
+_COLUMNS = {
+    "exact": "exact",
+    "no_op_invariant": "no-op",
+    "gauge_invariant": "gauge",
+    "reduces_to_fedit": "≡ fedit",
+    "linear": "linear",
+    "identity": "identity",
+}
 out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
@@ -107,12 +116,12 @@ def methods() -> None:
     from fedelta.methods import methods as registry
 
     shared = {field.name: field.default for field in fields(Method)}
-    table = Table(caption="where each property holds, among the ranks that a method takes: docs/methods.md 5")
-    for name in ("method", "ranks", *Properties._fields):
-        table.add_column(name)
+    table = Table(caption="where each property holds (equal: at equal ranks); docs/methods.md 5")
+    for name in ("method", "ranks", *(_COLUMNS[field] for field in Properties._fields)):
+        table.add_column(name, no_wrap=True)
     for name, method in registry().items():
         ranks, holds = "mixed" if method.mixed_ranks else "equal", method.properties
-        words = {"never": "–", False: "–", True: "yes", "always": "yes", "equal ranks": "equal ranks"}
+        words = {"never": "–", False: "–", True: "yes", "always": "yes", "equal ranks": "equal"}
         table.add_row(name, ranks, *(words[where] for where in holds))
     out.print(table)
     for name, method in registry().items():
