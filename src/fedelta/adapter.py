@@ -129,6 +129,11 @@ class Adapter(Mapping[str, LoraPair]):
         """The first `rank` rank indices of every module."""
         return self.map(lambda pair: pair.truncate(rank))
 
+    @property
+    def norm_squared(self) -> float:
+        """Σ ‖s·B·A‖_F² over the modules."""
+        return sum(product.norm() ** 2 for product in self.products().values())
+
     def products(self) -> dict[str, LowRank]:
         return {module: pair.product() for module, pair in self.items()}
 

@@ -108,7 +108,8 @@ def aggregate_folders(
         # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
         folders, method = folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
     step = _Step(folders, method, rank, single or rank is not None)
-    groups = folders.groups(GROUP_BYTES) if method is None or method.by_module else [list(folders.layers)]
+    sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
+    groups = folders.groups(GROUP_BYTES, sums) if method is None or method.by_module else [list(folders.layers)]
     reports: list[ModuleReport] = []
     with (
         new_folder(output) as temporary,

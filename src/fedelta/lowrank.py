@@ -5,9 +5,9 @@ m×n matrix: sums stack the factors, norms and truncations go through small Gram
 `Dense` is the same thing written out, for sums so wide that the m×n matrix is the smaller form.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,18 +58,21 @@ class SVD:
         return LowRank(U.to(dtype).contiguous(), V.to(dtype).contiguous())
 
 
-class Matrix:
+class Matrix(ABC):
     """What `LowRank` and `Dense` share."""
 
+    @abstractmethod
     def svd(self) -> SVD:
-        raise NotImplementedError
+        """Singular values and vectors."""
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
-        raise NotImplementedError
+        """Of the tensors that hold it."""
 
+    @abstractmethod
     def add_to(self, weight: Tensor) -> None:
-        raise NotImplementedError
+        """weight += this, in place."""
 
     def truncate(self, rank: int) -> "LowRank":
         """The best approximation of at most this rank (Eckart–Young), with balanced factors U√Σ and √ΣVᵀ."""
@@ -165,7 +168,7 @@ class LowRank(Matrix):
             Qv, Rv = torch.linalg.qr(self.V.double().T)
             left, sigma, right = torch.linalg.svd(Ru @ Rv.T, full_matrices=False)
             return SVD(sigma, Qu, left, Qv.T, right)
-        gram_U, gram_V = self.grams
+        gram_U, gram_V = gram([self.U.double()]), gram([self.V.double().T])
         # Columns of U to length one, rows of V taking their length: a column that is small beside the others counts
         # by its part of the product.
         length = gram_U.diagonal().sqrt()
@@ -183,12 +186,6 @@ class LowRank(Matrix):
         inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
         left = unit[:, None] * ((vectors / root) @ turn)
         return SVD(sigma, self.U, left, self.V, inverse[:, None] * (turn.T @ inner) * length)
-
-    @cached_property
-    def grams(self) -> tuple[Tensor, Tensor]:
-        """UᵀU and VVᵀ in float64, (q, q)."""
-        U, V = self.U.double(), self.V.double()
-        return U.T @ U, V @ V.T
 
     def add_to(self, weight: Tensor) -> None:
         """weight += U·V in place, as one GEMM without an m×n temporary.

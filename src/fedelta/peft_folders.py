@@ -12,7 +12,7 @@ from fedelta.adapter import Adapter, LoraPair
 from fedelta.contribution import Contribution
 from fedelta.errors import FedeltaError
 from fedelta.methods import Method
-from fedelta.peft_io import Layer, PeftFolder, open_adapter
+from fedelta.peft_io import PeftFolder, open_adapter
 from fedelta.product_sum import CHUNK
 
 BASE = "base_model_name_or_path"
@@ -60,28 +60,32 @@ class Folders:
         total = sum(self.weights)
         return [(str(f.path), w / total) for f, w in zip(self.folders, self.weights, strict=True)]
 
-    def layer(self, module: str) -> list[Layer]:
-        return [folder.layers[module] for folder in self.folders]
-
     def ranks(self, module: str) -> list[int]:
         """Every folder's rank of a module."""
-        return [layer.rank for layer in self.layer(module)]
+        return [folder.layers[module].rank for folder in self.folders]
 
     @property
     def all_ranks(self) -> frozenset[int]:
         return frozenset(layer.rank for folder in self.folders for layer in folder.layers.values())
 
-    def groups(self, budget: int) -> list[list[str]]:
-        """The modules in groups whose sums over all folders take at most this many bytes, or of one module."""
+    def groups(self, budget: int, sums: int = 1) -> list[list[str]]:
+        """The modules in groups that take at most this many bytes over all folders, or of one module.
+
+        Args:
+            budget: bytes.
+            sums: how many sums a module has, if each of them becomes dense.
+        """
         groups: list[list[str]] = []
         left = 0
         for module, layer in self.layers.items():
-            # With many folders a sum is a dense matrix and one chunk of factors, and a few such matrices in the end.
+            # With many folders a sum is a dense matrix and one chunk of factors.
             m, n = layer.shape
-            size = 4 * min(sum(self.ranks(module)) * (m + n), 4 * m * n + CHUNK * (m + n))
+            factors, dense = sum(self.ranks(module)) * (m + n), sums * (m * n + CHUNK * (m + n))
+            size = 4 * min(factors, dense)
             if not groups or size > left:
                 groups.append([])
-                left = budget
+                # The norm and the SVD of a dense sum run in float64, a module at a time.
+                left = budget - (4 * 16 * m * n if dense < factors else 0)
             groups[-1].append(module)
             left -= size
         return groups
@@ -91,7 +95,7 @@ class Folders:
         squares = [0.0] * len(self.folders)
         for group in self.groups(budget):
             for i, folder in enumerate(self.folders):
-                squares[i] += sum(product.norm() ** 2 for product in folder.read(group).products().values())
+                squares[i] += folder.read(group).norm_squared
         norms = [square**0.5 if weight else 0.0 for square, weight in zip(squares, self.weights, strict=True)]
         if not sum(norms) > 0:
             raise FedeltaError("all adapters are zero: there is no norm to weigh them by")

@@ -141,7 +141,6 @@ class RankMoments:
 
     Attributes:
         weight: Σ w_i.
-        clients: number of contributions of positive weight.
     """
 
     def __init__(
@@ -154,9 +153,7 @@ class RankMoments:
         self.previous = previous
         self.kind = covariance
         self.weight = 0.0
-        self.clients = 0
         self._finished: dict[str, list[tuple[Product, float]]] = {}
-        self._products: dict[str, Product] = {}
         self._modules = {}
         for module, pair in previous.items():
             ends = {
@@ -181,7 +178,6 @@ class RankMoments:
         if contribution.weight == 0:
             return
         self.weight += contribution.weight
-        self.clients += 1
         for module, pair in contribution.adapter.items():
             self._modules[module].add(contribution.weight, pair, contribution.indices)
 
@@ -248,9 +244,7 @@ class RankMoments:
 
     def mean_product(self, module: str) -> Product:
         """Σ_i p_i s_i B_i A_i, (m, n), of width Σ r_i: what absent indices add is zero."""
-        if module not in self._products:
-            self._products[module] = add(self.mean_terms(module))
-        return self._products[module]
+        return add(self.mean_terms(module))
 
     def mean_terms(self, module: str) -> list[Product]:
         """Σ_j c_j b̄_j ā_j, a column for each index that somebody trained, in order, and Σ_j cov_j: the mean product."""

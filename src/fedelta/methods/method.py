@@ -237,7 +237,7 @@ class Method(ABC):
 
 def _weighed_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:
     for c in contributions:
-        squares = sum(product.norm() ** 2 for product in c.adapter.products().values())
+        squares = c.adapter.norm_squared
         if not math.isfinite(squares):
             raise FedeltaError(
                 f"client {c.client}: the norm of its update is not finite; it is too large to be weighed"

@@ -55,10 +55,11 @@ def cut_residuals(residuals: Mapping[str, Product], cut: Cut, memory: Mapping[st
         return {module: product for module, product in residuals.items() if not product.is_zero()}, kept
     wholes = {module: _with_feedback(module, residual, memory) for module, residual in residuals.items()}
     # One SVD at a time where each module is cut by itself; a byte budget needs the spectra of all of them first.
-    ranks = _ranks_for_bytes(wholes, int(cut.amount)) if cut.kind == "bytes" else None
+    svds = {module: whole.svd() for module, whole in wholes.items()} if cut.kind == "bytes" else {}
+    ranks = _ranks_for_bytes(wholes, svds, int(cut.amount)) if svds else None
     patch: Patch = {}
     for module, whole in wholes.items():
-        svd = whole.svd()
+        svd = svds.get(module) or whole.svd()
         numerical = svd.rank(whole.dtype)
         wanted = ranks[module] if ranks is not None else _rank(svd, cut)
         q = min(wanted, numerical)
@@ -81,13 +82,13 @@ def _rank(svd: SVD, cut: Cut) -> int:
     return int(cut.amount) if cut.kind == "rank" else svd.energy_rank(cut.amount)
 
 
-def _ranks_for_bytes(wholes: Mapping[str, Product], budget: int) -> dict[str, int]:
+def _ranks_for_bytes(wholes: Mapping[str, Product], svds: Mapping[str, SVD], budget: int) -> dict[str, int]:
     """The ranks of all modules that keep the most energy within a budget: the most energy a byte first."""
     candidates = []
     for module, whole in wholes.items():
         m, n = whole.shape
         size = (m + n) * torch.finfo(whole.dtype).bits // 8
-        candidates += [(float(s) ** 2 / size, size, module) for s in whole.svd().sigma]
+        candidates += [(float(s) ** 2 / size, size, module) for s in svds[module].sigma]
     ranks = dict.fromkeys(wholes, 0)
     full = set()
     for _, size, module in sorted(candidates, reverse=True):
