@@ -5,7 +5,9 @@ other, each is folded in and let go, and what comes out is written at once. So n
 nor the size of the model decides how much memory it takes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +24,10 @@ from fedelta.peft_write import PATCH, AdapterWriter, PatchWriter
 from fedelta.rank_moments import RankMoments
 
 GROUP_BYTES = 64 * 2**20
-"""Bytes of the sums of the modules that are in memory at once. Each group opens every folder once."""
+"""Bytes of the sums of the modules that are in memory at once, over all workers. Each group opens every folder once."""
+
+MOST_WORKERS = 8
+"""Groups at once. More would make groups so small that opening folders is what takes the time."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,18 @@ def aggregate_folders(
         folders, method = folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
     step = _Step(folders, method, rank, single or rank is not None)
     sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
-    groups = folders.groups(GROUP_BYTES, sums) if method is None or method.by_module else [list(folders.layers)]
+    # Dense sums are few large products, which one group at a time does as fast and in less memory.
+    workers = 1 if folders.makes_dense(sums) else min(torch.get_num_threads(), MOST_WORKERS)
+    whole = method is not None and not method.by_module
+    groups = [list(folders.layers)] if whole else folders.groups(GROUP_BYTES // workers, sums)
     reports: list[ModuleReport] = []
     with (
         new_folder(output) as temporary,
         AdapterWriter(temporary, folders.layers, heads, folders.config()) as adapter_writer,
         PatchWriter(temporary / PATCH, folders.layers) as patch_writer,
     ):
-        for group in groups:
-            for result in step.run(group):
+        for results in _side_by_side(step.run, groups, workers):
+            for result in results:
                 adapter_writer.add(result.module, result.pair)
                 if result.patch is not None:
                     patch_writer.add(result.module, result.patch)
@@ -126,6 +134,31 @@ def aggregate_folders(
     has_patch = any(report.patch_width for report in reports)
     name = None if method is None else method.name
     return Aggregation(output, name, folders.shares(), sorted(reports, key=lambda r: r.module), has_patch)
+
+
+def _side_by_side(
+    work: Callable[[list[str]], Iterator["_Result"]], groups: list[list[str]], workers: int
+) -> Iterator[Iterable["_Result"]]:
+    """What each group gives, in order, some groups at once with one thread of torch each.
+
+    With factors most of the work is copying and small products, which more threads of torch do not make faster.
+    """
+    if workers == 1:
+        yield from map(work, groups)
+        return
+    threads = torch.get_num_threads()
+    waiting: deque[Future[list[_Result]]] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for group in groups:
+                waiting.append(pool.submit(lambda group: list(work(group)), group))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, eq=False)

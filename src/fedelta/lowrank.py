@@ -150,8 +150,7 @@ class LowRank(Matrix):
 
     def is_zero(self) -> bool:
         """Whether a factor holds nothing but zeros."""
-        # A row tells in most cases; all of it is looked at only where that row is zero.
-        return self.width == 0 or not all(bool(x[:1].any()) or bool(x.any()) for x in (self.U, self.V))
+        return self.width == 0 or not all(_any(x) for x in (self.U, self.V))
 
     def norm(self) -> float:
         """‖U·V‖_F, without forming the product; a product that cancels keeps its digits."""
@@ -235,7 +234,7 @@ class Dense(Matrix):
         return Dense(self.W.contiguous())
 
     def is_zero(self) -> bool:
-        return not bool(self.W.any())
+        return not _any(self.W)
 
     def norm(self) -> float:
         return float(torch.linalg.norm(self.W.double()))
@@ -265,6 +264,11 @@ class Dense(Matrix):
 
 
 Product = LowRank | Dense
+
+
+def _any(x: Tensor) -> bool:
+    # A row tells in most cases; all of it is looked at only where that row is zero.
+    return bool(x[:1].any()) or bool(x.any())
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> Product:

@@ -78,17 +78,25 @@ class Folders:
         groups: list[list[str]] = []
         left = 0
         for module, layer in self.layers.items():
-            # With many folders a sum is a dense matrix and one chunk of factors.
-            m, n = layer.shape
-            factors, dense = sum(self.ranks(module)) * (m + n), sums * (m * n + CHUNK * (m + n))
-            size = 4 * min(factors, dense)
+            factors, dense = self._sizes(module, sums)
+            size = min(factors, dense)
             if not groups or size > left:
                 groups.append([])
                 # The norm and the SVD of a dense sum run in float64, a module at a time.
-                left = budget - (4 * 16 * m * n if dense < factors else 0)
+                m, n = layer.shape
+                left = budget - (4 * 24 * m * n if dense < factors else 0)
             groups[-1].append(module)
             left -= size
         return groups
+
+    def makes_dense(self, sums: int = 1) -> bool:
+        """Whether there are so many folders that a sum over them is smaller as a dense matrix."""
+        return any(dense < factors for factors, dense in (self._sizes(module, sums) for module in self.layers))
+
+    def _sizes(self, module: str, sums: int) -> tuple[int, int]:
+        """Bytes of a module's sums over all folders as factors, and as dense matrices with a chunk of factors each."""
+        m, n = self.layers[module].shape
+        return 4 * sum(self.ranks(module)) * (m + n), 4 * sums * (m * n + CHUNK * (m + n))
 
     def by_norm(self, budget: int) -> "Folders":
         """The same folders with w_i = ‖s_i B_i A_i‖_F over the whole adapter; a weight of 0 stays 0."""

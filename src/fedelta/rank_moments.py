@@ -45,6 +45,7 @@ class _Module:
         self._filled = 0  # indices below have a reference, as long as clients train the first r_i
         self._weights: defaultdict[int, float] = defaultdict(float)  # weight by rank, of those clients
         self._mass: Tensor | None = None  # weight by index, once a client has trained others
+        self._means: tuple[Tensor, Tensor] | None = None
 
     @property
     def scale(self) -> float:
@@ -62,6 +63,7 @@ class _Module:
         return mass
 
     def add(self, weight: float, pair: LoraPair, indices: Tensor | None) -> None:
+        self._means = None
         if self._scale is None:
             self._scale = pair.scale
         if indices is None and self._mass is None:
@@ -114,9 +116,11 @@ class _Module:
 
     def means(self) -> tuple[Tensor, Tensor]:
         """b̄ (m, R) and ā (R, n) in float64; zero where nobody trained."""
-        mass = self._divisor()
-        B = self.B_ref.double() + self.B_sum / mass
-        return B * self.scale, self.A_ref.double() + self.A_sum / mass[:, None]
+        if self._means is None:
+            mass = self._divisor()
+            B = (self.B_sum / mass).add_(self.B_ref).mul_(self.scale)
+            self._means = B, (self.A_sum / mass[:, None]).add_(self.A_ref)
+        return self._means
 
     def _divisor(self) -> Tensor:
         mass = self.mass
@@ -251,4 +255,6 @@ class RankMoments:
         c, dtype = self.share(module), self.previous[module].B.dtype
         B, A = self._modules[module].means()
         held = c > 0
-        return [LowRank((c * B)[:, held].to(dtype), A[held].to(dtype)), self.covariance(module)]
+        if not bool(held.all()):
+            B, A, c = B[:, held], A[held], c[held]
+        return [LowRank((c * B).to(dtype), A.to(dtype)), self.covariance(module)]
