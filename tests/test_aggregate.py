@@ -267,6 +267,29 @@ def test_groups_of_modules_do_not_change_the_result(
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("method", [None, "fedex"])
+def test_groups_side_by_side_give_the_same_bytes(
+    method: str | None, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aggregate_module, "GROUP_BYTES", 2)
+    made = make_method(method) if method else None
+    aggregate_folders(folders, tmp_path / "one", method=made)
+    torch.set_num_threads(2)
+    try:
+        seen: list[int] = []
+        aggregate_folders(folders, tmp_path / "two", method=made, progress=lambda done, _: seen.append(done))
+        assert seen == [1, 2, 3, 4]
+        assert torch.get_num_threads() == 2
+        for file in sorted((tmp_path / "one").iterdir()):
+            assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+        spoil(folders[-1], float("nan"))
+        with pytest.raises(FedeltaError, match="NaN or infinite"):
+            aggregate_folders(folders, tmp_path / "three", method=made)
+        assert not (tmp_path / "three").exists()
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_many_folders_go_through_a_dense_sum(tiny_bert: Path, tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}", tiny_bert, i, r=4) for i in range(9)]
     for name in (None, "fedex", "flora", "flexlora"):
