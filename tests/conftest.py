@@ -101,7 +101,7 @@ def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
             "name": "tiny",
             "output": str(tmp_path / "runs"),
             "rounds": 3,
-            "threads": 1,
+            "workers": 1,
             "method": "replication",
             "model": {"name": str(tiny_bert)},
             "lora": {"alpha": 8},

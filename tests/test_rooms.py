@@ -7,7 +7,7 @@ import fedelta
 
 ROOT = Path(fedelta.__file__).parent
 FLOORS = [
-    ["errors", "settings", "seeds", "atomic", "__init__"],
+    ["errors", "settings", "seeds", "atomic", "stopwatch", "__init__"],
     ["gram", "lowrank", "product_sum", "adapter"],
     ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
     ["data", "base_model", "model", "metrics", "training", "peft_io", "tensor_file", "peft_write"],

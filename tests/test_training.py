@@ -115,12 +115,10 @@ def test_evaluation_is_the_mean_over_texts_whatever_the_batches(
             logits = model.peft.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             losses.append(float(cross_entropy(logits, batch["labels"])))
             right += int(logits.argmax() == batch["labels"])
-    seen: list[int] = []
     for size in (1, 4, 21):
-        scores = evaluate(model, tokenizer, examples, size, seen.append)
+        scores = evaluate(model, tokenizer, examples, size)
         assert scores["loss"] == pytest.approx(sum(losses) / 21, rel=1e-5)
         assert scores["accuracy"] == pytest.approx(right / 21)
-    assert sum(seen) == 3 * 21
 
 
 def test_nothing_to_train_on_is_refused(tiny_bert: Path, tokenizer: Any) -> None:

@@ -66,15 +66,23 @@ def _finish(runs: list[Any], folder: Path) -> None:
 
 
 @app.command()
-def run(arguments: Arguments = None, resume: Resume = False) -> None:
+def run(
+    arguments: Arguments = None,
+    resume: Resume = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
+) -> None:
     """Train one configuration to its end."""
     from fedelta.progress import TerminalProgress
+    from fedelta.report.profile import profile_table
     from fedelta.runner import run as run_config
 
     config = _config(arguments)
     with TerminalProgress(err) as progress:
-        finished = run_config(config, resume=resume, observer=progress)
+        finished = run_config(config, resume=resume, observer=progress, profile=profile)
     _finish([finished], config.folder)
+    if finished.profile is not None:
+        out.print(profile_table(finished.profile))
+        out.print("profile  ", config.folder / "profile.json", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,15 +4,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fedelta.adapter import Adapter
+from fedelta.adapter import Adapter, LoraPair
 from fedelta.contribution import finite
 from fedelta.data import Shard
 from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.methods import make_method
 from fedelta.model import LoraModel
+from fedelta.packing import pack, take_prefix, unpack, with_prefix
 from fedelta.patch_log import PatchedBase, fold
 from fedelta.seeds import derive_seed
+from fedelta.stopwatch import Stopwatch
 from fedelta.training import TrainingSettings, evaluate, train
 
 
@@ -28,6 +30,10 @@ class Trainer:
         settings: local training.
         evaluation_batch: texts in a batch of evaluation.
         seed: of the run.
+
+    Attributes:
+        kept: client → the adapter that it ended its last round with, where the method has it keep factors.
+        watch: seconds by phase, and tokens, of the last answer.
     """
 
     def __init__(
@@ -40,11 +46,28 @@ class Trainer:
         self.seed = seed
         self.base = PatchedBase()
         self.kept: dict[str, Adapter] = {}
+        self.watch = Stopwatch()
 
     def catch_up(self, delta: Any) -> None:
         """Fold the patches that this base has not seen."""
         if self.base.apply(delta):
             self.model.set_patch(self.base.total)
+
+    def kept_bytes(self, client: str) -> bytes:
+        """What this client keeps, to cross from a worker; nothing where the method has it keep nothing."""
+        if client not in self.kept:
+            return b""
+        adapter = self.kept[client]
+        tensors = with_prefix("A", {module: pair.A for module, pair in adapter.items()})
+        tensors |= with_prefix("B", {module: pair.B for module, pair in adapter.items()})
+        return pack(tensors, {"scale": next(iter(adapter.values())).scale})
+
+    def take_kept(self, client: str, blob: bytes) -> None:
+        """The other end of `kept_bytes`."""
+        if blob:
+            tensors, facts = unpack(blob)
+            A, B = take_prefix("A", tensors), take_prefix("B", tensors)
+            self.kept[client] = Adapter({module: LoraPair(A[module], B[module], facts["scale"]) for module in A})
 
     def answer(self, blob: bytes, shard: Shard) -> bytes:
         """Train as the broadcast says and return the update.
@@ -56,6 +79,7 @@ class Trainer:
         Raises:
             FedeltaError: if the broadcast does not fit the model or the base.
         """
+        watch = self.watch = Stopwatch()
         broadcast = Broadcast.from_bytes(blob)
         method = make_method(broadcast.method["name"], **broadcast.method["options"])
         wire, client = broadcast.wire, broadcast.client
@@ -63,6 +87,7 @@ class Trainer:
         start = broadcast.adapter(self.model.shapes, self.kept.get(client))
         self.model.load(start, broadcast.heads, wire.train, broadcast.seed)
         seed = derive_seed(self.seed, "train", broadcast.round, client)
+        watch.lap("loading")
         with self._tail(broadcast.tail):
             loss = train(
                 self.model,
@@ -71,16 +96,18 @@ class Trainer:
                 self.settings,
                 seed,
                 penalty=lambda: method.penalty(start, self.model.live()),
+                watch=watch,
             )
             metrics = {"train_loss": loss}
             if broadcast.wants_validation and len(shard.validation) > 0:
                 scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
                 metrics["validation_loss"] = scores["loss"]
+                watch.lap("evaluation")
         trained = method.finish(broadcast.round, start, self.model.read())
         # A client that diverged keeps what it had: its update will be refused too.
         if wire.keep and all(finite(pair.A) and finite(pair.B) for pair in trained.values()):
             self.kept[client] = trained
-        return ClientUpdate(
+        update = ClientUpdate(
             client=client,
             round=broadcast.round,
             rank=trained.rank,
@@ -92,6 +119,8 @@ class Trainer:
             heads=self.model.head_tensors(),
             metrics=metrics,
         ).to_bytes()
+        watch.lap("messages")
+        return update
 
     @contextmanager
     def _tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -59,13 +59,21 @@ class CompareSettings(Settings):
 
 
 class Config(Settings):
-    """Everything that a run depends on."""
+    """Everything that a run depends on.
+
+    Args:
+        workers: processes among which the clients of a round are shared out; `auto` measures what is fastest. Their
+            number changes no bit of the result.
+        threads: of torch in each. More than one is for a model so large that one client fills the machine: it needs
+            one worker, and does change bits.
+    """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = "runs"
     seed: int = Field(default=0, ge=0)
     rounds: int = Field(default=10, ge=1)
-    threads: int | None = Field(default=None, ge=1)
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    threads: int = Field(default=1, ge=1)
     method: MethodSettings = MethodSettings()
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
@@ -91,6 +99,12 @@ class Config(Settings):
     def _losses_to_rank_by(self) -> "Config":
         if self.ranks.allocation == "loss" and self.data.client_validation == 0:
             raise ValueError("ranks.allocation: loss needs rows that clients hold out, as data.client_validation")
+        return self
+
+    @model_validator(mode="after")
+    def _one_thread_in_a_worker(self) -> "Config":
+        if self.threads > 1 and self.workers != 1:
+            raise ValueError(f"threads: {self.threads} needs workers: 1, found workers: {self.workers}")
         return self
 
     @property

@@ -5,6 +5,15 @@ class FedeltaError(Exception):
     """Bad input. Its text is one clear line; the command line prints it and exits with code 2."""
 
 
+class ClientFailed(FedeltaError):
+    """A client that has no update to show. The round goes on without it, and says so."""
+
+    def __init__(self, client: str, reason: str) -> None:
+        super().__init__(f"client {client}: {reason}")
+        self.client = client
+        self.reason = reason
+
+
 class BadUpdate(FedeltaError):
     """A client's update that can't be used. The server skips the client or stops, by setting."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedelta.adapter import Shapes
 from fedelta.contribution import Contribution, receive
-from fedelta.errors import BadUpdate
+from fedelta.errors import BadUpdate, ClientFailed
 from fedelta.messages import Broadcast, ClientUpdate
 
 
@@ -79,7 +79,7 @@ class Intake:
                 update = error
         if isinstance(update, BadUpdate) and self._refuse:
             raise update
-        reason = update.reason if isinstance(update, BadUpdate) else f"{type(update).__name__}: {update}"
+        reason = update.reason if isinstance(update, BadUpdate | ClientFailed) else f"{type(update).__name__}: {update}"
         self.skipped[sent.client] = reason
         return None
 

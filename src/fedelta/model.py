@@ -140,6 +140,16 @@ class LoraModel:
             for key, tensor in wrapper.modules_to_save[self.active].state_dict().items()
         }
 
+    def prepare(self, rank: int) -> None:
+        """Make PEFT's adapter of this rank the active one; the first time it is made."""
+        name = peft_name(rank)
+        new = name not in self.peft.peft_config
+        if new:
+            self.peft.add_adapter(name, self._config(rank))
+        self.peft.set_adapter(name)
+        if new:
+            self._prepare_heads()
+
     @torch.no_grad()
     def load(
         self, adapter: Adapter, heads: Mapping[str, Tensor], train: Iterable[str] = ("A", "B"), seed: int = 0
@@ -157,13 +167,8 @@ class LoraModel:
         """
         if set(adapter) != set(self.layers):
             raise FedeltaError(f"adapter and model differ in module {sorted(set(adapter) ^ set(self.layers))[0]}")
-        adapter_name, train = peft_name(adapter.rank), set(train)
-        new = adapter_name not in self.peft.peft_config
-        if new:
-            self.peft.add_adapter(adapter_name, self._config(adapter.rank))
-        self.peft.set_adapter(adapter_name)
-        if new:
-            self._prepare_heads()
+        train = set(train)
+        self.prepare(adapter.rank)
         for module, pair in adapter.items():
             layer = self.layers[module]
             if parametrize.is_parametrized(layer.lora_B[self.active]):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedelta.adapter import Adapter
+from fedelta.atomic import write_file
 from fedelta.base_model import load_base, load_tokenizer, longest_text
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
@@ -18,23 +19,28 @@ from fedelta.config import Config, load_config, parse_config
 from fedelta.data import Corpus, build_corpus, build_data, label_classes
 from fedelta.engines import Observer
 from fedelta.engines.local import LocalEngine
+from fedelta.engines.measure import fastest_workers, total_gemm_rate
+from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged, export_personal
 from fedelta.methods import make_method, resolve
 from fedelta.model import LoraModel
+from fedelta.report.profile import Limit, Profile, read_profile
 from fedelta.seeds import derive_seed
 from fedelta.server import Server, ServerState
 from fedelta.tracking import Result, RunFolder
+from fedelta.training.flops import text_cost
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: its configuration and what its folder holds."""
+    """A finished run: its configuration and what its folder holds; a profile if one was asked for."""
 
     config: Config
     folder: RunFolder
     records: list[dict[str, Any]]
     result: Result
+    profile: Profile | None = None
 
 
 def make_server(config: Config) -> Server:
@@ -64,17 +70,18 @@ def _corpus(key: str) -> tuple[Corpus, Any]:
     return build_corpus(config.data, tokenizer, splits, values, names), tokenizer
 
 
-def run(config: Config, *, resume: bool = False, observer: Observer | None = None) -> Run:
+def run(config: Config, *, resume: bool = False, observer: Observer | None = None, profile: bool = False) -> Run:
     """Run a configuration to its end and leave its folder.
 
     Args:
         resume: go on from the checkpoint in the run's folder, if there is one.
+        profile: measure in the end what the machine could have done at best, and leave `profile.json`.
 
     Raises:
         FedeltaError: for bad input; whatever rounds had finished are kept.
     """
     observer = observer or Observer()
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_num_threads(config.threads)
     folder = RunFolder(config.folder, config.dump())
     server = make_server(config)
     if resume:
@@ -100,7 +107,12 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
             raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
     trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
     trainer.kept.update(checkpoint.kept if checkpoint else {})
-    engine = LocalEngine(server, trainer, data.shards, data.validation, folder, observer)
+    workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
+    if workers > 1 and not can_fork():
+        raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")
+    engine = LocalEngine(
+        server, trainer, data.shards, data.validation, folder, observer, Workers(workers, config.threads)
+    )
     observer.run_started(_title(config), state.round, config.rounds)
     state = engine.run(state, config.rounds, config.evaluation.every)
     exported = _export(folder.adapter_folder, server, state, trainer.kept, model)
@@ -120,7 +132,18 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         },
     }
     folder.finish(finished)
-    return Run(config, folder, records, finished)
+    if not profile:
+        return Run(config, folder, records, finished)
+    found = read_profile(folder, _limit(trainer, engine.workers))
+    write_file(folder.path / "profile.json", found.to_json() + "\n")
+    return Run(config, folder, records, finished, found)
+
+
+def _limit(trainer: Trainer, workers: Workers) -> Limit:
+    model = trainer.model
+    training, evaluation = (text_cost(model, trainer.tokenizer, train) for train in (True, False))
+    dtype = next(model.peft.parameters()).dtype
+    return Limit(training, evaluation, total_gemm_rate(workers, dtype, model.device), workers.count)
 
 
 def _title(config: Config) -> str:

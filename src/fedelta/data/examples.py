@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +27,13 @@ class Examples:
     def select(self, indices: Sequence[int]) -> "Examples":
         return Examples([self.features[i] for i in indices], [self.labels[i] for i in indices])
 
+    def length(self, index: int) -> int:
+        """Tokens of a text."""
+        return len(self.features[index]["input_ids"])
+
     @property
     def lengths(self) -> list[int]:
-        return [len(feature["input_ids"]) for feature in self.features]
+        return [self.length(i) for i in range(len(self))]
 
     def batch(self, indices: Sequence[int], tokenizer: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """These texts, padded to the longest of them."""
@@ -38,16 +41,14 @@ class Examples:
         return {key: tensor.to(device) for key, tensor in DataCollatorWithPadding(tokenizer)(rows).items()}
 
     def training_order(self, batch_size: int, seed: int) -> Iterator[list[int]]:
-        """One epoch of batches: shuffled, texts of like length together, batches in random order."""
-        generator = torch.Generator().manual_seed(seed)
-        order = get_length_grouped_indices(self.lengths, batch_size, generator=generator)
-        starts = torch.randperm(-(-len(order) // batch_size), generator=generator).tolist()
-        for start in starts:
-            yield order[start * batch_size : (start + 1) * batch_size]
+        """One epoch of batches, shuffled."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
 
     def evaluation_order(self, batch_size: int) -> Iterator[list[int]]:
         """All texts once, sorted by length: the fewest padding tokens."""
-        order = sorted(range(len(self)), key=self.lengths.__getitem__)
+        order = sorted(range(len(self)), key=self.length)
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 

@@ -20,6 +20,11 @@ class Shard:
     train: Examples
     validation: Examples
 
+    @property
+    def cost(self) -> float:
+        """What a local epoch costs, in tokens."""
+        return float(sum(self.train.lengths))
+
 
 @dataclass(frozen=True, eq=False)
 class FederatedData:

@@ -1,37 +1,24 @@
-"""The in-process engine: every client in turn, on one shared base model.
+"""The in-process engine: clients of a round shared out to workers, all on one base model.
 
 Messages are serialised as on a wire, so that bytes are measured and a client sees what a real one would.
 """
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedelta.client import Trainer
 from fedelta.data import Examples, Shard
 from fedelta.engines.observer import Observer
-from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.engines.workers import Result, Workers
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
 from fedelta.intake import Reply
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import RoundOutcome, Server, ServerState
+from fedelta.stopwatch import Stopwatch
 from fedelta.tracking import RunFolder
-from fedelta.training import evaluate
-
-
-class Stopwatch:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Count the time since the last lap for this phase."""
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
+from fedelta.training import predict, score
 
 
 class LocalEngine:
@@ -44,6 +31,7 @@ class LocalEngine:
         validation: the server's rows, on which the global model is followed.
         folder: where rounds and checkpoints go.
         observer: is told of progress.
+        workers: where clients train and the global model is evaluated.
     """
 
     def __init__(
@@ -54,6 +42,7 @@ class LocalEngine:
         validation: Examples,
         folder: RunFolder,
         observer: Observer,
+        workers: Workers,
     ) -> None:
         self.server = server
         self.trainer = trainer
@@ -61,6 +50,7 @@ class LocalEngine:
         self.validation = validation
         self.folder = folder
         self.observer = observer
+        self.workers = workers
 
     def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end."""
@@ -72,53 +62,76 @@ class LocalEngine:
         return state
 
     def _round(self, state: ServerState, evaluation_due: bool) -> ServerState:
-        watch = Stopwatch()
+        watch, inside = Stopwatch(), Stopwatch()
         clients = self.server.sample(state)
         self.observer.clients_started(state.round, len(clients))
         down: dict[str, ByteCount] = {}
         up: dict[str, ByteCount] = {}
+        for rank in sorted({state.ranks[client] for client in clients}):
+            # Workers are forked from this process: what all of them need is made here, once.
+            self.trainer.model.prepare(rank)
 
         def replies() -> Iterator[Reply]:
-            for client in clients:
-                # Whatever ran since the last reply was handed over is the server's folding it in.
-                watch.lap("aggregation")
-                sent = self.server.broadcast(state, client)
-                blob = sent.to_bytes()
-                down[client] = count_bytes(blob)
-                watch.lap("messages")
-                update: ClientUpdate | Exception
-                try:
-                    answer = self._answer(state, client, blob)
-                    update = ClientUpdate.from_bytes(answer, client)
-                    up[client] = count_bytes(answer)
-                except FedeltaError as error:
-                    update = error if isinstance(error, BadUpdate) else BadUpdate(client, str(error))
-                except Exception as error:
-                    # A client may fail in any way; the round goes on without it, and says so.
-                    update = error
+            results = self.workers.map(
+                lambda i: self._train(state, clients[i]), [self.shards[client].cost for client in clients]
+            )
+            for client, result in zip(clients, results, strict=True):
                 watch.lap("clients")
+                inside.add(result.facts["seconds"], result.facts["counts"])
+                down[client] = ByteCount(*result.facts["down"])
+                update = _update(client, result)
+                if isinstance(update, ClientUpdate):
+                    up[client] = count_bytes(result.blobs[0])
+                    self.trainer.take_kept(client, result.blobs[1])
+                watch.lap("messages")
                 self.observer.client_done(client)
-                yield Reply(sent, update)
+                yield Reply(self.server.broadcast(state, client), update)
+                # Whatever ran since the reply was handed over is the server's folding it in.
+                watch.lap("aggregation")
 
         after, outcome = self.server.step(state, replies())
         for client, reason in outcome.skipped.items():
             self.observer.warn(f"round {state.round}: {client} skipped: {reason}")
         watch.lap("aggregation")
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
-        scores = self.evaluate(after, self.validation, "validation") if evaluation_due else None
+        scores = self.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
         watch.lap("evaluation")
         record = _record(state, after, outcome, scores, down, up)
-        timing = {"round": state.round, "seconds": dict(watch.seconds)}
+        timing = {
+            "round": state.round,
+            "seconds": dict(watch.seconds),
+            "in_workers": dict(inside.seconds),
+            "counts": dict(inside.counts),
+        }
         self.folder.finish_round(after, self.trainer.kept, record, timing)
         self.observer.round_done(record)
         return after
 
-    def _answer(self, state: ServerState, client: str, blob: bytes) -> bytes:
-        if self.server.drops_out(state, client):
-            raise TimeoutError("dropped out")
-        return self.trainer.answer(blob, self.shards[client])
+    def _train(self, state: ServerState, client: str) -> Result:
+        """One client's part of a round, in whichever process: bytes of its update, and what it keeps."""
+        watch = Stopwatch()
+        facts: dict[str, Any] = {}
+        blobs: list[bytes] = []
+        blob = self.server.broadcast(state, client).to_bytes()
+        facts["down"] = count_bytes(blob)
+        watch.lap("messages")
+        try:
+            if self.server.drops_out(state, client):
+                raise TimeoutError("dropped out")
+            self.trainer.watch = Stopwatch()
+            blobs = [self.trainer.answer(blob, self.shards[client]), self.trainer.kept_bytes(client)]
+        except FedeltaError as error:
+            facts["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
+        except Exception as error:
+            # A client may fail in any way; the round goes on without it, and says so.
+            facts["failed"] = f"{type(error).__name__}: {error}"
+        watch.add(self.trainer.watch.seconds, self.trainer.watch.counts)
+        facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
+        return Result(facts, blobs)
 
-    def evaluate(self, state: ServerState, examples: Examples, split: str) -> dict[str, float]:
+    def evaluate(
+        self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None
+    ) -> dict[str, float]:
         """Scores of the global model: base with all patches, adapter at rank R, heads.
 
         Where clients keep factors of their own there is no such model: the mean of the scores of each client's own.
@@ -130,19 +143,46 @@ class LocalEngine:
         else:
             adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
         self.observer.evaluation_started(split, len(examples) * len(adapters))
+        batches = list(examples.evaluation_order(self.trainer.evaluation_batch))
+        model = self.trainer.model
+        loaded = [0]
+
+        def judge(task: int) -> Result:
+            which, batch = divmod(task, len(batches))
+            if which != loaded[0]:
+                model.load(adapters[which], state.heads)
+                loaded[0] = which
+            losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch])
+            lengths = [examples.length(row) for row in batches[batch]]
+            counts = {"evaluated_tokens": sum(lengths), "evaluated_squares": sum(length**2 for length in lengths)}
+            return Result({"losses": losses, "predictions": predictions, "counts": counts})
+
+        # Workers inherit what is loaded; with one adapter a side, nothing is left to load.
+        model.load(adapters[0], state.heads)
+        costs = [float(len(rows) * max(examples.length(row) for row in rows)) for rows in batches] * len(adapters)
+        found: list[tuple[list[float], list[int]]] = []
+        for result in self.workers.map(judge, costs):
+            found.append((result.facts["losses"], result.facts["predictions"]))
+            if watch is not None:
+                watch.add({}, result.facts["counts"])
+            self.observer.evaluation_advanced(len(result.facts["losses"]))
         scores: Counter[str] = Counter()
-        for adapter in adapters:
-            self.trainer.model.load(adapter, state.heads)
-            scores.update(
-                evaluate(
-                    self.trainer.model,
-                    self.trainer.tokenizer,
-                    examples,
-                    self.trainer.evaluation_batch,
-                    self.observer.evaluation_advanced,
-                )
-            )
+        for begin in range(0, len(found), len(batches)):
+            scores.update(score(examples, batches, found[begin : begin + len(batches)]))
         return {name: total / len(adapters) for name, total in scores.items()}
+
+
+def _update(client: str, result: Result) -> ClientUpdate | Exception:
+    if "failed" in result.facts:
+        return ClientFailed(client, result.facts["failed"])
+    if "refused" in result.facts:
+        return BadUpdate(client, result.facts["refused"])
+    try:
+        return ClientUpdate.from_bytes(result.blobs[0], client)
+    except BadUpdate as error:
+        return error
+    except FedeltaError as error:
+        return BadUpdate(client, str(error))
 
 
 def _record(

@@ -1,0 +1,176 @@
+"""Processes that borrow one warm model: forked for a stretch of work, gone after it.
+
+A fork takes some milliseconds and copies no tensor. A worker therefore never has to be brought up to date: it is
+born with the base as it is folded, the adapters and the data of that moment, and what it changes dies with it.
+Memory stays shared until it is written, which only an adapter, its gradients and activations are.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+
+from fedelta.errors import FedeltaError
+
+WINDOW = 16
+"""Tasks for each worker among which the most expensive comes first; what waits for its turn is as little as that."""
+
+
+class Result(NamedTuple):
+    """What a task gives: plain facts, and bytes. Both cross a pipe as they are, without pickle."""
+
+    facts: dict[str, Any]
+    blobs: Sequence[bytes] = ()
+
+
+Work = Callable[[int], Result]
+
+
+class Workers:
+    """Runs tasks in some processes, or in this one; where they run changes no bit of what they give.
+
+    Args:
+        count: of processes; 1 is this one.
+        threads: of torch in each. More than one needs `count` 1: a forked process can't use its parent's.
+    """
+
+    def __init__(self, count: int, threads: int = 1) -> None:
+        if count > 1 and threads > 1:
+            raise ValueError("forked workers have one thread each")
+        self.count = count
+        self.threads = threads
+
+    def map(self, work: Work, costs: Sequence[float]) -> Iterator[Result]:
+        """work(i) for each i, in order. A worker that dies is replaced, and its task done again, once.
+
+        Args:
+            work: depends on nothing but i and on what this process holds now.
+            costs: of each task, to any scale: expensive ones start early, so that workers end together.
+
+        Raises:
+            FedeltaError: if a task kills its worker twice, or raises in a worker.
+        """
+        if self.count == 1 or len(costs) < 2:
+            torch.set_num_threads(self.threads)
+            yield from map(work, range(len(costs)))
+            return
+        pool = _Pool(work, min(self.count, len(costs)))
+        try:
+            yield from pool.run(_order(costs, WINDOW * self.count))
+        finally:
+            pool.stop()
+
+
+def can_fork() -> bool:
+    """Whether a process that has loaded a model may be forked: not where a GPU or another system is in play."""
+    return hasattr(os, "fork") and os.uname().sysname == "Linux" and not torch.cuda.is_available()
+
+
+def _order(costs: Sequence[float], window: int) -> list[int]:
+    """The most expensive first within each window of tasks."""
+    order: list[int] = []
+    for begin in range(0, len(costs), window):
+        order += sorted(range(begin, min(begin + window, len(costs))), key=lambda i: (-costs[i], i))
+    return order
+
+
+class _Pool:
+    def __init__(self, work: Work, count: int) -> None:
+        self.work = work
+        # No thread of torch may exist in the parent's name when a child starts its own.
+        self.busy: dict[Connection, tuple[Any, int]] = {}
+        self.idle = [self._fork() for _ in range(count)]
+
+    def _fork(self) -> tuple[Connection, Any]:
+        mine, its = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=_serve, args=(its, mine, self.work), daemon=True)
+        with warnings.catch_warnings():
+            # The other thread is that of a progress bar, whose locks a worker never takes.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        its.close()
+        return mine, process
+
+    def run(self, order: Sequence[int]) -> Iterator[Result]:
+        waiting = deque(order)
+        done: dict[int, Result] = {}
+        deaths: Counter[int] = Counter()
+        for turn in range(len(order)):
+            while turn not in done:
+                while self.idle and waiting:
+                    connection, process = self.idle.pop()
+                    i = waiting.popleft()
+                    connection.send_bytes(str(i).encode())
+                    self.busy[connection] = process, i
+                for ready in wait(list(self.busy)):
+                    assert isinstance(ready, Connection)
+                    process, i = self.busy.pop(ready)
+                    try:
+                        done[i] = _receive(ready)
+                        self.idle.append((ready, process))
+                    except (EOFError, ConnectionError):
+                        ready.close()
+                        process.join()
+                        deaths[i] += 1
+                        if deaths[i] > 1:
+                            raise FedeltaError(
+                                f"a worker process died twice at the same work ({_cause(process.exitcode)}); "
+                                "with workers=1 it runs in the main process"
+                            ) from None
+                        waiting.appendleft(i)
+                        self.idle.append(self._fork())
+            yield done.pop(turn)
+
+    def stop(self) -> None:
+        workers = [*self.idle, *((connection, process) for connection, (process, _) in self.busy.items())]
+        for connection, process in workers:
+            connection.close()
+            process.terminate()
+        for _, process in workers:
+            process.join()
+
+
+def _cause(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    hint = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+    return f"signal {signal.Signals(-code).name}{hint}"
+
+
+def _receive(connection: Connection) -> Result:
+    facts = json.loads(connection.recv_bytes())
+    blobs = [connection.recv_bytes() for _ in range(facts.pop("blobs"))]
+    if "error" in facts:
+        raise FedeltaError(facts["error"])
+    return Result(facts, blobs)
+
+
+def _serve(connection: Connection, other_end: Connection, work: Work) -> None:
+    """A worker's life. Ctrl-C reaches it too, but it is the parent that ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    other_end.close()
+    # A parallel region of OpenMP would wait for threads that the fork left behind.
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    while True:
+        try:
+            i = int(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            facts, blobs = work(i)
+        except Exception as error:
+            facts, blobs = {"error": f"{type(error).__name__}: {error}"}, ()
+            if isinstance(error, FedeltaError):
+                facts["error"] = str(error)
+        connection.send_bytes(json.dumps({**facts, "blobs": len(blobs)}).encode())
+        for blob in blobs:
+            connection.send_bytes(blob)
