@@ -7,16 +7,14 @@ python benchmarks/aggregation.py --write             keep the tables in benchmar
 """
 
 import argparse
-import re
 import tempfile
 from pathlib import Path
 
 import torch
 from folders import mistral, thousand
 from layers import LAYERS, accuracy, memory, speed
-from machine import Machine
+from machine import Machine, keep
 
-README = Path(__file__).parent / "README.md"
 PARTS = ("layers", "accuracy", "memory", "mistral", "thousand")
 
 
@@ -48,13 +46,6 @@ def main() -> None:
             print("\n" + found, flush=True)
             if arguments.write:
                 keep(part, f"{machine.describe()}\n\n{found}")
-
-
-def keep(part: str, text: str) -> None:
-    """Replace what the README has between this part's two comments."""
-    begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    README.write_text(re.sub(pattern, lambda _: f"{begin}\n\n{text}\n\n{end}", README.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+README = Path(__file__).parent / "README.md"
 
 
 def seconds(work: Callable[[], object], repeats: int = 5, enough: float = 2.0) -> float:
@@ -80,3 +83,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def keep(part: str, text: str) -> None:
+    """Replace what the README has between this part's two comments."""
+    begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    README.write_text(re.sub(pattern, lambda _: f"{begin}\n\n{text}\n\n{end}", README.read_text(), flags=re.DOTALL))

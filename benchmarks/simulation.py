@@ -1,0 +1,217 @@
+"""A round of local training, and an evaluation, against the usual ways and against what this machine can do.
+
+python benchmarks/simulation.py                     everything
+python benchmarks/simulation.py --quick             one model, one batch size
+python benchmarks/simulation.py --write             keep the tables in benchmarks/README.md
+"""
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from machine import Machine, keep, seconds, table
+from tokenizers import Tokenizer, models
+
+from fedelta.adapter import Adapter, initial_adapter
+from fedelta.data import Examples
+from fedelta.engines.measure import total_gemm_rate
+from fedelta.engines.workers import Result, Workers
+from fedelta.model import LoraModel, LoraSettings
+from fedelta.training import TrainingSettings, evaluate, predict, train
+from fedelta.training.flops import text_cost
+
+CLASSES = 4
+STEPS = 10
+AG_NEWS = [7, 24, 28, 30, 32, 33, 35, 36, 37, 39, 40, 41, 43, 44, 46, 47, 49, 51, 55, 61, 128]
+"""Word pieces of AG News texts, cut at 128: every fifth percentile."""
+
+
+def bert(layers: int, hidden: int, wide: int) -> Any:
+    return transformers.BertConfig(
+        vocab_size=30522,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=wide,
+        num_labels=CLASSES,
+    )
+
+
+MODELS = {
+    "MiniLM-L6": bert(6, 384, 1536),
+    "DistilBERT": bert(6, 768, 3072),
+    "small Llama": transformers.LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_labels=CLASSES,
+        pad_token_id=0,
+    ),
+}
+
+
+def lora_model(config: Any) -> LoraModel:
+    torch.manual_seed(0)
+    return LoraModel(transformers.AutoModelForSequenceClassification.from_config(config), LoraSettings())
+
+
+def padder() -> Any:
+    """A tokenizer that only ever pads."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1}, unk_token="a")), pad_token="[PAD]"
+    )
+
+
+def texts(count: int, seed: int) -> Examples:
+    """Random tokens of AG News lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = np.interp(rng.random(count), np.linspace(0, 1, len(AG_NEWS)), AG_NEWS).astype(int)
+    rows = [rng.integers(1, 8000, length).tolist() for length in lengths]
+    return Examples([{"input_ids": row} for row in rows], rng.integers(0, CLASSES, count).tolist())
+
+
+class Round:
+    """K clients with ten AdamW steps each, trained in one way or another."""
+
+    def __init__(self, config: Any, clients: int, batch: int, ranks: list[int]) -> None:
+        self.model = lora_model(config)
+        self.tokenizer = padder()
+        self.heads = self.model.head_tensors()
+        self.shards = [texts(STEPS * batch, seed) for seed in range(clients)]
+        self.starts = [self._start(ranks[i % len(ranks)]) for i in range(clients)]
+        for rank in set(ranks):
+            self.model.prepare(rank)
+        self.settings = TrainingSettings(steps=STEPS, batch_size=batch)
+
+    def _start(self, rank: int) -> Adapter:
+        return initial_adapter(self.model.shapes, rank, 0).with_scale(1.0)
+
+    def client(self, i: int, micro: bool = True, model: LoraModel | None = None) -> Result:
+        model = model or self.model
+        model.load(self.starts[i], self.heads)
+        settings = self.settings.model_copy(update={"micro_batches": micro})
+        train(model, self.tokenizer, self.shards[i], settings, seed=i)
+        return Result({})
+
+    def swapped(self, micro: bool, workers: int = 1) -> None:
+        for _ in Workers(workers).map(partial(self.client, micro=micro), [1.0] * len(self.shards)):
+            pass
+
+    def copied(self) -> None:
+        """(a) a copy of the model for each client."""
+        for i in range(len(self.shards)):
+            self.client(i, micro=False, model=copy.deepcopy(self.model))
+
+    def trained_by_hugging_face(self) -> None:
+        """(c) `Trainer`, one for each client, on the shared model."""
+        for i, shard in enumerate(self.shards):
+            self.model.load(self.starts[i], self.heads)
+            rows = [{**f, "labels": y} for f, y in zip(shard.features, shard.labels, strict=True)]
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = transformers.TrainingArguments(
+                    output_dir=folder,
+                    max_steps=STEPS,
+                    per_device_train_batch_size=self.settings.batch_size,
+                    learning_rate=self.settings.learning_rate,
+                    report_to=[],
+                    save_strategy="no",
+                    logging_strategy="no",
+                    disable_tqdm=True,
+                    use_cpu=self.model.device.type == "cpu",
+                )
+                collator = transformers.DataCollatorWithPadding(self.tokenizer)
+                transformers.Trainer(self.model.peft, arguments, data_collator=collator, train_dataset=rows).train()
+
+    def limit(self, rate: float) -> float:
+        """Seconds at this rate for texts without padding."""
+        cost = text_cost(self.model, self.tokenizer, training=True)
+        lengths = [length for shard in self.shards for length in shard.lengths]
+        return cost.of(sum(lengths), sum(length**2 for length in lengths)) / rate
+
+
+def training(names: list[str], Ks: list[int], batches: list[int], rates: dict[int, float]) -> str:
+    rows = []
+    for name in names:
+        for clients in Ks:
+            for batch in batches:
+                for label, ranks in (("8", [8]), ("4, 8, 16, 32", [4, 8, 16, 32])):
+                    work = Round(MODELS[name], clients, batch, ranks)
+                    ways: list[Callable[[], None]] = [
+                        partial(work.swapped, micro=False),
+                        work.copied,
+                        work.trained_by_hugging_face,
+                        partial(work.swapped, micro=True),
+                        partial(work.swapped, micro=True, workers=2),
+                    ]
+                    padded, copied, trainer, ours, both = (seconds(way, repeats=2, enough=60) for way in ways)
+                    rows.append(
+                        [
+                            name,
+                            str(clients),
+                            str(batch),
+                            label,
+                            f"{padded:.2f}",
+                            f"{padded / copied:.2f}×",
+                            f"{padded / trainer:.2f}×",
+                            f"{padded / ours:.2f}×",
+                            f"{work.limit(rates[1]) / ours:.0%}",
+                            f"{ours / both:.2f}×",
+                            f"{work.limit(rates[2]) / both:.0%}",
+                        ]
+                    )
+                    print(" | ".join(rows[-1]), flush=True)
+    head = ["model", "K", "batch", "ranks", "(b) swapped, padded, s", "(a) deepcopy", "(c) Trainer", "micro-batches"]
+    return table([*head, "of the FLOP limit", "two workers", "of the FLOP limit of two"], rows)
+
+
+def evaluation(names: list[str], rates: dict[int, float]) -> str:
+    rows = []
+    for name in names:
+        work = Round(MODELS[name], 1, 2, [8])
+        examples = texts(1024, 99)
+
+        def unsorted(work: Round = work, examples: Examples = examples) -> None:
+            for begin in range(0, len(examples), 64):
+                rows = list(range(begin, min(begin + 64, len(examples))))
+                predict(work.model, work.tokenizer, examples, rows)
+
+        plain = seconds(unsorted, repeats=2, enough=60)
+        ours = seconds(partial(evaluate, work.model, work.tokenizer, examples, 64), repeats=2, enough=60)
+        cost = text_cost(work.model, work.tokenizer, training=False)
+        limit = cost.of(sum(examples.lengths), sum(length**2 for length in examples.lengths)) / rates[1]
+        rows.append([name, f"{plain:.2f}", f"{plain / ours:.2f}×", f"{limit / ours:.0%}"])
+        print(" | ".join(rows[-1]), flush=True)
+    return table(["model", "as they come, s", "sorted", "of the FLOP limit"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="MiniLM, K = 10, batch 16")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    names, Ks, batches = (["MiniLM-L6"], [10], [16]) if arguments.quick else (list(MODELS), [10, 20], [2, 8, 16, 32])
+    machine = Machine.measure()
+    rates = {n: total_gemm_rate(Workers(n), torch.float32, torch.device("cpu")) for n in (1, 2)}
+    note = f"{machine.describe()} Square products: {rates[1] / 1e9:.0f} GFLOP/s in one process, {rates[2] / 1e9:.0f} in two."
+    print(note)
+    for part, found in (
+        ("training", training(names, Ks, batches, rates)),
+        ("evaluation", evaluation(names, rates)),
+    ):
+        print(f"\n{found}\n", flush=True)
+        if arguments.write:
+            keep(part, f"{note}\n\n{found}")
+
+
+if __name__ == "__main__":
+    main()
