@@ -202,7 +202,9 @@ def main() -> None:
     names, Ks, batches = (["MiniLM-L6"], [10], [16]) if arguments.quick else (list(MODELS), [10, 20], [2, 8, 16, 32])
     machine = Machine.measure()
     rates = {n: total_gemm_rate(Workers(n), torch.float32, torch.device("cpu")) for n in (1, 2)}
-    note = f"{machine.describe()} Square products: {rates[1] / 1e9:.0f} GFLOP/s in one process, {rates[2] / 1e9:.0f} in two."
+    note = (
+        f"{machine.describe()} Square products: {rates[1] / 1e9:.0f} GFLOP/s in one process, {rates[2] / 1e9:.0f} in 2."
+    )
     print(note)
     for part, found in (
         ("training", training(names, Ks, batches, rates)),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-PASS_TOKENS = {"cpu": 64, "cuda": 8192}
+PASS_TOKENS = {"cpu": 16, "cuda": 8192}
 """What a pass costs beside its tokens, in tokens: the steps between which nothing is multiplied."""
 
 
