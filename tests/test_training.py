@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from fedelta.adapter import initial_adapter
 from fedelta.base_model import ModelSettings, load_base
 from fedelta.data import Examples
+from fedelta.dropout import Dropout
 from fedelta.errors import FedeltaError
 from fedelta.model import LoraModel, LoraSettings
 from fedelta.seeds import derive_seed
@@ -71,7 +72,8 @@ def test_training_is_the_loop_it_says(tiny_bert: Path, tokenizer: Any, examples:
 @pytest.fixture(autouse=True)
 def _no_dropout(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:  # noqa: ARG001
     if "dropout" not in request.node.name:
-        monkeypatch.setattr(torch.nn.Dropout, "forward", lambda _, x: x)
+        for kind in (torch.nn.Dropout, Dropout):
+            monkeypatch.setattr(kind, "forward", lambda _, x: x)
         attention = torch.nn.functional.scaled_dot_product_attention
         monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", _without_dropout(attention))
 
@@ -87,7 +89,7 @@ def test_steps_end_a_training_within_an_epoch(tiny_bert: Path, tokenizer: Any, e
     counted = []
     model = fresh(tiny_bert, tokenizer)
     model.peft.register_forward_hook(lambda *_: counted.append(1))
-    train(model, tokenizer, examples, TrainingSettings(steps=5, batch_size=8), seed=0)
+    train(model, tokenizer, examples, TrainingSettings(steps=5, batch_size=8, micro_batches=False), seed=0)
     assert len(counted) == 5
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from fedelta.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.base_model import find_heads
+from fedelta.dropout import quicken
 from fedelta.errors import FedeltaError
 from fedelta.settings import Settings
 
@@ -96,6 +97,11 @@ class LoraModel:
         self._patch: Mapping[str, Tensor] = {}
         self._hooked: set[str] = set()
         self._prepare_heads()
+        self._quicken()
+
+    def _quicken(self) -> None:
+        if self.device.type == "cpu":
+            quicken(self.peft)
 
     def _config(self, rank: int) -> Any:
         import peft
@@ -146,6 +152,7 @@ class LoraModel:
         new = name not in self.peft.peft_config
         if new:
             self.peft.add_adapter(name, self._config(rank))
+            self._quicken()
         self.peft.set_adapter(name)
         if new:
             self._prepare_heads()

@@ -1,0 +1,32 @@
+"""Dropout whose random numbers cost a third of torch's on a CPU, where they are a tenth of a small model's training."""
+
+import torch
+from torch import Tensor, nn
+
+LEVELS = 2**16
+
+
+class Dropout(nn.Dropout):
+    """As `nn.Dropout`, with one draw of 64 bits for four elements.
+
+    The probability is rounded to a multiple of 2⁻¹⁶, and what is kept is scaled by the rounded one, so that the
+    expectation is exact. Draws come from torch's global generator.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = round(self.p * LEVELS)
+        if not self.training or dropped == 0:
+            return x
+        if dropped == LEVELS:
+            return x * 0
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - LEVELS // 2
+        return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
+
+
+def quicken(model: nn.Module) -> None:
+    """Replace every `nn.Dropout` in a model on the CPU; other devices draw fast by themselves."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout and not child.inplace:
+                setattr(module, name, Dropout(child.p).train(child.training))
