@@ -14,14 +14,17 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = round(self.p * LEVELS)
-        if not self.training or dropped == 0:
-            return x
-        if dropped == LEVELS:
-            return x * 0
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - LEVELS // 2
-        return x * kept.to(x.dtype).mul_(LEVELS / (LEVELS - dropped))
+        return x * draw_mask(x.shape, self.p, x.dtype) if self.training and self.p > 0 else x
+
+
+def draw_mask(shape: torch.Size, p: float, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Zeros where an element is dropped, and 1/(1 − p) elsewhere."""
+    dropped = round(p * LEVELS)
+    if dropped == LEVELS:
+        return torch.zeros(shape, dtype=dtype)
+    draws = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    kept = draws.view(torch.int16)[: shape.numel()].view(shape) >= dropped - LEVELS // 2
+    return kept.to(dtype).mul_(LEVELS / (LEVELS - dropped))
 
 
 def quicken(model: nn.Module) -> None:

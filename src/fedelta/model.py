@@ -199,6 +199,10 @@ class LoraModel:
         if left:
             raise FedeltaError(f"head {sorted(left)[0]} was received, but the model has no such head")
 
+    def active_heads(self) -> dict[str, nn.Module]:
+        """Name → module, of the heads that run and train."""
+        return {name: wrapper.modules_to_save[self.active] for name, wrapper in self._head_wrappers.items()}
+
     def live(self) -> Adapter:
         """The active A and B themselves, with their gradients: what a penalty is a function of."""
         return Adapter(

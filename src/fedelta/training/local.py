@@ -1,7 +1,8 @@
 """One client's local training, and the evaluation of a model."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,53 @@ class TrainingSettings(Settings):
     micro_batches: bool = True
 
 
+class LocalSteps:
+    """The optimiser of one local training, its schedule, and its batches in order.
+
+    Args:
+        parameters: that are trained.
+        examples: the client's training rows.
+        seed: of the order of batches.
+
+    Raises:
+        FedeltaError: if there is nothing to train on.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], examples: Examples, settings: TrainingSettings, seed: int) -> None:
+        from transformers import get_scheduler
+
+        if len(examples) == 0:
+            raise FedeltaError("no training examples")
+        self.parameters = list(parameters)
+        self.examples = examples
+        self.settings = settings
+        self.seed = seed
+        per_epoch = -(-len(examples) // settings.batch_size)
+        self.total = settings.steps or settings.epochs * per_epoch
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
+        self._optimizer = kind(self.parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+        name = settings.schedule if settings.schedule != "constant" else "constant_with_warmup"
+        self._scheduler = get_scheduler(name, self._optimizer, int(settings.warmup * self.total), self.total)
+
+    def batches(self) -> Iterator[list[int]]:
+        """The rows of each step."""
+        left = self.total
+        for epoch in itertools.count():
+            for rows in self.examples.training_order(self.settings.batch_size, derive_seed(self.seed, "epoch", epoch)):
+                yield rows
+                left -= 1
+                if left == 0:
+                    return
+
+    def update(self) -> None:
+        """One step along the gradients, which are used up."""
+        if self.settings.max_grad_norm is not None:
+            clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+
+
 def train(
     model: LoraModel,
     tokenizer: Any,
@@ -72,59 +120,41 @@ def train(
     Raises:
         FedeltaError: if there is nothing to train on.
     """
-    from transformers import get_scheduler
-
-    if len(examples) == 0:
-        raise FedeltaError("no training examples")
-    per_epoch = -(-len(examples) // settings.batch_size)
-    steps = settings.steps or settings.epochs * per_epoch
-    parameters = model.parameters
-    rate = settings.learning_rate
-    optimizer: torch.optim.Optimizer
-    if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=settings.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(parameters, rate, weight_decay=settings.weight_decay)
-    name = settings.schedule if settings.schedule != "constant" else "constant_with_warmup"
-    scheduler = get_scheduler(name, optimizer, int(settings.warmup * steps), steps)
-    losses: list[float] = []
+    steps = LocalSteps(model.parameters, examples, settings, seed)
     watch = watch or Stopwatch()
+    losses: list[float] = []
     # Dropout draws from the global generator: fork it, so that a client's training depends on its seed alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.peft.train()
-        epoch = 0
-        while len(losses) < steps:
-            for rows in examples.training_order(settings.batch_size, derive_seed(seed, "epoch", epoch)):
-                parts = like_lengths(rows, examples.length, model.device) if settings.micro_batches else [rows]
-                total = 0.0
-                for part in parts:
-                    batch = examples.batch(part, tokenizer, model.device)
-                    lengths = [examples.length(row) for row in part]
-                    watch.counts["tokens"] += sum(lengths)
-                    watch.counts["squares"] += sum(length**2 for length in lengths)
-                    watch.counts["padded_tokens"] += batch["input_ids"].numel()
-                    watch.lap("batches")
-                    # The model's loss is a mean over texts, so a part counts by its share of them.
-                    loss = model.peft(**batch).loss * (len(part) / len(rows))
-                    total += float(loss.detach())
-                    watch.lap("forward")
-                    loss.backward()
-                    watch.lap("backward")
-                extra = penalty()
-                if extra is not None:
-                    extra.backward()
-                if settings.max_grad_norm is not None:
-                    clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                watch.lap("optimiser")
-                losses.append(total)
-                if len(losses) == steps:
-                    break
-            epoch += 1
+        for rows in steps.batches():
+            parts = like_lengths(rows, examples.length, model.device) if settings.micro_batches else [rows]
+            total = 0.0
+            for part in parts:
+                batch = examples.batch(part, tokenizer, model.device)
+                count_tokens(watch, examples, part, batch)
+                watch.lap("batches")
+                # The model's loss is a mean over texts, so a part counts by its share of them.
+                loss = model.peft(**batch).loss * (len(part) / len(rows))
+                total += float(loss.detach())
+                watch.lap("forward")
+                loss.backward()
+                watch.lap("backward")
+            extra = penalty()
+            if extra is not None:
+                extra.backward()
+            steps.update()
+            watch.lap("optimiser")
+            losses.append(total)
     return sum(losses) / len(losses)
+
+
+def count_tokens(watch: Stopwatch, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> None:
+    """Add a batch to the counts of tokens, of their squares by text, and of tokens with padding."""
+    lengths = [examples.length(row) for row in rows]
+    watch.counts["tokens"] += sum(lengths)
+    watch.counts["squares"] += sum(length**2 for length in lengths)
+    watch.counts["padded_tokens"] += batch["input_ids"].numel()
 
 
 @torch.no_grad()
