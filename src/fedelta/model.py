@@ -5,7 +5,8 @@ scale and heads are copied into it before it trains. What a client trains is the
 pass, not a second implementation of LoRA.
 
 Base patches (FedEx) are kept as an fp32 sum C. An fp32 base gets W = W0 + C written into the weight; a base of
-fewer bits keeps W0 and adds x·Cᵀ to the layer's output, because rounding C into bf16 would lose most of it.
+fewer bits keeps W0 and adds x·Cᵀ to the layer's output, because rounding W0 + C to bf16 would lose most of C. C by
+itself loses nothing that matters: it is rounded relative to its own size.
 """
 
 from collections.abc import Iterable, Mapping
@@ -95,6 +96,7 @@ class LoraModel:
         self.head_modules = sorted(self._head_wrappers)
         self._original: dict[str, Tensor] = {}
         self._patch: Mapping[str, Tensor] = {}
+        self._rounded: dict[str, Tensor] = {}
         self._hooked: set[str] = set()
         self._prepare_heads()
         self._quicken()
@@ -229,6 +231,7 @@ class LoraModel:
                 it changes.
         """
         total = {module: C.to(self.device) for module, C in total.items()}
+        self._rounded = {}
         for module in [*total, *(self._patch.keys() - total.keys())]:
             layer = self.layers[module]
             C = total[module] if module in total else torch.zeros(self.shapes[module], device=self.device)
@@ -236,16 +239,16 @@ class LoraModel:
             if weight.dtype == torch.float32:
                 original = self._original.setdefault(module, weight.detach().clone())
                 weight.copy_(original + (C.T if layer.fan_in_fan_out else C))
-            elif module not in self._hooked:
+                continue
+            self._rounded[module] = C.T.to(weight.dtype)
+            if module not in self._hooked:
                 layer.get_base_layer().register_forward_hook(self._patch_hook(module))
                 self._hooked.add(module)
         self._patch = total
 
     def _patch_hook(self, module: str) -> Any:
         def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-            if module not in self._patch:
-                return output
-            return (output.float() + inputs[0].float() @ self._patch[module].T).to(output.dtype)
+            return output + inputs[0] @ self._rounded[module] if module in self._patch else output
 
         return add_patch
 
