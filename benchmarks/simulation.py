@@ -124,8 +124,8 @@ class Round:
                     report_to=[],
                     save_strategy="no",
                     logging_strategy="no",
-                    disable_tqdm=True,
                     use_cpu=self.model.device.type == "cpu",
+                    disable_tqdm=True,
                 )
                 collator = transformers.DataCollatorWithPadding(self.tokenizer)
                 transformers.Trainer(self.model.peft, arguments, data_collator=collator, train_dataset=rows).train()
@@ -137,13 +137,16 @@ class Round:
         return cost.of(sum(lengths), sum(length**2 for length in lengths)) / rate
 
 
-def training(names: list[str], Ks: list[int], batches: list[int], rates: dict[int, float]) -> str:
+RANKS = {"8": [8], "4, 8, 16, 32": [4, 8, 16, 32]}
+
+
+def training(names: list[str], Ks: list[int], batches: list[int], all_ranks: list[str], rates: dict[int, float]) -> str:
     rows = []
     for name in names:
         for clients in Ks:
             for batch in batches:
-                for label, ranks in (("8", [8]), ("4, 8, 16, 32", [4, 8, 16, 32])):
-                    work = Round(MODELS[name], clients, batch, ranks)
+                for label in all_ranks:
+                    work = Round(MODELS[name], clients, batch, RANKS[label])
                     ways: list[Callable[[], None]] = [
                         partial(work.swapped, micro=False),
                         work.copied,
@@ -194,12 +197,14 @@ def evaluation(names: list[str], rates: dict[int, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="MiniLM, K = 10, batch 16")
+    parser.add_argument("--quick", action="store_true", help="MiniLM, K = 10, batch 16, mixed ranks")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    names, Ks, batches = (["MiniLM-L6"], [10], [16]) if arguments.quick else (list(MODELS), [10, 20], [2, 8, 16, 32])
+    names, Ks, batches, ranks = list(MODELS), [10, 20], [2, 8, 16, 32], list(RANKS)
+    if arguments.quick:
+        names, Ks, batches, ranks = names[:1], [10], [16], ranks[1:]
     machine = Machine.measure()
     rates = {n: total_gemm_rate(Workers(n), torch.float32, torch.device("cpu")) for n in (1, 2)}
     note = (
@@ -207,7 +212,7 @@ def main() -> None:
     )
     print(note)
     for part, found in (
-        ("training", training(names, Ks, batches, rates)),
+        ("training", training(names, Ks, batches, ranks, rates)),
         ("evaluation", evaluation(names, rates)),
     ):
         print(f"\n{found}\n", flush=True)
