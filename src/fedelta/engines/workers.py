@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,6 @@ def _order(costs: Sequence[float], window: int) -> list[int]:
 class _Pool:
     def __init__(self, work: Work, count: int) -> None:
         self.work = work
-        # No thread of torch may exist in the parent's name when a child starts its own.
         self.busy: dict[Connection, tuple[Any, int]] = {}
         self.idle = [self._fork() for _ in range(count)]
 
@@ -157,13 +157,15 @@ def _serve(connection: Connection, other_end: Connection, work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     other_end.close()
+    # A progress bar's thread may have held the lock of a stream at the moment of the fork.
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w") for number in (1, 2))
     # A parallel region of OpenMP would wait for threads that the fork left behind.
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     while True:
         try:
             i = int(connection.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             facts, blobs = work(i)
@@ -171,6 +173,10 @@ def _serve(connection: Connection, other_end: Connection, work: Work) -> None:
             facts, blobs = {"error": f"{type(error).__name__}: {error}"}, ()
             if isinstance(error, FedeltaError):
                 facts["error"] = str(error)
-        connection.send_bytes(json.dumps({**facts, "blobs": len(blobs)}).encode())
-        for blob in blobs:
-            connection.send_bytes(blob)
+        try:
+            connection.send_bytes(json.dumps({**facts, "blobs": len(blobs)}).encode())
+            for blob in blobs:
+                connection.send_bytes(blob)
+        except ConnectionError:
+            # Nobody is there any more.
+            return

@@ -8,7 +8,7 @@ import torch
 from fedelta.data import Examples
 from fedelta.model import LoraModel
 
-LENGTHS = (16, 64)
+LENGTHS = (16, 32)
 """Tokens of the two texts from which the cost of every other length follows."""
 
 
