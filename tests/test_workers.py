@@ -1,5 +1,6 @@
 """Processes forked from a warm parent: the same results in any number, also when one dies."""
 
+import json
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ import torch
 from fedelta.client import Trainer
 from fedelta.engines.workers import Result, Workers, _order
 from fedelta.errors import FedeltaError
+from fedelta.messages import Broadcast
 from fedelta.runner import Run, run
 
 
@@ -109,7 +111,7 @@ def test_failures_are_told_the_same_from_any_process(tiny_config: Any, monkeypat
     answer = Trainer.answer
 
     def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        if len(shard.train) % 2:
+        if Broadcast.from_bytes(blob).client == "client-002":
             raise RuntimeError("out of memory")
         return answer(self, blob, shard)
 
@@ -118,6 +120,25 @@ def test_failures_are_told_the_same_from_any_process(tiny_config: Any, monkeypat
     one = run(tiny_config(name="one", workers=1, federation=federation))
     two = run(tiny_config(name="two", workers=2, federation=federation))
     assert files(one) == files(two)
+    # Who did nothing counts for nothing.
+    counted = [[json.loads(line)["counts"] for line in run.folder.timings_file.open()] for run in (one, two)]
+    assert counted[0] == counted[1]
+
+
+def test_what_a_client_keeps_does_not_depend_on_where_its_update_was_damaged(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Trainer.answer
+
+    def cut(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        damaged = Broadcast.from_bytes(blob).client == "client-001"
+        return answer(self, blob, shard)[: -9 if damaged else None]
+
+    monkeypatch.setattr(Trainer, "answer", cut)
+    ranks = {"allocation": "uniform", "high": 3}
+    found = [run(tiny_config(name=f"{n}", method="fedsa", ranks=ranks, workers=n)) for n in (1, 2)]
+    assert found[0].records[0]["skipped"]
+    assert files(found[0]) == files(found[1])
 
 
 def test_a_run_may_go_on_with_other_workers(tiny_config: Any) -> None:

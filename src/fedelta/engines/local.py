@@ -82,6 +82,8 @@ class LocalEngine:
                 update = _update(client, result)
                 if isinstance(update, ClientUpdate):
                     up[client] = count_bytes(result.blobs[0])
+                if result.blobs:
+                    # Whatever becomes of the update: this client has kept it.
                     self.trainer.take_kept(client, result.blobs[1])
                 watch.lap("messages")
                 self.observer.client_done(client)
@@ -109,7 +111,7 @@ class LocalEngine:
 
     def _train(self, state: ServerState, client: str) -> Result:
         """One client's part of a round, in whichever process: bytes of its update, and what it keeps."""
-        watch = Stopwatch()
+        watch = self.trainer.watch = Stopwatch()
         facts: dict[str, Any] = {}
         blobs: list[bytes] = []
         blob = self.server.broadcast(state, client).to_bytes()
@@ -118,14 +120,14 @@ class LocalEngine:
         try:
             if self.server.drops_out(state, client):
                 raise TimeoutError("dropped out")
-            self.trainer.watch = Stopwatch()
             blobs = [self.trainer.answer(blob, self.shards[client]), self.trainer.kept_bytes(client)]
         except FedeltaError as error:
             facts["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
         except Exception as error:
             # A client may fail in any way; the round goes on without it, and says so.
             facts["failed"] = f"{type(error).__name__}: {error}"
-        watch.add(self.trainer.watch.seconds, self.trainer.watch.counts)
+        if self.trainer.watch is not watch:
+            watch.add(self.trainer.watch.seconds, self.trainer.watch.counts)
         facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
         return Result(facts, blobs)
 
