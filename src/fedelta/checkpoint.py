@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from fedelta.adapter import Adapter, LoraPair
+from fedelta.adapter import Adapter
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
 from fedelta.methods.method import MethodState
-from fedelta.packing import pack, patch_tensors, take_patches, take_prefix, unpack, with_prefix
+from fedelta.packing import (
+    adapter_tensors,
+    pack,
+    patch_tensors,
+    take_adapter,
+    take_patches,
+    take_prefix,
+    unpack,
+    with_prefix,
+)
 from fedelta.patch_log import PatchLog
 from fedelta.server import ServerState
 
@@ -37,13 +44,11 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(path: Path, state: ServerState, config: Mapping[str, Any], kept: Mapping[str, Adapter]) -> None:
     """Write the state, and what an engine's own clients keep, replacing what was there."""
-    tensors = with_prefix("A", {module: pair.A for module, pair in state.method.adapter.items()})
-    tensors |= with_prefix("B", {module: pair.B for module, pair in state.method.adapter.items()})
+    tensors = adapter_tensors("", state.method.adapter)
     tensors |= with_prefix("memory", state.method.memory) | with_prefix("head", state.heads)
     tensors |= patch_tensors(state.log.entries, state.log.total)
     for client, adapter in kept.items():
-        tensors |= with_prefix(f"kept/{client}/A", {module: pair.A for module, pair in adapter.items()})
-        tensors |= with_prefix(f"kept/{client}/B", {module: pair.B for module, pair in adapter.items()})
+        tensors |= adapter_tensors(f"kept/{client}/", adapter)
     facts = {
         "format": FORMAT,
         "config": config,
@@ -76,12 +81,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise FedeltaError(f"checkpoint {path}: {error}") from error
     if facts.get("format") != FORMAT:
         raise FedeltaError(f"checkpoint {path} has format {facts.get('format')}, expected {FORMAT}")
-    A, B = take_prefix("A", tensors), take_prefix("B", tensors)
+    adapter = take_adapter("", 1.0, tensors)
     entries, total = take_patches(facts["entries"], tensors)
     state = ServerState(
         method=MethodState(
             facts["round"],
-            Adapter({m: LoraPair(A[m], B[m]) for m in A}),
+            adapter,
             facts["seed"],
             take_prefix("memory", tensors),
         ),
@@ -97,12 +102,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         versions=facts["versions"],
         first_losses=facts["first_losses"],
     )
-    kept = {client: _take_adapter(client, scale, tensors) for client, scale in facts["kept"].items()}
+    kept = {client: take_adapter(f"kept/{client}/", scale, tensors) for client, scale in facts["kept"].items()}
     if tensors:
         raise FedeltaError(f"checkpoint {path} holds tensors that nothing reads: {sorted(tensors)[:3]}")
     return Checkpoint(state, facts["config"], kept)
-
-
-def _take_adapter(client: str, scale: float, tensors: dict[str, Tensor]) -> Adapter:
-    A, B = take_prefix(f"kept/{client}/A", tensors), take_prefix(f"kept/{client}/B", tensors)
-    return Adapter({module: LoraPair(A[module], B[module], scale) for module in A})

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fedelta.adapter import Adapter, LoraPair
+from fedelta.adapter import Adapter
 from fedelta.contribution import finite
 from fedelta.data import Shard
 from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.methods import make_method
 from fedelta.model import LoraModel
-from fedelta.packing import pack, take_prefix, unpack, with_prefix
+from fedelta.packing import adapter_tensors, pack, take_adapter, unpack
 from fedelta.patch_log import PatchedBase, fold
 from fedelta.seeds import derive_seed
 from fedelta.stopwatch import Stopwatch
@@ -33,7 +33,7 @@ class Trainer:
 
     Attributes:
         kept: client → the adapter that it ended its last round with, where the method has it keep factors.
-        watch: seconds by phase, and tokens, of the last answer.
+        watch: counts seconds by phase, and tokens; an engine sets a new one for what it wants apart.
     """
 
     def __init__(
@@ -58,16 +58,13 @@ class Trainer:
         if client not in self.kept:
             return b""
         adapter = self.kept[client]
-        tensors = with_prefix("A", {module: pair.A for module, pair in adapter.items()})
-        tensors |= with_prefix("B", {module: pair.B for module, pair in adapter.items()})
-        return pack(tensors, {"scale": next(iter(adapter.values())).scale})
+        return pack(adapter_tensors("", adapter), {"scale": next(iter(adapter.values())).scale})
 
     def take_kept(self, client: str, blob: bytes) -> None:
         """The other end of `kept_bytes`."""
         if blob:
             tensors, facts = unpack(blob)
-            A, B = take_prefix("A", tensors), take_prefix("B", tensors)
-            self.kept[client] = Adapter({module: LoraPair(A[module], B[module], facts["scale"]) for module in A})
+            self.kept[client] = take_adapter("", facts["scale"], tensors)
 
     def answer(self, blob: bytes, shard: Shard) -> bytes:
         """Train as the broadcast says and return the update.
@@ -79,7 +76,7 @@ class Trainer:
         Raises:
             FedeltaError: if the broadcast does not fit the model or the base.
         """
-        watch = self.watch = Stopwatch()
+        watch = self.watch
         broadcast = Broadcast.from_bytes(blob)
         method = make_method(broadcast.method["name"], **broadcast.method["options"])
         wire, client = broadcast.wire, broadcast.client

@@ -239,16 +239,16 @@ class LoraModel:
             if weight.dtype == torch.float32:
                 original = self._original.setdefault(module, weight.detach().clone())
                 weight.copy_(original + (C.T if layer.fan_in_fan_out else C))
-                continue
-            self._rounded[module] = C.T.to(weight.dtype)
-            if module not in self._hooked:
-                layer.get_base_layer().register_forward_hook(self._patch_hook(module))
-                self._hooked.add(module)
+            elif module in total:
+                self._rounded[module] = C.T.to(weight.dtype)
+                if module not in self._hooked:
+                    layer.get_base_layer().register_forward_hook(self._patch_hook(module))
+                    self._hooked.add(module)
         self._patch = total
 
     def _patch_hook(self, module: str) -> Any:
         def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-            return output + inputs[0] @ self._rounded[module] if module in self._patch else output
+            return output + inputs[0] @ self._rounded[module] if module in self._rounded else output
 
         return add_patch
 

@@ -12,6 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from fedelta.adapter import Adapter, LoraPair
 from fedelta.errors import FedeltaError
 from fedelta.lowrank import Product, from_tensors
 from fedelta.patch_log import Patch
@@ -87,6 +88,18 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take out, and remove, every tensor under a prefix; what nobody takes is an error in the end."""
     return {key.removeprefix(f"{prefix}/"): tensors.pop(key) for key in list(tensors) if key.startswith(f"{prefix}/")}
+
+
+def adapter_tensors(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
+    """The factors under `prefix` + `A/…` and `B/…`."""
+    A, B = ({module: getattr(pair, factor) for module, pair in adapter.items()} for factor in "AB")
+    return with_prefix(f"{prefix}A", A) | with_prefix(f"{prefix}B", B)
+
+
+def take_adapter(prefix: str, scale: float, tensors: dict[str, Tensor]) -> Adapter:
+    """Take out what `adapter_tensors` put in."""
+    A, B = take_prefix(f"{prefix}A", tensors), take_prefix(f"{prefix}B", tensors)
+    return Adapter({module: LoraPair(A[module], B[module], scale) for module in A})
 
 
 def products_to_tensors(prefix: str, products: Mapping[str, Product]) -> dict[str, Tensor]:

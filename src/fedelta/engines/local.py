@@ -126,8 +126,6 @@ class LocalEngine:
         except Exception as error:
             # A client may fail in any way; the round goes on without it, and says so.
             facts["failed"] = f"{type(error).__name__}: {error}"
-        if self.trainer.watch is not watch:
-            watch.add(self.trainer.watch.seconds, self.trainer.watch.counts)
         facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
         return Result(facts, blobs)
 
