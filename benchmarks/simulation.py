@@ -24,7 +24,7 @@ from fedelta.engines.measure import total_gemm_rate
 from fedelta.engines.workers import Result, Workers
 from fedelta.model import LoraModel, LoraSettings
 from fedelta.training import TrainingSettings, evaluate, predict, train
-from fedelta.training.flops import text_cost
+from fedelta.training.flops import count_texts, text_cost
 
 CLASSES = 4
 STEPS = 10
@@ -133,8 +133,7 @@ class Round:
     def limit(self, rate: float) -> float:
         """Seconds at this rate for texts without padding."""
         cost = text_cost(self.model, self.tokenizer, training=True)
-        lengths = [length for shard in self.shards for length in shard.lengths]
-        return cost.of(sum(lengths), sum(length**2 for length in lengths)) / rate
+        return cost.of(count_texts([length for shard in self.shards for length in shard.lengths])) / rate
 
 
 RANKS = {"8": [8], "4, 8, 16, 32": [4, 8, 16, 32]}
@@ -189,7 +188,7 @@ def evaluation(names: list[str], rates: dict[int, float]) -> str:
         plain = seconds(unsorted, repeats=2, enough=60)
         ours = seconds(partial(evaluate, work.model, work.tokenizer, examples, 64), repeats=2, enough=60)
         cost = text_cost(work.model, work.tokenizer, training=False)
-        limit = cost.of(sum(examples.lengths), sum(length**2 for length in examples.lengths)) / rates[1]
+        limit = cost.of(count_texts(examples.lengths)) / rates[1]
         rows.append([name, f"{plain:.2f}", f"{plain / ours:.2f}×", f"{limit / ours:.0%}"])
         print(" | ".join(rows[-1]), flush=True)
     return table(["model", "as they come, s", "sorted", "of the FLOP limit"], rows)

@@ -40,14 +40,14 @@ def lora_model(tiny_bert: Path) -> Any:
 
 
 def cost(parts: list[list[int]], lengths: list[int]) -> int:
-    return sum(PASS_TOKENS["cpu"] + len(part) * max(lengths[i] for i in part) for part in parts)
+    return sum(PASS_TOKENS["cpu", torch.float32] + len(part) * max(lengths[i] for i in part) for part in parts)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=7))
 def test_parts_hold_every_row_once_at_the_least_cost(lengths: list[int]) -> None:
     rows = list(range(len(lengths)))
-    parts = like_lengths(rows, lengths.__getitem__, CPU)
+    parts = like_lengths(rows, lengths.__getitem__, CPU, torch.float32)
     assert sorted(itertools.chain(*parts)) == rows
     order = sorted(rows, key=lengths.__getitem__)
     every = []
@@ -58,8 +58,8 @@ def test_parts_hold_every_row_once_at_the_least_cost(lengths: list[int]) -> None
 
 
 def test_equal_lengths_stay_together() -> None:
-    assert like_lengths([3, 1, 2], lambda _: 50, CPU) == [[1, 2, 3]]
-    assert like_lengths([0, 1], [1, 1000].__getitem__, torch.device("cuda")) == [[0, 1]]
+    assert like_lengths([3, 1, 2], lambda _: 50, CPU, torch.float32) == [[1, 2, 3]]
+    assert like_lengths([0, 1], [1, 1000].__getitem__, torch.device("cuda"), torch.float32) == [[0, 1]]
 
 
 @pytest.mark.parametrize("penalised", [False, True])
@@ -70,7 +70,7 @@ def test_training_in_parts_is_training_on_whole_batches(penalised: bool, lora_mo
         model, tokenizer, examples, start, heads = lora_model()
         model.load(start, heads)
         lengths = examples.lengths
-        assert len(like_lengths(list(range(8)), lengths.__getitem__, CPU)) > 1
+        assert len(like_lengths(list(range(8)), lengths.__getitem__, CPU, torch.float32)) > 1
         training = TrainingSettings(steps=20, batch_size=8, learning_rate=1e-3, micro_batches=micro)
 
         def penalty(model: Any = model) -> Any:

@@ -8,6 +8,7 @@ import safetensors
 import torch
 from torch import nn
 
+from fedelta.class_token import read_class_token_alone
 from fedelta.errors import FedeltaError
 from fedelta.settings import Settings
 
@@ -22,11 +23,13 @@ class ModelSettings(Settings):
         name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
         dtype: of the frozen base; adapters, heads and patches stay fp32.
         device: where it runs; `auto` takes a CUDA device if torch finds one.
+        class_token_alone: the last layer computes no more than the head reads, for encoders of which that is known.
     """
 
     name: str = "minilm"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    class_token_alone: bool = True
 
 
 def locate_model(name: str) -> str:
@@ -72,6 +75,11 @@ def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) 
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
     logging.disable_progress_bar()
     before = logging.get_verbosity()
     # Its report that the new head is new would be news to nobody.
@@ -79,8 +87,12 @@ def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            # The fused attention of some CPUs is several times slower in bf16 than separate products.
             model = AutoModelForSequenceClassification.from_pretrained(
-                locate_model(settings.name), num_labels=classes, dtype=getattr(torch, settings.dtype)
+                locate_model(settings.name),
+                num_labels=classes,
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation="eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
             )
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise FedeltaError(f"model {settings.name}: {str(error).strip().splitlines()[0]}") from error
@@ -93,11 +105,8 @@ def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) 
             f"model {settings.name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
             "are the tokenizer's files in the folder?"
         )
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
+    if settings.class_token_alone:
+        read_class_token_alone(model)
     return model.to(device)
 
 

@@ -136,6 +136,11 @@ class LoraModel:
         return self.peft.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen base."""
+        return self.peft.dtype
+
+    @property
     def active(self) -> str:
         """PEFT's name of the adapter that runs and trains."""
         return self.peft.active_adapter

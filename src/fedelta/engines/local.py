@@ -19,6 +19,7 @@ from fedelta.server import RoundOutcome, Server, ServerState
 from fedelta.stopwatch import Stopwatch
 from fedelta.tracking import RunFolder
 from fedelta.training import predict, score
+from fedelta.training.flops import count_texts
 
 
 class LocalEngine:
@@ -153,8 +154,8 @@ class LocalEngine:
                 model.load(adapters[which], state.heads)
                 loaded[0] = which
             losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch])
-            lengths = [examples.length(row) for row in batches[batch]]
-            counts = {"evaluated_tokens": sum(lengths), "evaluated_squares": sum(length**2 for length in lengths)}
+            counted = count_texts([examples.length(row) for row in batches[batch]])
+            counts = {f"evaluated_{name}": count for name, count in counted.items()}
             return Result({"losses": losses, "predictions": predictions, "counts": counts})
 
         # Workers inherit what is loaded; with one adapter a side, nothing is left to load.

@@ -38,13 +38,13 @@ class Profile:
     @property
     def training_limit(self) -> float:
         """Seconds that training on texts without padding would take at the rate of the GEMM."""
-        return self.limit.training.of(self.counts["tokens"], self.counts["squares"]) / self.limit.rate
+        return self.limit.training.of(self.counts) / self.limit.rate
 
     @property
     def evaluation_limit(self) -> float:
         """The same for the server's evaluation."""
-        counts = self.counts
-        return self.limit.evaluation.of(counts["evaluated_tokens"], counts["evaluated_squares"]) / self.limit.rate
+        counts = {name: self.counts[f"evaluated_{name}"] for name in ("texts", "tokens", "squares")}
+        return self.limit.evaluation.of(counts) / self.limit.rate
 
     def to_json(self) -> str:
         return json.dumps(

@@ -1,6 +1,7 @@
 """What training and evaluation have to multiply, and how fast this machine multiplies: the limit of a run."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,19 +9,25 @@ import torch
 from fedelta.data import Examples
 from fedelta.model import LoraModel
 
-LENGTHS = (16, 32)
-"""Tokens of the two texts from which the cost of every other length follows."""
+LENGTHS = (8, 16, 32)
+"""Tokens of the three texts from which the cost of every other length follows."""
+
+
+def count_texts(lengths: Sequence[int]) -> dict[str, int]:
+    """What their cost depends on: `texts`, their `tokens` Σ L and `squares` Σ L²."""
+    return {"texts": len(lengths), "tokens": sum(lengths), "squares": sum(length**2 for length in lengths)}
 
 
 class TextCost(NamedTuple):
-    """FLOPs of one text of L tokens without padding: linear·L + square·L²."""
+    """FLOPs of one text of L tokens without padding: constant + linear·L + square·L²."""
 
+    constant: float
     linear: float
     square: float
 
-    def of(self, tokens: float, squares: float) -> float:
-        """FLOPs of texts with this Σ L and this Σ L²."""
-        return self.linear * tokens + self.square * squares
+    def of(self, counts: Mapping[str, int]) -> float:
+        """FLOPs of what `count_texts` counted."""
+        return self.constant * counts["texts"] + self.linear * counts["tokens"] + self.square * counts["squares"]
 
 
 def text_cost(model: LoraModel, tokenizer: Any, training: bool) -> TextCost:
@@ -42,9 +49,8 @@ def text_cost(model: LoraModel, tokenizer: Any, training: bool) -> TextCost:
                     loss.backward()
                     model.peft.zero_grad()
         found.append(float(counter.get_total_flops()))
-    (short, long), (few, many) = found, LENGTHS
-    square = (long / many - short / few) / (many - few)
-    return TextCost(short / few - square * few, square)
+    powers = torch.tensor([[1, length, length**2] for length in LENGTHS], dtype=torch.float64)
+    return TextCost(*torch.linalg.solve(powers, torch.tensor(found, dtype=torch.float64)).tolist())
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:

@@ -18,6 +18,7 @@ from fedelta.model import LoraModel
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings
 from fedelta.stopwatch import Stopwatch
+from fedelta.training.flops import count_texts
 from fedelta.training.micro_batches import like_lengths
 
 
@@ -128,7 +129,7 @@ def train(
         torch.manual_seed(seed)
         model.peft.train()
         for rows in steps.batches():
-            parts = like_lengths(rows, examples.length, model.device) if settings.micro_batches else [rows]
+            parts = like_lengths(rows, examples.length, model.device, model.dtype) if settings.micro_batches else [rows]
             total = 0.0
             for part in parts:
                 batch = examples.batch(part, tokenizer, model.device)
@@ -150,10 +151,8 @@ def train(
 
 
 def count_tokens(watch: Stopwatch, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> None:
-    """Add a batch to the counts of tokens, of their squares by text, and of tokens with padding."""
-    lengths = [examples.length(row) for row in rows]
-    watch.counts["tokens"] += sum(lengths)
-    watch.counts["squares"] += sum(length**2 for length in lengths)
+    """Add a batch to the counts of texts, and of tokens with padding."""
+    watch.add({}, count_texts([examples.length(row) for row in rows]))
     watch.counts["padded_tokens"] += batch["input_ids"].numel()
 
 

@@ -4,19 +4,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-PASS_TOKENS = {"cpu": 16, "cuda": 8192}
+PASS_TOKENS = {("cpu", torch.float32): 16, ("cpu", torch.bfloat16): 64}
 """What a pass costs beside its tokens, in tokens: the steps between which nothing is multiplied."""
 
+PASS_TOKENS_OF_A_GPU = 8192
 
-def like_lengths(rows: Sequence[int], length: Callable[[int], int], device: torch.device) -> list[list[int]]:
+
+def like_lengths(
+    rows: Sequence[int], length: Callable[[int], int], device: torch.device, dtype: torch.dtype
+) -> list[list[int]]:
     """These rows in parts whose padded tokens, with a constant for each part, are the fewest.
 
     Args:
         rows: of one optimiser step.
         length: tokens of a row.
-        device: decides what a part costs.
+        device, dtype: of the base; they decide what a part costs.
     """
-    cost = PASS_TOKENS.get(device.type, PASS_TOKENS["cuda"])
+    cost = PASS_TOKENS.get((device.type, dtype), PASS_TOKENS_OF_A_GPU)
     order = sorted(rows, key=lambda row: (length(row), row))
     # best[k]: the least cost of the first k rows, whose last part begins at begin[k].
     best, begin = [0.0], [0]
