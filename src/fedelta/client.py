@@ -1,7 +1,9 @@
 """The client's side of a round: bytes of a broadcast in, bytes of an update out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fedelta.adapter import Adapter
@@ -9,13 +11,25 @@ from fedelta.contribution import finite
 from fedelta.data import Shard
 from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
-from fedelta.methods import make_method
+from fedelta.methods import Method, make_method
 from fedelta.model import LoraModel
 from fedelta.packing import adapter_tensors, pack, take_adapter, unpack
 from fedelta.patch_log import PatchedBase, fold
 from fedelta.seeds import derive_seed
 from fedelta.stopwatch import Stopwatch
 from fedelta.training import TrainingSettings, evaluate, train
+from fedelta.training.stacked import StackedClient, can_stack, train_stacked
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What a broadcast asks of a client."""
+
+    broadcast: Broadcast
+    method: Method
+    start: Adapter
+    shard: Shard
+    seed: int
 
 
 class Trainer:
@@ -76,31 +90,74 @@ class Trainer:
         Raises:
             FedeltaError: if the broadcast does not fit the model or the base.
         """
-        watch = self.watch
-        broadcast = Broadcast.from_bytes(blob)
-        method = make_method(broadcast.method["name"], **broadcast.method["options"])
-        wire, client = broadcast.wire, broadcast.client
-        self.catch_up(broadcast.patch)
-        start = broadcast.adapter(self.model.shapes, self.kept.get(client))
-        self.model.load(start, broadcast.heads, wire.train, broadcast.seed)
-        seed = derive_seed(self.seed, "train", broadcast.round, client)
-        watch.lap("loading")
+        task = self._task(blob, shard)
+        broadcast, model = task.broadcast, self.model
+        model.load(task.start, broadcast.heads, broadcast.wire.train, broadcast.seed)
+        self.watch.lap("loading")
         with self._tail(broadcast.tail):
             loss = train(
-                self.model,
+                model,
                 self.tokenizer,
                 shard.train,
                 self.settings,
-                seed,
-                penalty=lambda: method.penalty(start, self.model.live()),
-                watch=watch,
+                task.seed,
+                penalty=lambda: task.method.penalty(task.start, model.live()),
+                watch=self.watch,
             )
-            metrics = {"train_loss": loss}
-            if broadcast.wants_validation and len(shard.validation) > 0:
-                scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
-                metrics["validation_loss"] = scores["loss"]
-                watch.lap("evaluation")
-        trained = method.finish(broadcast.round, start, self.model.read())
+            return self._update(task, loss)
+
+    def answer_together(self, blobs: Sequence[bytes], shards: Sequence[Shard]) -> list[bytes] | None:
+        """The updates of several clients that train in one pass; None where these can only train one by one.
+
+        Raises:
+            FedeltaError: if a broadcast does not fit the model or the base, or a client has nothing to train on.
+        """
+        tasks = [self._task(blob, shard) for blob, shard in zip(blobs, shards, strict=True)]
+        # A tail is in the base, which all of a stack share; a core has a basis in the place of B.
+        alone = any(task.broadcast.tail or "core" in task.broadcast.wire.train for task in tasks)
+        if alone or can_stack(self.model):
+            return None
+        clients = [
+            StackedClient(
+                task.start,
+                task.broadcast.heads,
+                task.shard.train,
+                task.seed,
+                frozenset(task.broadcast.wire.train),
+                partial(task.method.penalty, task.start),
+            )
+            for task in tasks
+        ]
+        self.watch.lap("loading")
+        updates = []
+        for task, trained in zip(
+            tasks, train_stacked(self.model, self.tokenizer, clients, self.settings, self.watch), strict=True
+        ):
+            self.model.load(trained.adapter, trained.heads)
+            updates.append(self._update(task, trained.loss))
+        return updates
+
+    def _task(self, blob: bytes, shard: Shard) -> "_Task":
+        broadcast = Broadcast.from_bytes(blob)
+        self.catch_up(broadcast.patch)
+        return _Task(
+            broadcast,
+            make_method(broadcast.method["name"], **broadcast.method["options"]),
+            broadcast.adapter(self.model.shapes, self.kept.get(broadcast.client)),
+            shard,
+            derive_seed(self.seed, "train", broadcast.round, broadcast.client),
+        )
+
+    def _update(self, task: "_Task", loss: float) -> bytes:
+        """What a client sends, after the training of what the model has loaded."""
+        broadcast, shard = task.broadcast, task.shard
+        wire, client = broadcast.wire, broadcast.client
+        metrics = {"train_loss": loss}
+        if broadcast.wants_validation and len(shard.validation) > 0:
+            scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
+            metrics["validation_loss"] = scores["loss"]
+            self.watch.lap("evaluation")
+        trained = task.method.finish(broadcast.round, task.start, self.model.read())
         # A client that diverged keeps what it had: its update will be refused too.
         if wire.keep and all(finite(pair.A) and finite(pair.B) for pair in trained.values()):
             self.kept[client] = trained
@@ -116,7 +173,7 @@ class Trainer:
             heads=self.model.head_tensors(),
             metrics=metrics,
         ).to_bytes()
-        watch.lap("messages")
+        self.watch.lap("messages")
         return update
 
     @contextmanager

@@ -19,7 +19,7 @@ from fedelta.config import Config, load_config, parse_config
 from fedelta.data import Corpus, build_corpus, build_data, label_classes
 from fedelta.engines import Observer
 from fedelta.engines.local import LocalEngine
-from fedelta.engines.measure import fastest_workers, total_gemm_rate
+from fedelta.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
 from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged, export_personal
@@ -98,20 +98,30 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     model = make_model(config, len(data.classes), tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
+    trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
     if checkpoint is None:
         state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
+        if config.training.stack == "auto":
+            ranks = [state.ranks[client] for client in server.sample(state)]
+            folder.settle_stack(fastest_stack(trainer, corpus.train, ranks) if model.device.type == "cuda" else 1)
         folder.begin(state)
     else:
         state = checkpoint.state
         if state.log.shapes != model.shapes or set(state.ranks) != set(data.shards):
             raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
-    trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
     trainer.kept.update(checkpoint.kept if checkpoint else {})
     workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
     if workers > 1 and not can_fork():
         raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")
     engine = LocalEngine(
-        server, trainer, data.shards, data.validation, folder, observer, Workers(workers, config.threads)
+        server,
+        trainer,
+        data.shards,
+        data.validation,
+        folder,
+        observer,
+        Workers(workers, config.threads),
+        folder.config["training"]["stack"],
     )
     observer.run_started(_title(config), state.round, config.rounds)
     state = engine.run(state, config.rounds, config.evaluation.every)

@@ -101,6 +101,8 @@ class RunFolder:
             return None
         checkpoint = load_checkpoint(self.checkpoint_file)
         state, before = checkpoint.state, checkpoint.config
+        if self.config["training"]["stack"] == "auto":
+            self.settle_stack(before.get("training", {}).get("stack", "auto"))
         changed = _first_difference(before, json.loads(json.dumps(self.config)))
         if changed:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
@@ -117,6 +119,10 @@ class RunFolder:
         if state.round < self.config["rounds"]:
             self.result_file.unlink(missing_ok=True)
         return checkpoint
+
+    def settle_stack(self, stack: int) -> None:
+        """Keep with the run what was measured for `training.stack: auto`: the choice changes bits."""
+        self.config["training"] = {**self.config["training"], "stack": stack}
 
     def finish_round(
         self, state: ServerState, kept: Mapping[str, Adapter], record: Mapping[str, Any], timing: Mapping[str, Any]

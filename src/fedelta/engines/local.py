@@ -4,7 +4,7 @@ Messages are serialised as on a wire, so that bytes are measured and a client se
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedelta.client import Trainer
@@ -33,6 +33,7 @@ class LocalEngine:
         folder: where rounds and checkpoints go.
         observer: is told of progress.
         workers: where clients train and the global model is evaluated.
+        stack: clients that train in one pass.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LocalEngine:
         folder: RunFolder,
         observer: Observer,
         workers: Workers,
+        stack: int = 1,
     ) -> None:
         self.server = server
         self.trainer = trainer
@@ -52,6 +54,7 @@ class LocalEngine:
         self.folder = folder
         self.observer = observer
         self.workers = workers
+        self.stack = stack
 
     def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end."""
@@ -73,24 +76,25 @@ class LocalEngine:
             self.trainer.model.prepare(rank)
 
         def replies() -> Iterator[Reply]:
-            results = self.workers.map(
-                lambda i: self._train(state, clients[i]), [self.shards[client].cost for client in clients]
-            )
-            for client, result in zip(clients, results, strict=True):
+            stacks = [clients[begin : begin + self.stack] for begin in range(0, len(clients), self.stack)]
+            costs = [sum(self.shards[client].cost for client in stack) for stack in stacks]
+            results = self.workers.map(lambda i: self._train(state, stacks[i]), costs)
+            for stack, result in zip(stacks, results, strict=True):
                 watch.lap("clients")
                 inside.add(result.facts["seconds"], result.facts["counts"])
-                down[client] = ByteCount(*result.facts["down"])
-                update = _update(client, result)
-                if isinstance(update, ClientUpdate):
-                    up[client] = count_bytes(result.blobs[0])
-                if result.blobs:
-                    # Whatever becomes of the update: this client has kept it.
-                    self.trainer.take_kept(client, result.blobs[1])
-                watch.lap("messages")
-                self.observer.client_done(client)
-                yield Reply(self.server.broadcast(state, client), update)
-                # Whatever ran since the reply was handed over is the server's folding it in.
-                watch.lap("aggregation")
+                if "alone" in result.facts:
+                    self.observer.warn(f"round {state.round}: {len(stack)} clients one by one: {result.facts['alone']}")
+                blobs = iter(result.blobs)
+                for client, facts in zip(stack, result.facts["clients"], strict=True):
+                    down[client] = ByteCount(*facts["down"])
+                    update = self._received(client, facts, blobs)
+                    if isinstance(update, ClientUpdate):
+                        up[client] = ByteCount(*facts["up"])
+                    watch.lap("messages")
+                    self.observer.client_done(client)
+                    yield Reply(self.server.broadcast(state, client), update)
+                    # Whatever ran since the reply was handed over is the server's folding it in.
+                    watch.lap("aggregation")
 
         after, outcome = self.server.step(state, replies())
         for client, reason in outcome.skipped.items():
@@ -110,25 +114,60 @@ class LocalEngine:
         self.observer.round_done(record)
         return after
 
-    def _train(self, state: ServerState, client: str) -> Result:
-        """One client's part of a round, in whichever process: bytes of its update, and what it keeps."""
+    def _train(self, state: ServerState, clients: Sequence[str]) -> Result:
+        """The part of some clients in a round, in whichever process: bytes of each update, and what it keeps."""
         watch = self.trainer.watch = Stopwatch()
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"clients": []}
         blobs: list[bytes] = []
-        blob = self.server.broadcast(state, client).to_bytes()
-        facts["down"] = count_bytes(blob)
+        down = {client: self.server.broadcast(state, client).to_bytes() for client in clients}
         watch.lap("messages")
-        try:
-            if self.server.drops_out(state, client):
-                raise TimeoutError("dropped out")
-            blobs = [self.trainer.answer(blob, self.shards[client]), self.trainer.kept_bytes(client)]
-        except FedeltaError as error:
-            facts["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
-        except Exception as error:
-            # A client may fail in any way; the round goes on without it, and says so.
-            facts["failed"] = f"{type(error).__name__}: {error}"
+        together = self._together({c: down[c] for c in clients if not self.server.drops_out(state, c)}, facts)
+        for client in clients:
+            mine: dict[str, Any] = {"down": count_bytes(down[client])}
+            try:
+                if self.server.drops_out(state, client):
+                    raise TimeoutError("dropped out")
+                update = together.get(client) or self.trainer.answer(down[client], self.shards[client])
+                mine["up"] = count_bytes(update)
+                blobs += [update, self.trainer.kept_bytes(client)]
+            except FedeltaError as error:
+                mine["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
+            except Exception as error:
+                # A client may fail in any way; the round goes on without it, and says so.
+                mine["failed"] = f"{type(error).__name__}: {error}"
+            facts["clients"].append(mine)
         facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
         return Result(facts, blobs)
+
+    def _together(self, blobs: Mapping[str, bytes], facts: dict[str, Any]) -> Mapping[str, bytes]:
+        """Updates of those that can train in one pass."""
+        if len(blobs) < 2:
+            return {}
+        kept = dict(self.trainer.kept)
+        try:
+            updates = self.trainer.answer_together(list(blobs.values()), [self.shards[client] for client in blobs])
+        except Exception as error:
+            # One of them failed, and alone it will be seen which. The others start where they started.
+            self.trainer.kept = kept
+            facts["alone"] = f"{type(error).__name__}: {error}"
+            return {}
+        return dict(zip(blobs, updates, strict=True)) if updates else {}
+
+    def _received(self, client: str, facts: Mapping[str, Any], blobs: Iterator[bytes]) -> ClientUpdate | Exception:
+        """A client's reply out of what a worker gave."""
+        if "failed" in facts:
+            return ClientFailed(client, facts["failed"])
+        if "refused" in facts:
+            return BadUpdate(client, facts["refused"])
+        update, kept = next(blobs), next(blobs)
+        # Whatever becomes of the update: this client has kept it.
+        self.trainer.take_kept(client, kept)
+        try:
+            return ClientUpdate.from_bytes(update, client)
+        except BadUpdate as error:
+            return error
+        except FedeltaError as error:
+            return BadUpdate(client, str(error))
 
     def evaluate(
         self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None
@@ -171,19 +210,6 @@ class LocalEngine:
         for begin in range(0, len(found), len(batches)):
             scores.update(score(examples, batches, found[begin : begin + len(batches)]))
         return {name: total / len(adapters) for name, total in scores.items()}
-
-
-def _update(client: str, result: Result) -> ClientUpdate | Exception:
-    if "failed" in result.facts:
-        return ClientFailed(client, result.facts["failed"])
-    if "refused" in result.facts:
-        return BadUpdate(client, result.facts["refused"])
-    try:
-        return ClientUpdate.from_bytes(result.blobs[0], client)
-    except BadUpdate as error:
-        return error
-    except FedeltaError as error:
-        return BadUpdate(client, str(error))
 
 
 def _record(

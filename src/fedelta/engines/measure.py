@@ -1,22 +1,75 @@
-"""How many workers are fastest on this machine, as it is loaded now."""
+"""How many workers, and how many clients in one pass, are fastest on this machine as it is loaded now."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 
+from fedelta.adapter import initial_adapter
 from fedelta.client import Trainer
 from fedelta.data import Examples
 from fedelta.engines.workers import Result, Workers, can_fork
+from fedelta.training import train
 from fedelta.training.flops import gemm_rate
+from fedelta.training.stacked import StackedClient, can_stack, train_stacked
 
 BETTER = 1.05
-"""More workers have to be faster by this factor to be taken."""
+"""More workers, or more clients in one pass, have to be faster by this factor to be taken."""
 
 
 def total_gemm_rate(workers: Workers, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of square products in all workers at once."""
     rates = workers.map(lambda _: Result({"rate": gemm_rate(dtype, device)}), [1.0] * workers.count)
     return sum(result.facts["rate"] for result in rates)
+
+
+def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], steps: int = 3) -> int:
+    """The number of clients in one pass with the most of them trained a second, out of 1, 2, 4, … and all of a round.
+
+    Args:
+        trainer: what its model has loaded is left behind changed.
+        examples: of which clients get as many as their steps need.
+        ranks: of the clients of a round.
+        steps: that each trains.
+    """
+    model = trainer.model
+    if can_stack(model):
+        return 1
+    heads = model.head_tensors()
+    settings = trainer.settings.model_copy(update={"steps": steps})
+    rows = min(len(examples), steps * settings.batch_size)
+    clients = [
+        StackedClient(
+            initial_adapter(model.shapes, rank, 0).with_scale(1.0),
+            heads,
+            examples.select([(i * rows + j) % len(examples) for j in range(rows)]),
+            seed=i,
+        )
+        for i, rank in enumerate(ranks)
+    ]
+
+    def one_by_one() -> None:
+        model.load(clients[0].adapter, heads)
+        train(model, trainer.tokenizer, clients[0].examples, settings, seed=0)
+
+    def stacked(size: int) -> None:
+        train_stacked(model, trainer.tokenizer, clients[:size], settings)
+
+    def seconds_each(size: int) -> float:
+        begin = time.perf_counter()
+        one_by_one() if size == 1 else stacked(size)
+        return (time.perf_counter() - begin) / size
+
+    best, fastest = 1, min(seconds_each(1) for _ in range(3))
+    for size in sorted({*(2**k for k in range(1, len(ranks).bit_length())), len(ranks)} - {1}):
+        try:
+            found = min(seconds_each(size) for _ in range(2))
+        except torch.OutOfMemoryError:
+            break
+        if found * BETTER > fastest:
+            break
+        best, fastest = size, found
+    return best
 
 
 def fastest_workers(trainer: Trainer, examples: Examples) -> int:

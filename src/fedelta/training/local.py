@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,8 @@ class TrainingSettings(Settings):
         max_grad_norm: gradients are clipped to this norm; None leaves them.
         micro_batches: a step goes through texts of like length together, which spares padding; its gradient is that
             of the whole batch.
+        stack: clients that train in one pass over the base, which is faster where each brings few tokens to a GPU;
+            equal to one by one up to rounding. `auto` measures on a GPU, once a run, and is 1 elsewhere.
     """
 
     epochs: int = Field(default=1, ge=1)
@@ -48,6 +50,7 @@ class TrainingSettings(Settings):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     micro_batches: bool = True
+    stack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class LocalSteps:

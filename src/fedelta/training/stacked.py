@@ -23,6 +23,8 @@ from fedelta.adapter import Adapter, LoraPair
 from fedelta.data import Examples
 from fedelta.dropout import Dropout, draw_mask
 from fedelta.model import LoraModel
+from fedelta.stopwatch import Stopwatch
+from fedelta.training.flops import count_texts
 from fedelta.training.local import LocalSteps, TrainingSettings
 
 
@@ -67,18 +69,29 @@ def can_stack(model: LoraModel) -> str | None:
 
 
 def train_stacked(
-    model: LoraModel, tokenizer: Any, clients: Sequence[StackedClient], settings: TrainingSettings
+    model: LoraModel,
+    tokenizer: Any,
+    clients: Sequence[StackedClient],
+    settings: TrainingSettings,
+    watch: Stopwatch | None = None,
 ) -> list[Trained]:
     """Train some clients at once; each ends where it would have ended alone, to rounding.
 
     Attention that drops out inside a fused kernel draws from one generator for all clients; elsewhere dropout, too, is
     that of each client alone.
 
+    Args:
+        model: prepared for some adapter; what it has loaded is left alone.
+        clients: that start together, of any ranks and sizes.
+        watch: counts the seconds of each phase, and tokens.
+
     Raises:
         ValueError: if the model can't be stacked.
+        FedeltaError: if a client has nothing to train on.
     """
     if reason := can_stack(model):
         raise ValueError(reason)
+    watch = watch or Stopwatch()
     stack = _Stack(model, clients)
     steps = [
         LocalSteps(stack.parameters[k], client.examples, settings, client.seed) for k, client in enumerate(clients)
@@ -92,15 +105,23 @@ def train_stacked(
             rows = {k: mine for k in range(len(clients)) if (mine := next(batches[k], None))}
             if not rows:
                 break
-            found = stack.losses(tokenizer, rows)
+            batch = stack.pad(tokenizer, rows)
+            for k, mine in rows.items():
+                watch.add({}, count_texts([clients[k].examples.length(row) for row in mine]))
+            watch.counts["padded_tokens"] += batch["input_ids"].numel()
+            watch.lap("batches")
+            found = stack.losses(batch, rows)
             total = torch.stack(list(found.values())).sum()
             for k in rows:
                 extra = clients[k].penalty(stack.adapter(k))
                 total = total if extra is None else total + extra
+            watch.lap("forward")
             total.backward()
+            watch.lap("backward")
             for k, loss in found.items():
                 steps[k].update()
                 losses[k].append(float(loss.detach()))
+            watch.lap("optimiser")
     return [
         Trained(stack.adapter(k).map(_copy), stack.heads(k), sum(losses[k]) / len(losses[k]))
         for k in range(len(clients))
@@ -137,7 +158,8 @@ class _Stack:
             for client in clients
         ]
         self.tensors = [
-            {name: nn.Parameter(tensor.to(device, copy=True)) for name, tensor in client.heads.items()}
+            # In a fixed order, whatever the message's was: norms are sums, and sums have an order.
+            {name: nn.Parameter(client.heads[name].to(device, copy=True)) for name in sorted(client.heads)}
             for client in clients
         ]
         self.generators = [torch.Generator(device).manual_seed(client.seed) for client in clients]
@@ -157,8 +179,8 @@ class _Stack:
     def heads(self, k: int) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors[k].items()}
 
-    def losses(self, tokenizer: Any, rows: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
-        """The mean loss of each client's rows."""
+    def pad(self, tokenizer: Any, rows: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """The rows of all clients as one batch, as many for each."""
         most = max(map(len, rows.values()))
         features: list[dict[str, list[int]]] = []
         sizes = []
@@ -170,7 +192,12 @@ class _Stack:
         self.batch = _Batch(list(rows), sizes)
         batch = Examples(features, [0] * len(features)).batch(range(len(features)), tokenizer, self.model.device)
         batch.pop("labels")
-        logits = self.model.peft(**batch).logits.view(len(rows), most, -1)
+        return batch
+
+    def losses(self, batch: Mapping[str, Tensor], rows: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """The mean loss of each client's rows."""
+        logits = self.model.peft(**batch).logits
+        logits = logits.view(len(rows), -1, logits.shape[-1])
         found = {}
         for place, (k, mine) in enumerate(rows.items()):
             labels = torch.tensor([self.clients[k].examples.labels[row] for row in mine], device=logits.device)
