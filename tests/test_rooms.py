@@ -10,7 +10,7 @@ FLOORS = [
     ["errors", "settings", "seeds", "atomic", "stopwatch", "__init__"],
     ["gram", "lowrank", "product_sum", "adapter"],
     ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
-    "data class_token base_model dropout model metrics training peft_io tensor_file peft_write".split(),
+    "data class_token base_model dropout model prefix metrics training peft_io tensor_file peft_write".split(),
     ["peft_folders", "aggregate", "server", "client", "checkpoint", "export", "engines", "tracking"],
     ["config", "runner", "report", "progress", "cli"],
 ]

@@ -15,6 +15,7 @@ from fedelta.methods import Method, make_method
 from fedelta.model import LoraModel
 from fedelta.packing import adapter_tensors, pack, take_adapter, unpack
 from fedelta.patch_log import PatchedBase, fold
+from fedelta.prefix import find_prefix
 from fedelta.seeds import derive_seed
 from fedelta.stopwatch import Stopwatch
 from fedelta.training import TrainingSettings, evaluate, train
@@ -47,6 +48,7 @@ class Trainer:
 
     Attributes:
         kept: client → the adapter that it ended its last round with, where the method has it keep factors.
+        prefix: of the model, if it has one; an engine decides of which texts it keeps activations.
         watch: counts seconds by phase, and tokens; an engine sets a new one for what it wants apart.
     """
 
@@ -61,6 +63,7 @@ class Trainer:
         self.base = PatchedBase()
         self.kept: dict[str, Adapter] = {}
         self.watch = Stopwatch()
+        self.prefix = find_prefix(model, tokenizer)
 
     def catch_up(self, delta: Any) -> None:
         """Fold the patches that this base has not seen."""
@@ -103,6 +106,7 @@ class Trainer:
                 task.seed,
                 penalty=lambda: task.method.penalty(task.start, model.live()),
                 watch=self.watch,
+                prefix=self.prefix,
             )
             return self._update(task, loss)
 

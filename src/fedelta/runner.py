@@ -122,6 +122,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         observer,
         Workers(workers, config.threads),
         folder.config["training"]["stack"],
+        config.model.prefix_cache * 1e9,
     )
     observer.run_started(_title(config), state.round, config.rounds)
     state = engine.run(state, config.rounds, config.evaluation.every)

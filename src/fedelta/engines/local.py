@@ -10,6 +10,7 @@ from typing import Any
 from fedelta.client import Trainer
 from fedelta.data import Examples, Shard
 from fedelta.engines.observer import Observer
+from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Result, Workers
 from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
 from fedelta.intake import Reply
@@ -34,6 +35,7 @@ class LocalEngine:
         observer: is told of progress.
         workers: where clients train and the global model is evaluated.
         stack: clients that train in one pass.
+        prefix_cache: bytes of activations below the lowest adapter that may be kept.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class LocalEngine:
         observer: Observer,
         workers: Workers,
         stack: int = 1,
+        prefix_cache: float = 0.0,
     ) -> None:
         self.server = server
         self.trainer = trainer
@@ -55,6 +58,7 @@ class LocalEngine:
         self.observer = observer
         self.workers = workers
         self.stack = stack
+        self.prefixes = Prefixes(trainer.prefix, workers, validation, shards, prefix_cache)
 
     def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end."""
@@ -74,6 +78,9 @@ class LocalEngine:
         for rank in sorted({state.ranks[client] for client in clients}):
             # Workers are forked from this process: what all of them need is made here, once.
             self.trainer.model.prepare(rank)
+        if self.trainer.prefix:
+            self.prefixes.fill([self.shards[client].train for client in clients])
+            watch.lap("prefix")
 
         def replies() -> Iterator[Reply]:
             stacks = [clients[begin : begin + self.stack] for begin in range(0, len(clients), self.stack)]
@@ -183,6 +190,7 @@ class LocalEngine:
         else:
             adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
         self.observer.evaluation_started(split, len(examples) * len(adapters))
+        self.prefixes.fill([examples])
         batches = list(examples.evaluation_order(self.trainer.evaluation_batch))
         model = self.trainer.model
         loaded = [0]
@@ -192,7 +200,7 @@ class LocalEngine:
             if which != loaded[0]:
                 model.load(adapters[which], state.heads)
                 loaded[0] = which
-            losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch])
+            losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch], self.trainer.prefix)
             counted = count_texts([examples.length(row) for row in batches[batch]])
             counts = {f"evaluated_{name}": count for name, count in counted.items()}
             return Result({"losses": losses, "predictions": predictions, "counts": counts})

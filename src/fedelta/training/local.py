@@ -15,6 +15,7 @@ from fedelta.data import Examples
 from fedelta.errors import FedeltaError
 from fedelta.metrics import classification_scores
 from fedelta.model import LoraModel
+from fedelta.prefix import Prefix, replayed
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings
 from fedelta.stopwatch import Stopwatch
@@ -108,6 +109,7 @@ def train(
     seed: int,
     penalty: Callable[[], Tensor | None] = lambda: None,
     watch: Stopwatch | None = None,
+    prefix: Prefix | None = None,
 ) -> float:
     """Train what the model has loaded, in place.
 
@@ -117,6 +119,7 @@ def train(
         seed: of the order of batches and of dropout.
         penalty: what a method adds to the loss, evaluated at each step; None is nothing.
         watch: counts the seconds of each phase, and tokens.
+        prefix: what it keeps of the examples is not computed again.
 
     Returns:
         Mean training loss over the steps, without the penalty.
@@ -139,7 +142,8 @@ def train(
                 count_tokens(watch, examples, part, batch)
                 watch.lap("batches")
                 # The model's loss is a mean over texts, so a part counts by its share of them.
-                loss = model.peft(**batch).loss * (len(part) / len(rows))
+                with replayed(prefix, examples, part, batch):
+                    loss = model.peft(**batch).loss * (len(part) / len(rows))
                 total += float(loss.detach())
                 watch.lap("forward")
                 loss.backward()
@@ -160,11 +164,14 @@ def count_tokens(watch: Stopwatch, examples: Examples, rows: Sequence[int], batc
 
 
 @torch.no_grad()
-def predict(model: LoraModel, tokenizer: Any, examples: Examples, rows: Sequence[int]) -> tuple[list[float], list[int]]:
+def predict(
+    model: LoraModel, tokenizer: Any, examples: Examples, rows: Sequence[int], prefix: Prefix | None = None
+) -> tuple[list[float], list[int]]:
     """Loss and predicted class of each of these texts, as one batch through the loaded model."""
     model.peft.eval()
     batch = examples.batch(rows, tokenizer, model.device)
-    logits = model.peft(**batch).logits.float()
+    with replayed(prefix, examples, rows, batch):
+        logits = model.peft(**batch).logits.float()
     return cross_entropy(logits, batch["labels"], reduction="none").tolist(), logits.argmax(-1).tolist()
 
 
