@@ -45,7 +45,7 @@ def test_kill_at_three_random_moments_and_resume_to_the_same_bytes(
 ) -> None:
     rounds = 40
     straight = run(tiny_config(name="straight", rounds=rounds, **FULL))
-    data = tiny_config(name="killed", rounds=rounds, **FULL).dump()
+    data = tiny_config(name="killed", rounds=rounds, workers=2, **FULL).dump()
     config = tmp_path / "killed.yaml"
     config.write_text(yaml.safe_dump(data))
     folder = tmp_path / "runs" / "killed"

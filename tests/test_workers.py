@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,36 @@ def test_no_worker_is_left_behind_when_nobody_wants_more() -> None:
     results.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_workers_end_with_their_parent_even_at_work(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from fedelta.engines.workers import Workers\n"
+        "def work(i):\n"
+        f"    (Path({str(tmp_path)!r}) / str(os.getpid())).touch()\n"
+        "    time.sleep(600)\n"
+        "list(Workers(2).map(work, [1.0] * 4))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    until = time.monotonic() + 60
+    while len(pids := [int(file.name) for file in tmp_path.iterdir()]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while any(_status(pid) != "Z" for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(pids) == 2
+    assert not any(_status(pid) != "Z" for pid in pids)
+
+
+def _status(pid: int) -> str:
+    """Its state, a letter; Z is one that has ended and that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
 
 
 @pytest.mark.parametrize("method", ["replication", "fedex", "fedsa"])

@@ -5,6 +5,7 @@ born with the base as it is folded, the adapters and the data of that moment, an
 Memory stays shared until it is written, which only an adapter, its gradients and activations are.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -22,6 +23,9 @@ from fedelta.errors import FedeltaError
 
 WINDOW = 16
 """Tasks for each worker among which the most expensive comes first; what waits for its turn is as little as that."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 class Result(NamedTuple):
@@ -90,7 +94,9 @@ class _Pool:
 
     def _fork(self) -> tuple[Connection, Any]:
         mine, its = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=_serve, args=(its, mine, self.work), daemon=True)
+        process = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(its, mine, self.work, os.getpid()), daemon=True
+        )
         with warnings.catch_warnings():
             # The other thread is that of a progress bar, whose locks a worker never takes.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -152,8 +158,11 @@ def _receive(connection: Connection) -> Result:
     return Result(facts, blobs)
 
 
-def _serve(connection: Connection, other_end: Connection, work: Work) -> None:
-    """A worker's life. Ctrl-C reaches it too, but it is the parent that ends it."""
+def _serve(connection: Connection, other_end: Connection, work: Work, parent: int) -> None:
+    """A worker's life. Ctrl-C reaches it too, but it is the parent that ends it, also by its death."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it died before
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     other_end.close()
