@@ -2,6 +2,7 @@
 
 python benchmarks/simulation.py                     everything
 python benchmarks/simulation.py --quick             one model, one batch size
+python benchmarks/simulation.py --steps 2           fewer steps a client than ten: the ratios are much the same
 python benchmarks/simulation.py --write             keep the tables in benchmarks/README.md
 """
 
@@ -19,15 +20,16 @@ from machine import Machine, keep, seconds, table
 from tokenizers import Tokenizer, models
 
 from fedelta.adapter import Adapter, initial_adapter
+from fedelta.class_token import read_class_token_alone
 from fedelta.data import Examples
 from fedelta.engines.measure import total_gemm_rate
 from fedelta.engines.workers import Result, Workers
 from fedelta.model import LoraModel, LoraSettings
 from fedelta.training import TrainingSettings, evaluate, predict, train
 from fedelta.training.flops import count_texts, text_cost
+from fedelta.training.stacked import StackedClient, train_stacked
 
 CLASSES = 4
-STEPS = 10
 AG_NEWS = [7, 24, 28, 30, 32, 33, 35, 36, 37, 39, 40, 41, 43, 44, 46, 47, 49, 51, 55, 61, 128]
 """Word pieces of AG News texts, cut at 128: every fifth percentile."""
 
@@ -58,9 +60,12 @@ MODELS = {
 }
 
 
-def lora_model(config: Any) -> LoraModel:
+def lora_model(config: Any, class_token_alone: bool) -> LoraModel:
     torch.manual_seed(0)
-    return LoraModel(transformers.AutoModelForSequenceClassification.from_config(config), LoraSettings())
+    base = transformers.AutoModelForSequenceClassification.from_config(config)
+    if class_token_alone:
+        read_class_token_alone(base)
+    return LoraModel(base, LoraSettings())
 
 
 def padder() -> Any:
@@ -79,59 +84,79 @@ def texts(count: int, seed: int) -> Examples:
 
 
 class Round:
-    """K clients with ten AdamW steps each, trained in one way or another."""
+    """K clients with some AdamW steps each, trained in one way or another.
 
-    def __init__(self, config: Any, clients: int, batch: int, ranks: list[int]) -> None:
-        self.model = lora_model(config)
+    Attributes:
+        plain: the model as Hugging Face has it, which the usual ways train.
+        model: the same with its last layer for the class token alone, which fedelta trains.
+    """
+
+    def __init__(self, config: Any, clients: int, batch: int, ranks: list[int], steps: int) -> None:
+        self.plain = lora_model(config, class_token_alone=False)
+        self.model = lora_model(config, class_token_alone=True)
         self.tokenizer = padder()
         self.heads = self.model.head_tensors()
-        self.shards = [texts(STEPS * batch, seed) for seed in range(clients)]
+        self.shards = [texts(steps * batch, seed) for seed in range(clients)]
         self.starts = [self._start(ranks[i % len(ranks)]) for i in range(clients)]
         for rank in set(ranks):
             self.model.prepare(rank)
-        self.settings = TrainingSettings(steps=STEPS, batch_size=batch)
+            self.plain.prepare(rank)
+        self.settings = TrainingSettings(steps=steps, batch_size=batch)
 
     def _start(self, rank: int) -> Adapter:
         return initial_adapter(self.model.shapes, rank, 0).with_scale(1.0)
 
-    def client(self, i: int, micro: bool = True, model: LoraModel | None = None) -> Result:
-        model = model or self.model
+    def client(self, i: int, model: LoraModel, micro: bool) -> Result:
         model.load(self.starts[i], self.heads)
         settings = self.settings.model_copy(update={"micro_batches": micro})
         train(model, self.tokenizer, self.shards[i], settings, seed=i)
         return Result({})
 
-    def swapped(self, micro: bool, workers: int = 1) -> None:
-        for _ in Workers(workers).map(partial(self.client, micro=micro), [1.0] * len(self.shards)):
+    def ours(self, workers: int = 1) -> None:
+        for _ in Workers(workers).map(lambda i: self.client(i, self.model, True), [1.0] * len(self.shards)):
             pass
+
+    def stacked(self) -> None:
+        """All clients in one pass."""
+        train_stacked(
+            self.model,
+            self.tokenizer,
+            [StackedClient(start, self.heads, self.shards[i], i) for i, start in enumerate(self.starts)],
+            self.settings,
+        )
+
+    def swapped(self) -> None:
+        """(b) adapters swapped in one model, batches padded to their longest text."""
+        for i in range(len(self.shards)):
+            self.client(i, self.plain, micro=False)
 
     def copied(self) -> None:
         """(a) a copy of the model for each client."""
         for i in range(len(self.shards)):
-            self.client(i, micro=False, model=copy.deepcopy(self.model))
+            self.client(i, copy.deepcopy(self.plain), micro=False)
 
     def trained_by_hugging_face(self) -> None:
         """(c) `Trainer`, one for each client, on the shared model."""
         for i, shard in enumerate(self.shards):
-            self.model.load(self.starts[i], self.heads)
+            self.plain.load(self.starts[i], self.heads)
             rows = [{**f, "labels": y} for f, y in zip(shard.features, shard.labels, strict=True)]
             with tempfile.TemporaryDirectory() as folder:
                 arguments = transformers.TrainingArguments(
                     output_dir=folder,
-                    max_steps=STEPS,
+                    max_steps=self.settings.steps or 0,
                     per_device_train_batch_size=self.settings.batch_size,
                     learning_rate=self.settings.learning_rate,
                     report_to=[],
                     save_strategy="no",
                     logging_strategy="no",
-                    use_cpu=self.model.device.type == "cpu",
+                    use_cpu=self.plain.device.type == "cpu",
                     disable_tqdm=True,
                 )
                 collator = transformers.DataCollatorWithPadding(self.tokenizer)
-                transformers.Trainer(self.model.peft, arguments, data_collator=collator, train_dataset=rows).train()
+                transformers.Trainer(self.plain.peft, arguments, data_collator=collator, train_dataset=rows).train()
 
     def limit(self, rate: float) -> float:
-        """Seconds at this rate for texts without padding."""
+        """Seconds at this rate for texts without padding and what the head reads."""
         cost = text_cost(self.model, self.tokenizer, training=True)
         return cost.of(count_texts([length for shard in self.shards for length in shard.lengths])) / rate
 
@@ -139,21 +164,24 @@ class Round:
 RANKS = {"8": [8], "4, 8, 16, 32": [4, 8, 16, 32]}
 
 
-def training(names: list[str], Ks: list[int], batches: list[int], all_ranks: list[str], rates: dict[int, float]) -> str:
+def training(
+    names: list[str], Ks: list[int], batches: list[int], all_ranks: list[str], steps: int, rates: dict[int, float]
+) -> str:
     rows = []
     for name in names:
         for clients in Ks:
             for batch in batches:
                 for label in all_ranks:
-                    work = Round(MODELS[name], clients, batch, RANKS[label])
+                    work = Round(MODELS[name], clients, batch, RANKS[label], steps)
                     ways: list[Callable[[], None]] = [
-                        partial(work.swapped, micro=False),
+                        work.swapped,
                         work.copied,
                         work.trained_by_hugging_face,
-                        partial(work.swapped, micro=True),
-                        partial(work.swapped, micro=True, workers=2),
+                        work.ours,
+                        partial(work.ours, workers=2),
+                        work.stacked,
                     ]
-                    padded, copied, trainer, ours, both = (seconds(way, repeats=2, enough=60) for way in ways)
+                    padded, copied, trainer, ours, both, stacked = (seconds(way, repeats=2, enough=10) for way in ways)
                     rows.append(
                         [
                             name,
@@ -167,26 +195,27 @@ def training(names: list[str], Ks: list[int], batches: list[int], all_ranks: lis
                             f"{work.limit(rates[1]) / ours:.0%}",
                             f"{ours / both:.2f}×",
                             f"{work.limit(rates[2]) / both:.0%}",
+                            f"{ours / stacked:.2f}×",
                         ]
                     )
                     print(" | ".join(rows[-1]), flush=True)
-    head = ["model", "K", "batch", "ranks", "(b) swapped, padded, s", "(a) deepcopy", "(c) Trainer", "micro-batches"]
-    return table([*head, "of the FLOP limit", "two workers", "of the FLOP limit of two"], rows)
+    head = ["model", "K", "batch", "ranks", "(b) swapped, padded, s", "(a) deepcopy", "(c) Trainer", "fedelta"]
+    return table([*head, "of the FLOP limit", "two workers", "of the FLOP limit of two", "all clients stacked"], rows)
 
 
 def evaluation(names: list[str], rates: dict[int, float]) -> str:
     rows = []
     for name in names:
-        work = Round(MODELS[name], 1, 2, [8])
+        work = Round(MODELS[name], 1, 2, [8], 1)
         examples = texts(1024, 99)
 
         def unsorted(work: Round = work, examples: Examples = examples) -> None:
             for begin in range(0, len(examples), 64):
                 rows = list(range(begin, min(begin + 64, len(examples))))
-                predict(work.model, work.tokenizer, examples, rows)
+                predict(work.plain, work.tokenizer, examples, rows)
 
-        plain = seconds(unsorted, repeats=2, enough=60)
-        ours = seconds(partial(evaluate, work.model, work.tokenizer, examples, 64), repeats=2, enough=60)
+        plain = seconds(unsorted, repeats=2, enough=20)
+        ours = seconds(partial(evaluate, work.model, work.tokenizer, examples, 64), repeats=2, enough=20)
         cost = text_cost(work.model, work.tokenizer, training=False)
         limit = cost.of(count_texts(examples.lengths)) / rates[1]
         rows.append([name, f"{plain:.2f}", f"{plain / ours:.2f}×", f"{limit / ours:.0%}"])
@@ -197,21 +226,23 @@ def evaluation(names: list[str], rates: dict[int, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="MiniLM, K = 10, batch 16, mixed ranks")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    names, Ks, batches, ranks = list(MODELS), [10, 20], [2, 8, 16, 32], list(RANKS)
+    names, Ks, batches, ranks = list(MODELS), [10, 20], [2, 8, 32], list(RANKS)
     if arguments.quick:
         names, Ks, batches, ranks = names[:1], [10], [16], ranks[1:]
     machine = Machine.measure()
     rates = {n: total_gemm_rate(Workers(n), torch.float32, torch.device("cpu")) for n in (1, 2)}
     note = (
-        f"{machine.describe()} Square products: {rates[1] / 1e9:.0f} GFLOP/s in one process, {rates[2] / 1e9:.0f} in 2."
+        f"{machine.describe()} Square: {rates[1] / 1e9:.0f} GFLOP/s in one process, {rates[2] / 1e9:.0f} in 2; "
+        f"{arguments.steps} steps a client"
     )
     print(note)
     for part, found in (
-        ("training", training(names, Ks, batches, ranks, rates)),
+        ("training", training(names, Ks, batches, ranks, arguments.steps, rates)),
         ("evaluation", evaluation(names, rates)),
     ):
         print(f"\n{found}\n", flush=True)
