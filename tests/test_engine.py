@@ -12,7 +12,7 @@ from fedelta.adapter import lora_scale
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
 from fedelta.engines import Observer
-from fedelta.engines.local import LocalEngine
+from fedelta.engines.evaluation import Evaluator
 from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.methods import make_method, methods
@@ -393,11 +393,11 @@ def test_a_bf16_base_runs_with_fp32_messages(
 def test_an_engine_refuses_to_judge_a_model_on_a_stale_base(tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedex"))
     state, *_ = load_checkpoint(finished.folder.checkpoint_file)
-    engine = LocalEngine.__new__(LocalEngine)
-    engine.trainer = Trainer.__new__(Trainer)
-    engine.trainer.base = PatchedBase()
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.trainer = Trainer.__new__(Trainer)
+    evaluator.trainer.base = PatchedBase()
     with pytest.raises(FedeltaError, match="base is at version 0, the server at 3"):
-        engine.evaluate(state, None, "test")  # type: ignore[arg-type]
+        evaluator.evaluate(state, None, "test")  # type: ignore[arg-type]
 
 
 def test_rounds_hold_no_timings_and_timings_no_scores(tiny_config: Any) -> None:

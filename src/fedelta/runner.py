@@ -18,8 +18,10 @@ from fedelta.client import Trainer
 from fedelta.config import Config, load_config, parse_config
 from fedelta.data import Corpus, build_corpus, build_data, label_classes
 from fedelta.engines import Observer
+from fedelta.engines.evaluation import Evaluator
 from fedelta.engines.local import LocalEngine
 from fedelta.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
+from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged, export_personal
@@ -113,16 +115,18 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
     if workers > 1 and not can_fork():
         raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")
+    pool = Workers(workers, config.threads)
+    prefixes = Prefixes(trainer.prefix, pool, data.validation, data.shards, config.model.prefix_cache * 1e9)
+    evaluator = Evaluator(server, trainer, pool, observer, prefixes)
     engine = LocalEngine(
         server,
         trainer,
-        data.shards,
+        evaluator,
         data.validation,
         folder,
         observer,
-        Workers(workers, config.threads),
-        folder.config["training"]["stack"],
-        config.model.prefix_cache * 1e9,
+        shards=data.shards,
+        stack=folder.config["training"]["stack"],
     )
     observer.run_started(_title(config), state.round, config.rounds)
     state = engine.run(state, config.rounds, config.evaluation.every)
@@ -135,8 +139,8 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         "classes": data.classes,
         "clients": {client: len(shard.train) for client, shard in data.shards.items()},
         "majority": _majority(corpus),
-        "validation": records[-1]["validation"] or engine.evaluate(state, data.validation, "validation"),
-        "test": engine.evaluate(state, data.test, "test"),
+        "validation": records[-1]["validation"] or evaluator.evaluate(state, data.validation, "validation"),
+        "test": evaluator.evaluate(state, data.test, "test"),
         "adapter_rank": exported.rank,
         "lora_parameters": {
             str(rank): state.method.adapter.truncate(rank).parameters for rank in sorted(set(state.ranks.values()))
@@ -145,7 +149,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     folder.finish(finished)
     if not profile:
         return Run(config, folder, records, finished)
-    found = read_profile(folder, _limit(trainer, engine.workers))
+    found = read_profile(folder, _limit(trainer, pool))
     write_file(folder.path / "profile.json", found.to_json() + "\n")
     return Run(config, folder, records, finished, found)
 

@@ -1,0 +1,78 @@
+"""The server's evaluation of the global model, its batches shared out to workers."""
+
+from collections import Counter
+
+from fedelta.client import Trainer
+from fedelta.data import Examples
+from fedelta.engines.observer import Observer
+from fedelta.engines.prefixes import Prefixes
+from fedelta.engines.workers import Result, Workers
+from fedelta.errors import FedeltaError
+from fedelta.server import Server, ServerState
+from fedelta.stopwatch import Stopwatch
+from fedelta.training import predict, score
+from fedelta.training.flops import count_texts
+
+
+class Evaluator:
+    """Scores of the model that a state stands for.
+
+    Args:
+        server: the rules.
+        trainer: whose model and base are used.
+        workers: among which batches are shared out.
+        observer: is told of progress.
+        prefixes: what need not be computed again.
+    """
+
+    def __init__(
+        self, server: Server, trainer: Trainer, workers: Workers, observer: Observer, prefixes: Prefixes
+    ) -> None:
+        self.server = server
+        self.trainer = trainer
+        self.workers = workers
+        self.observer = observer
+        self.prefixes = prefixes
+
+    def evaluate(
+        self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None
+    ) -> dict[str, float]:
+        """Scores of the global model: base with all patches, adapter at rank R, heads.
+
+        Where clients keep factors of their own there is no such model: the mean of the scores of each client's own.
+        """
+        if self.trainer.base.version != state.log.version:
+            raise FedeltaError(f"base is at version {self.trainer.base.version}, the server at {state.log.version}")
+        if self.server.method.personal:
+            adapters = list(self.server.personal_adapters(state, self.trainer.kept).values())
+        else:
+            adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
+        self.observer.evaluation_started(split, len(examples) * len(adapters))
+        self.prefixes.fill([examples])
+        batches = list(examples.evaluation_order(self.trainer.evaluation_batch))
+        model = self.trainer.model
+        loaded = [0]
+
+        def judge(task: int) -> Result:
+            which, batch = divmod(task, len(batches))
+            if which != loaded[0]:
+                model.load(adapters[which], state.heads)
+                loaded[0] = which
+            losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch], self.trainer.prefix)
+            counted = count_texts([examples.length(row) for row in batches[batch]])
+            counts = {f"evaluated_{name}": count for name, count in counted.items()}
+            return Result({"losses": losses, "predictions": predictions, "counts": counts})
+
+        # Workers inherit what is loaded; with one adapter a side, nothing is left to load.
+        model.load(adapters[0], state.heads)
+        costs = [float(len(rows) * max(examples.length(row) for row in rows)) for rows in batches] * len(adapters)
+        found: list[tuple[list[float], list[int]]] = []
+        for result in self.workers.map(judge, costs):
+            found.append((result.facts["losses"], result.facts["predictions"]))
+            if watch is not None:
+                watch.add({}, result.facts["counts"])
+            self.observer.evaluation_advanced(len(result.facts["losses"]))
+        scores: Counter[str] = Counter()
+        for begin in range(0, len(found), len(batches)):
+            scores.update(score(examples, batches, found[begin : begin + len(batches)]))
+        return {name: total / len(adapters) for name, total in scores.items()}
