@@ -3,7 +3,7 @@
 import functools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from fedelta.base_model import load_base, load_tokenizer, longest_text
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
 from fedelta.config import Config, load_config, parse_config
-from fedelta.data import Corpus, build_corpus, build_data, label_classes
+from fedelta.data import Corpus, FederatedData, build_corpus, build_data, label_classes
 from fedelta.engines import Observer
 from fedelta.engines.evaluation import Evaluator
 from fedelta.engines.local import LocalEngine
 from fedelta.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
 from fedelta.engines.prefixes import Prefixes
+from fedelta.engines.rounds import Engine
 from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged, export_personal
@@ -72,18 +73,40 @@ def _corpus(key: str) -> tuple[Corpus, Any]:
     return build_corpus(config.data, tokenizer, splits, values, names), tokenizer
 
 
-def run(config: Config, *, resume: bool = False, observer: Observer | None = None, profile: bool = False) -> Run:
+def prepare(config: Config) -> tuple[Trainer, FederatedData]:
+    """A warm model and the rows of everyone, as a configuration has them.
+
+    Raises:
+        FedeltaError: if the model or the data are not there, or do not fit each other.
+    """
+    torch.set_num_threads(config.threads)
+    corpus, tokenizer = _corpus(_corpus_key(config))
+    data = build_data(corpus, config.data, config.partition, config.seed)
+    model = make_model(config, len(data.classes), tokenizer)
+    if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
+        raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
+    return Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed), data
+
+
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    profile: bool = False,
+    engine: Callable[..., Engine] = LocalEngine,
+) -> Run:
     """Run a configuration to its end and leave its folder.
 
     Args:
         resume: go on from the checkpoint in the run's folder, if there is one.
+        engine: what carries messages, made from what `LocalEngine` is made of.
         profile: measure in the end what the machine could have done at best, and leave `profile.json`.
 
     Raises:
         FedeltaError: for bad input; whatever rounds had finished are kept.
     """
     observer = observer or Observer()
-    torch.set_num_threads(config.threads)
     folder = RunFolder(config.folder, config.dump())
     server = make_server(config)
     if resume:
@@ -95,12 +118,8 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     else:
         folder.refuse_existing()
         checkpoint = None
-    corpus, tokenizer = _corpus(_corpus_key(config))
-    data = build_data(corpus, config.data, config.partition, config.seed)
-    model = make_model(config, len(data.classes), tokenizer)
-    if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
-        raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
-    trainer = Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
+    trainer, data = prepare(config)
+    corpus, model = _corpus(_corpus_key(config))[0], trainer.model
     if checkpoint is None:
         state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
         if config.training.stack == "auto":
@@ -118,18 +137,19 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     pool = Workers(workers, config.threads)
     prefixes = Prefixes(trainer.prefix, pool, data.validation, data.shards, config.model.prefix_cache * 1e9)
     evaluator = Evaluator(server, trainer, pool, observer, prefixes)
-    engine = LocalEngine(
+    rounds = engine(
         server,
         trainer,
         evaluator,
         data.validation,
         folder,
         observer,
+        clients=sorted(data.shards),
         shards=data.shards,
         stack=folder.config["training"]["stack"],
     )
     observer.run_started(_title(config), state.round, config.rounds)
-    state = engine.run(state, config.rounds, config.evaluation.every)
+    state = rounds.run(state, config.rounds, config.evaluation.every)
     exported = _export(folder.adapter_folder, server, state, trainer.kept, model)
     records = folder.records()
     finished: Result = {

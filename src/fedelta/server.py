@@ -179,8 +179,12 @@ class Server:
         rng = np.random.default_rng(derive_seed(self.seed, "dropout", state.round, client))
         return bool(rng.random() < self.settings.dropout)
 
-    def broadcast(self, state: ServerState, client: str) -> Broadcast:
-        """What this client is sent: the adapter at its rank and scale, and what its base has not seen."""
+    def broadcast(self, state: ServerState, client: str, since: int | None = None) -> Broadcast:
+        """What this client is sent: the adapter at its rank and scale, and what its base has not seen.
+
+        Args:
+            since: the version of its base; None is the one that it is known to hold.
+        """
         rank = state.ranks[client]
         scale = self.scale(rank)
         tailored = self.method.tailor(state.method, ClientView(client, rank))
@@ -197,7 +201,7 @@ class Server:
             tail=tailored.tail,
             indices=None if tailored.indices is None else tuple(tailored.indices.tolist()),
             heads=state.heads,
-            patch=state.log.since(state.versions[client]),
+            patch=state.log.since(state.versions[client] if since is None else since),
             wants_validation=self.ranks.allocation == "loss" and client not in state.first_losses,
         )
 

@@ -24,7 +24,7 @@ class LocalEngine(Engine):
         stack: clients that train in one pass.
     """
 
-    def __init__(self, *arguments: Any, shards: Mapping[str, Shard], stack: int = 1) -> None:
+    def __init__(self, *arguments: Any, clients: Sequence[str], shards: Mapping[str, Shard], stack: int) -> None:  # noqa: ARG002
         super().__init__(*arguments)
         self.shards = shards
         self.stack = stack

@@ -1,0 +1,44 @@
+"""Flower's side of a site: hands each message to the warm trainer beside it, and the answer back."""
+
+import time
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedelta.engines.flower.relay import ask
+
+RESTART_S = 120.0
+"""How long a message waits for a trainer that is being restarted."""
+
+app = ClientApp()
+
+
+def _relay(message: Message, context: Context, kind: str) -> Message:
+    node = context.node_config
+    facts = {"kind": kind, "clients": str(node["clients"]).split(",")}
+    request = message.content.config_records.get("message", ConfigRecord())
+    blob = request.get("blob", b"")
+    until = time.monotonic() + RESTART_S
+    while True:
+        try:
+            answer, found = ask(str(node["trainer"]), facts, blob if isinstance(blob, bytes) else b"")
+            break
+        except OSError:
+            # It died, before or at work. Whoever keeps the site restarts it, and training again gives the same.
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+    record = ConfigRecord({"blob": found, **{key: value for key, value in answer.items() if value is not None}})
+    return Message(content=RecordDict({"message": record}), reply_to=message)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Which clients live here, and which base version they hold."""
+    return _relay(message, context, "query")
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """A broadcast in, an update out."""
+    return _relay(message, context, "train")
