@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,22 @@ Arguments = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished round, if there is one.")]
 
 
+class EngineName(StrEnum):
+    """What carries messages between server and clients."""
+
+    local = "local"
+    flower = "flower"
+
+
+def _flower() -> Any:
+    """Flower's engine, if it is installed."""
+    try:
+        from fedelta.engines.flower import deployment
+    except ModuleNotFoundError as error:
+        raise FedeltaError(f"--engine flower needs the extra: pip install 'fedelta[flower]' ({error})") from error
+    return deployment
+
+
 def _config(arguments: list[str] | None) -> Any:
     from fedelta.config import load_config
 
@@ -70,6 +87,9 @@ def run(
     arguments: Arguments = None,
     resume: Resume = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
+    engine: Annotated[EngineName, typer.Option(help="One process and its workers, or Flower's on this machine.")] = (
+        EngineName.local
+    ),
 ) -> None:
     """Train one configuration to its end."""
     from fedelta.progress import TerminalProgress
@@ -78,7 +98,12 @@ def run(
 
     config = _config(arguments)
     with TerminalProgress(err) as progress:
-        finished = run_config(config, resume=resume, observer=progress, profile=profile)
+        if engine is EngineName.flower:
+            if profile:
+                raise FedeltaError("--profile is of the local engine")
+            finished = _flower().run_on_loopback(config, resume, progress)
+        else:
+            finished = run_config(config, resume=resume, observer=progress, profile=profile)
     _finish([finished], config.folder)
     if finished.profile is not None:
         out.print(profile_table(finished.profile))

@@ -15,7 +15,12 @@ from typing import Any
 import yaml
 
 from fedelta.config import Config
+from fedelta.engines.flower.events import EventReader
+from fedelta.engines.flower.relay import ask
+from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
+from fedelta.runner import Run, open_run
+from fedelta.tracking import RunFolder
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -24,6 +29,8 @@ ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 START_S = 60.0
+STATUS_S = 15.0
+"""Seconds between two questions to Flower, each of which starts a process of some seconds."""
 
 
 def free_port() -> int:
@@ -51,7 +58,11 @@ def process(command: Sequence[str], environment: dict[str, str], log: Path) -> I
 
 
 def tool(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
+    """The path of one of Flower's commands, beside this Python."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise FedeltaError(f"--engine flower needs the extra: pip install 'fedelta[flower]' (no {path})")
+    return str(path)
 
 
 def write_app(folder: Path) -> None:
@@ -74,20 +85,29 @@ clientapp = "fedelta.engines.flower.client_app:app"
 
 [tool.flwr.app.config]
 config = ""
+events = ""
 deadline = 3600.0
 resume = false
 """
     )
 
 
-def run_on_loopback(config: Config, clients: Sequence[str], resume: bool, deadline: float = 600.0) -> None:
-    """Run a configuration with a node for each client.
+def run_on_loopback(config: Config, resume: bool, observer: Observer, deadline: float = 3600.0) -> Run:
+    """Run a configuration with a node for each client, all processes on this machine.
+
+    Args:
+        resume: go on from the checkpoint in the run's folder.
+        observer: is told of progress.
+        deadline: seconds of a round.
 
     Raises:
-        FedeltaError: if a process does not start, or the run fails.
+        FedeltaError: if a process does not start or ends early, or the run fails.
     """
+    folder = RunFolder(config.folder, config.dump())
+    if not resume:
+        folder.refuse_existing()
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
         logs = config.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(scratch / "flwr")}
@@ -97,36 +117,50 @@ def run_on_loopback(config: Config, clients: Sequence[str], resume: bool, deadli
         port = free_port()
         (scratch / "flwr").mkdir()
         (scratch / "flwr" / "config.toml").write_text(
-            f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+            '[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\n'
+            f'address = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        link = [
-            tool("flower-superlink"),
-            "--insecure",
-            "--port",
-            str(port),
-            "--disable-runtime-dependency-installation",
-        ]
-        stack.enter_context(process(link, environment, logs / "superlink.log"))
-        path = scratch / "trainer" / "socket"
-        trainer = [sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), str(path)]
-        stack.enter_context(process(trainer, environment, logs / "trainer.log"))
-        for client in clients:
-            node = [tool("flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            node += ["--port", str(free_port()), "--node-config", f'clients="{client}" trainer="{path}"']
-            stack.enter_context(process(node, environment, logs / f"node-{client}.log"))
-        settings = f'config="{file}" resume={str(resume).lower()} deadline={deadline}'
+
+        def start(name: str, *command: str) -> subprocess.Popen[bytes]:
+            return stack.enter_context(process(command, environment, logs / f"{name}.log"))
+
+        watched = {"superlink": start("superlink", tool("flower-superlink"), "--insecure", "--port", str(port))}
+        path = str(scratch / "trainer" / "socket")
+        watched["trainer"] = start(
+            "trainer", sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), path
+        )
+        for client in _clients(path, watched["trainer"], logs / "trainer.log"):
+            settings = f'clients="{client}" trainer="{path}"'
+            here = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
+            watched[f"node-{client}"] = start(
+                f"node-{client}", tool("flower-supernode"), "--insecure", *here, "--node-config", settings
+            )
+        events = scratch / "events.jsonl"
+        settings = f'config="{file}" events="{events}" resume={str(resume).lower()} deadline={deadline}'
         _submit(scratch, settings, environment)
-        _wait(environment)
+        _follow(EventReader(events, observer), environment, watched, logs)
+    return open_run(config.folder)
 
 
-def _flwr(arguments: Sequence[str], environment: dict[str, str], cwd: Path | None = None) -> Any:
+def _clients(path: str, trainer: subprocess.Popen[bytes], log: Path) -> list[str]:
+    """The clients whose rows the trainer has read, once it is up."""
+    while True:
+        try:
+            return list(ask(path, {"kind": "query", "clients": []})[0]["clients"])
+        except OSError:
+            if trainer.poll() is not None:
+                raise FedeltaError(f"the trainer ended: {_last_line(log)}") from None
+            time.sleep(0.1)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"{log} is empty"
+
+
+def _flwr(arguments: Sequence[str], environment: dict[str, str]) -> Any:
     done = subprocess.run(
-        [tool("flwr"), *arguments, "--format", "json"],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
+        [tool("flwr"), *arguments, "--format", "json"], env=environment, capture_output=True, text=True, check=False
     )
     try:
         return json.loads(done.stdout)
@@ -135,6 +169,7 @@ def _flwr(arguments: Sequence[str], environment: dict[str, str], cwd: Path | Non
 
 
 def _submit(scratch: Path, settings: str, environment: dict[str, str]) -> None:
+    """Hand the app to the SuperLink, as soon as that is up."""
     until = time.monotonic() + START_S
     while True:
         found = _flwr(["run", str(scratch / "app"), "loopback", "--run-config", settings], environment)
@@ -145,12 +180,24 @@ def _submit(scratch: Path, settings: str, environment: dict[str, str]) -> None:
         time.sleep(0.5)
 
 
-def _wait(environment: dict[str, str]) -> None:
+def _follow(
+    events: EventReader, environment: dict[str, str], watched: dict[str, subprocess.Popen[bytes]], logs: Path
+) -> None:
+    """Tell of progress until the run ends."""
+    asked = time.monotonic()
     while True:
-        found = _flwr(["list", "loopback"], environment)
-        status = found["runs"][0]["status"]
-        if status.startswith("finished"):
-            if status != "finished:completed":
-                raise FedeltaError(f"the run ended as {status}")
+        events.catch_up()
+        if events.failure is not None:
+            raise FedeltaError(events.failure)
+        if events.finished:
             return
-        time.sleep(1)
+        for name in ("superlink", "trainer"):
+            if watched[name].poll() is not None:
+                raise FedeltaError(f"{name} ended: {_last_line(logs / f'{name}.log')}")
+        if time.monotonic() - asked > STATUS_S:
+            status = _flwr(["list", "loopback"], environment)["runs"][0]["status"]
+            asked = time.monotonic()
+            events.catch_up()
+            if status.startswith("finished") and not events.finished:
+                raise FedeltaError(events.failure or f"Flower ended the run as {status}; see {logs}")
+        time.sleep(0.1)

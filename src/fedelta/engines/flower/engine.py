@@ -26,7 +26,7 @@ class FlowerEngine(Engine):
         deadline: seconds after which a round goes on without those who have not answered.
     """
 
-    def __init__(self, *arguments: Any, grid: Grid, clients: Sequence[str], deadline: float) -> None:
+    def __init__(self, *arguments: Any, grid: Grid, clients: Sequence[str], deadline: float, **_: Any) -> None:
         super().__init__(*arguments)
         self.grid = grid
         self.deadline = deadline

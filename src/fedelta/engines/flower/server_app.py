@@ -1,5 +1,6 @@
 """Flower's side of the server: a run whose rounds go over its grid."""
 
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -7,6 +8,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedelta.config import load_config
 from fedelta.engines.flower.engine import FlowerEngine
+from fedelta.engines.flower.events import EventFile
+from fedelta.errors import in_one_line
 from fedelta.runner import run
 
 app = ServerApp()
@@ -16,9 +19,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the configuration that `flwr run` names."""
     settings = context.run_config
-    config = load_config(Path(str(settings["config"])))
-
-    def over_grid(*arguments, clients, **_):  # type: ignore[no-untyped-def]
-        return FlowerEngine(*arguments, grid=grid, clients=clients, deadline=float(settings["deadline"]))
-
-    run(config, resume=bool(settings["resume"]), engine=over_grid)
+    events = EventFile(Path(str(settings["events"])))
+    try:
+        config = load_config(Path(str(settings["config"])))
+        engine = partial(FlowerEngine, grid=grid, deadline=float(settings["deadline"]))
+        run(config, resume=bool(settings["resume"]), observer=events, engine=engine)
+        events.finished()
+    except Exception as error:
+        events.failed(in_one_line(error))
+        raise

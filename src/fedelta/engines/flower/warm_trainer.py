@@ -19,7 +19,7 @@ from fedelta.runner import prepare
 def answer(trainer: Trainer, shards: dict[str, Shard], facts: dict[str, Any], blob: bytes) -> tuple[dict, bytes]:
     """What a message gets back: facts, and an update if it asked for one."""
     if facts["kind"] == "query":
-        return {"clients": facts["clients"], "version": trainer.base.version}, b""
+        return {"clients": facts["clients"] or sorted(shards), "version": trainer.base.version}, b""
     try:
         broadcast = Broadcast.from_bytes(blob)
         if broadcast.client not in facts["clients"] or broadcast.client not in shards:

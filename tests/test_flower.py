@@ -1,0 +1,164 @@
+"""Flower's processes on this machine: what they give is what one process gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("flwr.serverapp")
+
+from fedelta.engines.flower.deployment import run_on_loopback
+from fedelta.engines.flower.events import EventFile, EventReader
+from fedelta.engines.flower.relay import RelayError, ask, listen, receive, send
+from fedelta.engines.observer import Observer
+from fedelta.errors import FedeltaError
+from fedelta.runner import Run, run
+
+MIXED = {
+    "method": "fedex",
+    "partition": {"kind": "iid", "clients": 3},
+    "ranks": {"allocation": "fixed", "per_client": [2, 4, 3]},
+    "federation": {"participation": 0.67},
+}
+
+
+def files(finished: Run) -> list[bytes]:
+    folder = finished.folder
+    return [folder.rounds_file.read_bytes(), (folder.adapter_folder / "adapter_model.safetensors").read_bytes()]
+
+
+class Seen(Observer):
+    def __init__(self) -> None:
+        self.rounds: list[int] = []
+
+    def round_done(self, record: Any) -> None:
+        self.rounds.append(record["round"])
+
+
+@pytest.mark.slow
+def test_a_loopback_deployment_gives_the_bytes_of_one_process(tiny_config: Any) -> None:
+    alone = run(tiny_config(name="alone", rounds=4, **MIXED))
+    seen = Seen()
+    apart = run_on_loopback(tiny_config(name="apart", rounds=4, **MIXED), resume=False, observer=seen)
+    assert files(apart) == files(alone)
+    assert apart.result == alone.result
+    assert seen.rounds == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_flower_with_blank_nodes(tiny_config: Any) -> None:
+    whole = run(tiny_config(name="whole", rounds=4, **MIXED))
+    run(tiny_config(name="parts", rounds=2, **MIXED))
+    parts = run_on_loopback(tiny_config(name="parts", rounds=4, **MIXED), resume=True, observer=Observer())
+    found = [{k: v for k, v in r.items() if not k.startswith("bytes")} for r in parts.records]
+    # Bytes differ: a node that is blank is sent the patches that it has missed.
+    assert found == [{k: v for k, v in r.items() if not k.startswith("bytes")} for r in whole.records]
+    assert files(parts)[1] == files(whole)[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_why_and_leaves_no_process(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(name="bad", **{**MIXED, "data": {"source": str(tmp_path / "absent.csv")}})
+    with pytest.raises(FedeltaError, match="absent"):
+        run_on_loopback(config, resume=False, observer=Observer())
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout.split()
+    assert set(left) <= {str(os.getpid())}
+
+
+def test_what_one_process_is_told_another_hears(tmp_path: Path) -> None:
+    heard: list[Any] = []
+
+    class Listener(Observer):
+        def __getattribute__(self, name: str) -> Any:
+            return lambda *arguments: heard.append((name, *arguments))
+
+    writer, reader = EventFile(tmp_path / "events"), EventReader(tmp_path / "events", Listener())
+    reader.catch_up()
+    writer.run_started("fedex", 0, 3)
+    writer.clients_started(0, 2)
+    reader.catch_up()
+    with (tmp_path / "events").open("a") as stream:
+        stream.write('["warn", "half')
+    reader.catch_up()
+    with (tmp_path / "events").open("a") as stream:
+        stream.write(' a line"]\n')
+    writer.client_done("a")
+    writer.evaluation_started("test", 9)
+    writer.evaluation_advanced(9)
+    writer.round_done({"round": 0, "ü": None})
+    assert not reader.finished
+    writer.finished()
+    reader.catch_up()
+    assert heard == [
+        ("run_started", "fedex", 0, 3),
+        ("clients_started", 0, 2),
+        ("warn", "half a line"),
+        ("client_done", "a"),
+        ("evaluation_started", "test", 9),
+        ("evaluation_advanced", 9),
+        ("round_done", {"round": 0, "ü": None}),
+    ]
+    assert reader.finished
+    assert reader.failure is None
+    writer.failed("no disk")
+    reader.catch_up()
+    assert reader.failure == "no disk"
+
+
+def test_only_the_owner_reaches_a_trainer(tmp_path: Path) -> None:
+    with listen(tmp_path / "own" / "socket"):
+        assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / "own" / "socket").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_message_ends_where_it_says(tmp_path: Path) -> None:
+    import socket
+    import threading
+
+    server = listen(tmp_path / "own" / "socket")
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection:
+            facts, blob = receive(connection)
+            send(connection, {**facts, "size": len(blob)}, blob[::-1])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    blob = bytes(range(256)) * 40_000
+    assert ask(str(tmp_path / "own" / "socket"), {"kind": "train"}, blob) == (
+        {"kind": "train", "size": len(blob)},
+        blob[::-1],
+    )
+    thread.join()
+    mine, other = socket.socketpair()
+    other.sendall((2**40).to_bytes(8, "big"))
+    with pytest.raises(RelayError, match="1099511627776 bytes, expected at most"):
+        receive(mine)
+    other.sendall((9).to_bytes(8, "big") + b"short")
+    other.close()
+    with pytest.raises(RelayError, match="ended within"):
+        receive(mine)
+
+
+def test_the_client_app_starts_without_torch() -> None:
+    code = "import sys, fedelta.engines.flower.client_app; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_it(tiny_config: Any, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(name="cli", rounds=1, **MIXED).dump()))
+    done = subprocess.run(
+        [sys.executable, "-m", "fedelta.cli", "run", str(config), "--engine", "flower"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fedex" in done.stdout
