@@ -103,7 +103,7 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
         state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
         if config.training.stack == "auto":
             ranks = [state.ranks[client] for client in server.sample(state)]
-            folder.settle_stack(fastest_stack(trainer, corpus.train, ranks) if model.device.type == "cuda" else 1)
+            folder.settle_stack(fastest_stack(trainer, corpus.train, ranks))
         folder.begin(state)
     else:
         state = checkpoint.state
@@ -145,16 +145,16 @@ def run(config: Config, *, resume: bool = False, observer: Observer | None = Non
     folder.finish(finished)
     if not profile:
         return Run(config, folder, records, finished)
-    found = read_profile(folder, _limit(trainer, engine.workers))
+    found = read_profile(folder, _limit(trainer, engine))
     write_file(folder.path / "profile.json", found.to_json() + "\n")
     return Run(config, folder, records, finished, found)
 
 
-def _limit(trainer: Trainer, workers: Workers) -> Limit:
-    model = trainer.model
-    training, evaluation = (text_cost(model, trainer.tokenizer, train) for train in (True, False))
-    dtype = next(model.peft.parameters()).dtype
-    return Limit(training, evaluation, total_gemm_rate(workers, dtype, model.device), workers.count)
+def _limit(trainer: Trainer, engine: LocalEngine) -> Limit:
+    model, workers = trainer.model, engine.workers
+    prefix = trainer.prefix if engine.prefixes.chosen else None
+    training, evaluation = (text_cost(model, trainer.tokenizer, train, prefix) for train in (True, False))
+    return Limit(training, evaluation, total_gemm_rate(workers, model.dtype, model.device), workers.count)
 
 
 def _title(config: Config) -> str:

@@ -12,7 +12,7 @@ from fedelta.data import Examples, Shard
 from fedelta.engines.observer import Observer
 from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Result, Workers
-from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, in_one_line
 from fedelta.intake import Reply
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
@@ -58,7 +58,9 @@ class LocalEngine:
         self.observer = observer
         self.workers = workers
         self.stack = stack
-        self.prefixes = Prefixes(trainer.prefix, workers, validation, shards, prefix_cache)
+        self.told: set[str] = set()
+        # A stack goes through the whole model.
+        self.prefixes = Prefixes(trainer.prefix, workers, validation, shards if stack == 1 else {}, prefix_cache)
 
     def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end."""
@@ -89,8 +91,9 @@ class LocalEngine:
             for stack, result in zip(stacks, results, strict=True):
                 watch.lap("clients")
                 inside.add(result.facts["seconds"], result.facts["counts"])
-                if "alone" in result.facts:
-                    self.observer.warn(f"round {state.round}: {len(stack)} clients one by one: {result.facts['alone']}")
+                if (reason := result.facts.get("alone")) and reason not in self.told:
+                    self.told.add(reason)
+                    self.observer.warn(f"round {state.round}: {len(stack)} clients one by one: {reason}")
                 blobs = iter(result.blobs)
                 for client, facts in zip(stack, result.facts["clients"], strict=True):
                     down[client] = ByteCount(*facts["down"])
@@ -141,7 +144,7 @@ class LocalEngine:
                 mine["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
             except Exception as error:
                 # A client may fail in any way; the round goes on without it, and says so.
-                mine["failed"] = f"{type(error).__name__}: {error}"
+                mine["failed"] = in_one_line(error)
             facts["clients"].append(mine)
         facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
         return Result(facts, blobs)
@@ -156,9 +159,13 @@ class LocalEngine:
         except Exception as error:
             # One of them failed, and alone it will be seen which. The others start where they started.
             self.trainer.kept = kept
-            facts["alone"] = f"{type(error).__name__}: {error}"
+            self.trainer.watch.counts.clear()
+            facts["alone"] = in_one_line(error)
             return {}
-        return dict(zip(blobs, updates, strict=True)) if updates else {}
+        if updates is None:
+            facts["alone"] = "they can't be stacked"
+            return {}
+        return dict(zip(blobs, updates, strict=True))
 
     def _received(self, client: str, facts: Mapping[str, Any], blobs: Iterator[bytes]) -> ClientUpdate | Exception:
         """A client's reply out of what a worker gave."""
