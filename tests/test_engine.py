@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedelta import client as client_module
+from fedelta import runner
 from fedelta.adapter import lora_scale
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
@@ -388,6 +389,27 @@ def test_a_bf16_base_runs_with_fp32_messages(
         ]
         assert {t.dtype for t in tensors} == {torch.float32}
     assert finished.records[-1]["version"] == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_where_clients_keep_factors_each_is_judged_with_its_own(workers: int, tiny_config: Any) -> None:
+    finished = run(tiny_config(method="fedsa", workers=workers))
+    checkpoint = load_checkpoint(finished.folder.checkpoint_file)
+    trainer, data = runner.prepare(finished.config)
+    server = runner.make_server(finished.config)
+    scores = []
+    for adapter in server.personal_adapters(checkpoint.state, checkpoint.kept).values():
+        trainer.model.load(adapter, checkpoint.state.heads)
+        scores.append(evaluate(trainer.model, trainer.tokenizer, data.test, finished.config.evaluation.batch_size))
+    assert len({score["loss"] for score in scores}) == len(scores) == 4
+    mean = sum(score["loss"] for score in scores) / len(scores)
+    assert finished.result["test"]["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_model_that_diverged_ends_in_one_line(tiny_config: Any) -> None:
+    training = {"steps": 2, "batch_size": 8, "learning_rate": 1e25, "max_grad_norm": None, "optimizer": "sgd"}
+    with pytest.raises(FedeltaError, match="round 0|updates are too large"):
+        run(tiny_config(training=training, federation={"on_bad_update": "skip"}))
 
 
 def test_an_engine_refuses_to_judge_a_model_on_a_stale_base(tiny_config: Any) -> None:

@@ -92,7 +92,6 @@ def test_a_bf16_base_keeps_small_patches_that_folding_would_lose(tiny_bert: Path
     tiny = {m: torch.full(shape, 1e-5) for m, shape in model.shapes.items()}
     model.set_patch(tiny)
     assert torch.equal(base_weight(model, module), before), "the bf16 weight itself is never touched"
-    assert all(torch.equal(C, tiny[m]) for m, C in model._patch.items()), "the patch itself stays fp32"
     big = {m: torch.full(shape, 0.5) for m, shape in model.shapes.items()}
     model.set_patch(big)
     model.load(random_adapter(model, 2, 0.0), model.head_tensors())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedelta.adapter import initial_adapter
 from fedelta.base_model import ModelSettings, load_base
@@ -16,9 +16,9 @@ from fedelta.data import Examples
 from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Workers
 from fedelta.model import LoraModel, LoraSettings
-from fedelta.prefix import Prefix, find_prefix
+from fedelta.prefix import find_prefix
 from fedelta.runner import Run, run
-from fedelta.training import TrainingSettings, evaluate, train
+from fedelta.training import TrainingSettings, evaluate, predict, train
 
 TOP = {"bert": r".*layer\.1\..*(query|value)", "gpt2": r".*h\.1\..*(c_attn|c_proj)"}
 
@@ -51,10 +51,6 @@ def texts(count: int = 30) -> Examples:
     return Examples([{"input_ids": row} for row in rows], [i % 3 for i in range(count)])
 
 
-def fill(prefix: Prefix, examples: Examples) -> None:
-    prefix.keep(examples, [prefix.compute(examples, rows) for rows in prefix.batches(examples)])
-
-
 def passes_of_the_first_layer(model: LoraModel, seen: list[int]) -> None:
     """Count rows that some module of the lowest layer sees."""
     name = "bert.encoder.layer.0.output" if hasattr(model.peft.get_base_model(), "bert") else "transformer.h.0.mlp"
@@ -70,10 +66,9 @@ def test_training_and_scores_are_those_of_the_plain_path(kind: str, folders: dic
         model, tokenizer = lora_model(folders[kind], target_modules=TOP[kind], dropout=0.1)
         prefix = find_prefix(model, tokenizer)
         assert prefix
-        assert prefix.depth == 1
         assert not prefix.drops_out
         if keeping:
-            fill(prefix, examples)
+            prefix.fill(examples)
         seen: list[int] = []
         passes_of_the_first_layer(model, seen)
         loss = train(model, tokenizer, examples, how, seed=3, prefix=prefix)
@@ -95,11 +90,17 @@ def test_dropout_below_leaves_training_alone(tiny_bert: Path) -> None:
     assert prefix
     assert prefix.drops_out
     examples = texts()
-    fill(prefix, examples)
+    prefix.fill(examples)
     seen: list[int] = []
     passes_of_the_first_layer(model, seen)
     train(model, tokenizer, examples, TrainingSettings(steps=1, batch_size=8), seed=3, prefix=prefix)
     assert sum(seen) == 8
+    # Evaluation has no dropout, and goes without.
+    seen.clear()
+    for rows in examples.evaluation_order(8):
+        mine, plain = predict(model, tokenizer, examples, rows, prefix), predict(model, tokenizer, examples, rows)
+        assert mine[0] == pytest.approx(plain[0], rel=1e-5)
+    assert sum(seen) == len(examples)  # of the plain ones
 
 
 def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
@@ -109,8 +110,8 @@ def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
     replaced = {name for name, module in model.peft.named_modules() if "forward" in vars(module)}
     prefix = find_prefix(model, tokenizer)
     assert prefix
-    fill(prefix, examples)
-    with pytest.raises(RuntimeError), prefix.replayed(examples, [0], examples.batch([0], tokenizer)):
+    prefix.fill(examples)
+    with pytest.raises(RuntimeError), prefix.replay(examples, [0], examples.batch([0], tokenizer)):
         raise RuntimeError
     assert {name for name, module in model.peft.named_modules() if "forward" in vars(module)} == replaced
     assert evaluate(model, tokenizer, examples, 8) == before
@@ -122,6 +123,43 @@ def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
 def test_no_prefix_where_something_below_may_train(settings: dict[str, Any], tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, **settings)
     assert find_prefix(model, tokenizer) is None
+
+
+def other_model(kind: str, adapted: str, **options: Any) -> LoraModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, hidden_size=24, num_attention_heads=2, vocab_size=60, num_labels=3, pad_token_id=0, **options
+    )
+    base = AutoModelForSequenceClassification.from_config(config)
+    return LoraModel(base, LoraSettings(target_modules=adapted))
+
+
+@pytest.mark.parametrize(("rate", "skipped", "random"), [(0.1, 0.0, True), (0.0, 0.1, True), (0.0, 0.0, False)])
+def test_dropout_is_found_wherever_it_is_written(rate: float, skipped: float, random: bool, tiny_bert: Path) -> None:
+    """OPT has its rates as plain numbers."""
+    options = {"num_hidden_layers": 2, "ffn_dim": 40, "word_embed_proj_dim": 24, "max_position_embeddings": 40}
+    model = other_model("opt", r".*layers\.1\..*q_proj", **options, dropout=rate, layerdrop=skipped)
+    prefix = find_prefix(model, AutoTokenizer.from_pretrained(tiny_bert))
+    assert prefix
+    assert prefix.drops_out is random
+
+
+def test_dropout_above_does_not_count(tiny_bert: Path) -> None:
+    options = {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 40, "dropout": 0.0, "attention_dropout": 0.0}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("distilbert", vocab_size=60, num_labels=3, **options)
+    assert config.seq_classif_dropout > 0
+    base = AutoModelForSequenceClassification.from_config(config)
+    model = LoraModel(base, LoraSettings(target_modules=r".*layer\.1\..*q_lin"))
+    prefix = find_prefix(model, AutoTokenizer.from_pretrained(tiny_bert))
+    assert prefix
+    assert not prefix.drops_out
+
+
+def test_no_prefix_where_layers_run_more_than_once(tiny_bert: Path) -> None:
+    options = {"embedding_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2, "intermediate_size": 40}
+    model = other_model("albert", r".*groups\.1\..*query", **options, initializer_range=0.5)
+    assert find_prefix(model, AutoTokenizer.from_pretrained(tiny_bert)) is None
 
 
 def test_no_prefix_where_positions_depend_on_padding(tiny_gpt2: Path) -> None:
@@ -138,14 +176,20 @@ def test_the_budget_is_spent_in_a_fixed_order(folders: dict[str, Path]) -> None:
     shards: Any = {name: type("Rows", (), {"train": examples}) for name, examples in sizes.items()}
     validation = texts(7)
 
-    def chosen(most: float) -> list[Examples]:
+    def chosen(most: float) -> set[Examples]:
         return Prefixes(prefix, Workers(1), validation, shards, most).chosen
 
     everything = sum(prefix.bytes_of(each) for each in [validation, *sizes.values()])
-    assert chosen(everything) == [validation, sizes["a"], sizes["b"], sizes["c"]]
-    assert chosen(everything - 1) == [validation, sizes["a"], sizes["b"]]
-    assert chosen(prefix.bytes_of(validation) + prefix.bytes_of(sizes["b"])) == [validation, sizes["b"]]
-    assert chosen(0) == []
+    assert chosen(everything) == {validation, *sizes.values()}
+    assert chosen(everything - 1) == {validation, sizes["a"], sizes["b"]}
+    assert chosen(prefix.bytes_of(validation) + prefix.bytes_of(sizes["b"])) == {validation, sizes["b"]}
+    assert chosen(0) == set()
+    # What was not chosen is not kept either.
+    small = Prefixes(prefix, Workers(1), validation, shards, everything - 1)
+    small.fill([sizes["b"], sizes["c"]])
+    assert prefix.keeps(sizes["b"])
+    assert not prefix.keeps(sizes["c"])
+    assert not prefix.keeps(validation)
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from fedelta.data import Examples
 from fedelta.engines.measure import total_gemm_rate
 from fedelta.engines.workers import Workers
 from fedelta.model import LoraModel, LoraSettings
-from fedelta.training.flops import count_texts, text_cost
+from fedelta.prefix import find_prefix
+from fedelta.report.profile import Limit, Profile, profile_table
+from fedelta.training.flops import TextCost, count_texts, text_cost
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -35,6 +37,35 @@ def test_the_cost_of_a_text_follows_from_its_length(training: bool, tiny_bert: P
     # Six frozen products in the first layer, keys and values in the second: 2·m·n a token, as much for gradients.
     per_token = 2 * (6 * 24 * 24 + 2 * 24 * 40)
     assert (1.5 if training else 1) * per_token < cost.linear < (3 if training else 1.5) * per_token
+
+
+def test_a_table_shows_what_each_worker_took_and_how_long_they_waited() -> None:
+    counts = {"texts": 10, "tokens": 100, "squares": 1200, "padded_tokens": 125}
+    counts |= {f"evaluated_{name}": 1 for name in ("texts", "tokens", "squares")}
+    limit = Limit(TextCost(0.0, 1.0, 0.0), TextCost(1.0, 1.0, 1.0), 100.0, 2)
+    profile = Profile({"clients": 10.0, "evaluation": 3.0}, {"forward": 12.0, "backward": 4.0}, counts, limit)
+    table = profile_table(profile)
+    rows = dict(
+        zip(table.columns[0].cells, zip(*(column.cells for column in table.columns[1:]), strict=True), strict=True)
+    )
+    assert rows["  forward"] == ("6.00", "46%", "")
+    assert rows["  waiting"] == ("2.00", "15%", "")
+    assert rows["clients"] == ("10.00", "77%", "10%")
+    assert rows["evaluation"][2] == "1%"
+    assert "100 tokens trained, 25% more with padding" in str(table.caption)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_prefix_keeps_costs_nothing(training: bool, tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    base = load_base(ModelSettings(name=str(tiny_bert)), 3, tokenizer, seed=1)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model = LoraModel(base, LoraSettings(target_modules=r".*layer\.1\..*query"))
+    whole, rest = (text_cost(model, tokenizer, training, each) for each in (None, find_prefix(model, tokenizer)))
+    # The first layer: six products, and none of them backwards.
+    assert whole.linear - rest.linear == pytest.approx(2 * (4 * 24 * 24 + 2 * 24 * 40), rel=0.01)
 
 
 def test_workers_multiply_together() -> None:

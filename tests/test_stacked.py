@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.base_model import ModelSettings, load_base
@@ -150,6 +150,30 @@ def test_the_model_is_its_own_again_afterwards(tiny_bert: Path) -> None:
     after = alone(model, tokenizer, each, how)
     assert before[2] == after[2]
     assert {name for name, module in model.peft.named_modules() if "forward" in vars(module)} == replaced
+
+
+@pytest.mark.parametrize(("shared", "reason"), [(True, "saw batches of"), (False, None)])
+def test_a_layer_that_sees_other_rows_is_not_stacked(shared: bool, reason: str | None) -> None:
+    """DeBERTa sends its table of relative positions, too, through the query layer if that is shared."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "deberta-v2",
+        vocab_size=60,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=16,
+        share_att_key=shared,
+        num_labels=3,
+    )
+    model = LoraModel(
+        AutoModelForSequenceClassification.from_config(config), LoraSettings(target_modules=("query_proj",))
+    )
+    found = can_stack(model)
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_a_head_of_other_layers_is_not_stacked(tiny_bert: Path) -> None:

@@ -1,10 +1,12 @@
 """Processes forked from a warm parent: the same results in any number, also when one dies."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,32 @@ def test_a_worker_that_dies_is_replaced_and_its_task_done_again(tmp_path: Path) 
         return Result({"i": i})
 
     assert [result.facts["i"] for result in Workers(2).map(work, [1.0] * 5)] == list(range(5))
+
+
+def test_a_worker_that_dies_between_tasks_is_replaced() -> None:
+    results = Workers(2).map(lambda i: Result({"i": i, "pid": os.getpid()}), [1.0] * 6)
+    first = next(results)
+    time.sleep(0.2)  # both have answered and wait for work
+    for process in multiprocessing.active_children():
+        os.kill(int(process.pid or 0), signal.SIGKILL)
+        process.join()
+    found = [first, *results]
+    assert [result.facts["i"] for result in found] == list(range(6))
+    assert first.facts["pid"] not in {result.facts["pid"] for result in found[1:]}
+
+
+def test_a_worker_that_dies_while_it_answers_is_replaced(tmp_path: Path) -> None:
+    def work(i: int) -> Result:
+        if i == 1 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            # In a moment, when the pipe is full and nobody reads it yet.
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        return Result({"i": i}, [bytes(10**7)])
+
+    results = Workers(2).map(work, [1.0] * 3)
+    assert next(results).facts["i"] == 0
+    time.sleep(1.0)
+    assert [(result.facts["i"], len(result.blobs[0])) for result in results] == [(1, 10**7), (2, 10**7)]
 
 
 def test_work_that_kills_every_worker_ends_in_one_line() -> None:
@@ -106,6 +134,29 @@ def _status(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "Z"
+
+
+def test_workers_at_work_end_when_nobody_wants_more(tmp_path: Path) -> None:
+    def work(i: int) -> Result:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(600 if i else 0)
+        return Result({})
+
+    results = Workers(2).map(work, [1.0] * 4)
+    next(results)
+    results.close()
+    assert all(_status(int(file.name)) == "Z" for file in tmp_path.iterdir())
+    assert not multiprocessing.active_children()
+
+
+def test_no_worker_stays_after_an_error() -> None:
+    def work(i: int) -> Result:
+        raise KeyError(f"no\nway {i}")
+
+    with pytest.raises(FedeltaError, match="KeyError: 'no.*way") as caught:
+        list(Workers(2).map(work, [1.0] * 4))
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("method", ["replication", "fedex", "fedsa"])

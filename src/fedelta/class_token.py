@@ -57,6 +57,8 @@ def read_class_token_alone(model: Any) -> bool:
     """
     if model.config.model_type not in LAST_LAYER or getattr(model.config, "is_decoder", False):
         return False
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        return False  # others have masks of another form
     path, forward = LAST_LAYER[model.config.model_type]
     layer = getattr(model, model.base_model_prefix).get_submodule(path)[-1]
     layer.forward = partial(forward, layer)

@@ -21,3 +21,9 @@ class BadUpdate(FedeltaError):
         super().__init__(f"client {client}: {reason}")
         self.client = client
         self.reason = reason
+
+
+def in_one_line(error: Exception) -> str:
+    """Any error as one line: ours as they are, others after their type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedeltaError) else f"{type(error).__name__}: {text}"

@@ -95,7 +95,7 @@ class LoraModel:
         }
         self.head_modules = sorted(self._head_wrappers)
         self._original: dict[str, Tensor] = {}
-        self._patch: Mapping[str, Tensor] = {}
+        self._patched: set[str] = set()
         self._rounded: dict[str, Tensor] = {}
         self._hooked: set[str] = set()
         self._prepare_heads()
@@ -232,12 +232,11 @@ class LoraModel:
         """Make the base W0 + C.
 
         Args:
-            total: module → C, (m, n) out×in, fp32. Replaces the patch set before. Kept, not copied: set it again when
-                it changes.
+            total: module → C, (m, n) out×in, fp32. Replaces the patch set before.
         """
         total = {module: C.to(self.device) for module, C in total.items()}
         self._rounded = {}
-        for module in [*total, *(self._patch.keys() - total.keys())]:
+        for module in [*total, *(self._patched - total.keys())]:
             layer = self.layers[module]
             C = total[module] if module in total else torch.zeros(self.shapes[module], device=self.device)
             weight = layer.get_base_layer().weight
@@ -249,7 +248,7 @@ class LoraModel:
                 if module not in self._hooked:
                     layer.get_base_layer().register_forward_hook(self._patch_hook(module))
                     self._hooked.add(module)
-        self._patch = total
+        self._patched = set(total)
 
     def _patch_hook(self, module: str) -> Any:
         def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001

@@ -17,6 +17,8 @@ from fedelta.data import Examples
 from fedelta.model import LoraModel
 
 FILL_BATCH = 64
+TRIALS = 3
+"""Passes in training mode that must agree with evaluation before a prefix counts as free of dropout."""
 
 
 class _Reached(Exception):
@@ -24,27 +26,31 @@ class _Reached(Exception):
 
 
 class Prefix:
-    """The layers of a model below the lowest one that is adapted, and their activations.
+    """The frozen layers that a model begins with, and their activations; made by `find_prefix`.
 
     Args:
-        model: with at least one such layer, see `find_prefix`.
-        layers: of the backbone, in order.
-        depth: how many of them are frozen.
+        model: whose passes are shortened.
+        tokenizer: pads on the right.
+        frozen: the layers, each of which runs once a pass and returns one tensor.
 
     Attributes:
         drops_out: whether these layers are random in training; then they are kept for evaluation alone.
         hidden, dtype: width and type of what is kept of a token.
     """
 
-    def __init__(self, model: LoraModel, tokenizer: Any, layers: nn.ModuleList, depth: int) -> None:
+    def __init__(self, model: LoraModel, tokenizer: Any, frozen: Sequence[nn.Module]) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._frozen = list(layers)[:depth]
+        self._frozen = list(frozen)
         self._kept: WeakKeyDictionary[Examples, list[Tensor]] = WeakKeyDictionary()
-        self.depth = depth
-        self.drops_out = _drops_out(model, layers, depth)
-        self.hidden = int(model.peft.config.hidden_size)
-        self.dtype = model.dtype
+        # Four short texts: with 5 % of dropout the odds that nothing drops are below 1e-100.
+        probe = Examples([{"input_ids": [2, 3] * (2 + i)} for i in range(4)], [0] * 4)
+        rows = list(range(len(probe)))
+        found = self.compute(probe, rows)
+        self.hidden, self.dtype = found.shape[1], found.dtype
+        self.drops_out = _skips_layers(model) or any(
+            not torch.equal(found, self.compute(probe, rows, seed)) for seed in range(TRIALS)
+        )
 
     def bytes_of(self, examples: Examples) -> int:
         """What keeping these texts takes."""
@@ -55,8 +61,12 @@ class Prefix:
         return list(examples.evaluation_order(FILL_BATCH))
 
     @torch.no_grad()
-    def compute(self, examples: Examples, rows: Sequence[int]) -> Tensor:
-        """Activations of one of `batches`: (tokens of all rows, hidden), row after row, without padding, on the CPU."""
+    def compute(self, examples: Examples, rows: Sequence[int], training: int | None = None) -> Tensor:
+        """Activations of one of `batches`: (tokens of all rows, hidden), row after row, without padding, on the CPU.
+
+        Args:
+            training: seed of a pass in training mode; None is evaluation.
+        """
         batch = examples.batch(rows, self._tokenizer, self._model.device)
         found: list[Tensor] = []
 
@@ -65,15 +75,17 @@ class Prefix:
             raise _Reached
 
         hook = self._frozen[-1].register_forward_hook(stop)
-        training = self._model.peft.training
+        before = self._model.peft.training
         try:
-            self._model.peft.eval()
-            self._model.peft(**batch)
+            with torch.random.fork_rng():
+                torch.manual_seed(training or 0)
+                self._model.peft.train(training is not None)
+                self._model.peft(**batch)
         except _Reached:
             pass
         finally:
             hook.remove()
-            self._model.peft.train(training)
+            self._model.peft.train(before)
         return found[0]
 
     def keep(self, examples: Examples, batches: Sequence[Tensor]) -> None:
@@ -84,11 +96,15 @@ class Prefix:
             texts |= zip(rows, activations.to(self._model.device).split(lengths), strict=True)
         self._kept[examples] = [texts[row] for row in range(len(examples))]
 
+    def fill(self, examples: Examples) -> None:
+        """Compute and keep these."""
+        self.keep(examples, [self.compute(examples, rows) for rows in self.batches(examples)])
+
     def keeps(self, examples: Examples) -> bool:
         return examples in self._kept
 
     @contextmanager
-    def replayed(self, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> Iterator[None]:
+    def replay(self, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> Iterator[None]:
         """Passes inside take these rows' activations from what is kept, if it is; the rest of the model runs."""
         if examples not in self._kept or (self._model.peft.training and self.drops_out):
             yield
@@ -111,13 +127,15 @@ class Prefix:
 def replayed(
     prefix: Prefix | None, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]
 ) -> AbstractContextManager[None]:
-    """`Prefix.replayed`, where there is one."""
-    return prefix.replayed(examples, rows, batch) if prefix else nullcontext()
+    """`Prefix.replay`, where there is one."""
+    return prefix.replay(examples, rows, batch) if prefix else nullcontext()
 
 
 def find_prefix(model: LoraModel, tokenizer: Any) -> Prefix | None:
-    """The frozen layers that a model begins with; None where there are none, or where what they make of a text can't be
-    kept: positions that depend on padding, layers that return more than one tensor.
+    """The frozen layers that a model begins with, or None.
+
+    None where the lowest layer is adapted, where positions depend on padding, and for every model whose logits a trial
+    finds changed: layers that share weights or run twice, that return more than a tensor, that look at other tokens.
     """
     base = model.peft.get_base_model()
     lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
@@ -131,22 +149,34 @@ def find_prefix(model: LoraModel, tokenizer: Any) -> Prefix | None:
     depth = min(int(module.split(".")[0]) for module in inside)
     if depth == 0:
         return None
-    prefix = Prefix(model, tokenizer, layers, depth)
     try:
-        prefix.compute(Examples([{"input_ids": [1, 1]}], [0]), [0])
-    except (TypeError, AttributeError, IndexError):
+        prefix = Prefix(model, tokenizer, list(layers)[:depth])
+        return prefix if _same_logits(model, tokenizer, prefix) else None
+    except Exception:
+        # A saving that this model does not offer is no error.
         return None
-    return prefix
 
 
-def _drops_out(model: LoraModel, layers: nn.ModuleList, depth: int) -> bool:
-    """Whether anything before the lowest adapter is random in training."""
-    above = {id(module) for layer in list(layers)[depth:] for module in layer.modules()}
-    heads = {id(module) for head in model.active_heads().values() for module in head.modules()}
-    for module in model.peft.modules():
-        if id(module) in above | heads:
-            continue
-        rates = [module.p] if isinstance(module, nn.Dropout) else [getattr(module, "attention_dropout", 0.0)]
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            return True
-    return False
+@torch.no_grad()
+def _same_logits(model: LoraModel, tokenizer: Any, prefix: Prefix) -> bool:
+    """Whether the rest of the model does with kept activations what it does with fresh ones."""
+    examples = Examples([{"input_ids": [2, 3, 5] * (1 + 2 * i)} for i in range(3)], [0] * 3)
+    rows = [2, 0, 1]
+    batch = examples.batch(rows, tokenizer, model.device)
+    before = model.peft.training
+    try:
+        model.peft.eval()
+        plain = model.peft(**batch).logits.float()
+        prefix.fill(examples)
+        with prefix.replay(examples, rows, batch):
+            mine = model.peft(**batch).logits.float()
+    finally:
+        model.peft.train(before)
+    rounding = 1e-4 if prefix.dtype == torch.float32 else 3e-2
+    return torch.allclose(mine, plain, rtol=rounding, atol=rounding * float(plain.abs().max()))
+
+
+def _skips_layers(model: LoraModel) -> bool:
+    """Whether whole layers are skipped at random in training, which a few trials might not show."""
+    rates = (value for key, value in model.peft.config.to_dict().items() if "layerdrop" in key or "layer_drop" in key)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -124,7 +124,7 @@ def run(
         state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
         if config.training.stack == "auto":
             ranks = [state.ranks[client] for client in server.sample(state)]
-            folder.settle_stack(fastest_stack(trainer, corpus.train, ranks) if model.device.type == "cuda" else 1)
+            folder.settle_stack(fastest_stack(trainer, corpus.train, ranks))
         folder.begin(state)
     else:
         state = checkpoint.state
@@ -135,7 +135,10 @@ def run(
     if workers > 1 and not can_fork():
         raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")
     pool = Workers(workers, config.threads)
-    prefixes = Prefixes(trainer.prefix, pool, data.validation, data.shards, config.model.prefix_cache * 1e9)
+    stack = folder.config["training"]["stack"]
+    # A stack goes through the whole model.
+    kept = data.shards if stack == 1 else {}
+    prefixes = Prefixes(trainer.prefix, pool, data.validation, kept, config.model.prefix_cache * 1e9)
     evaluator = Evaluator(server, trainer, pool, observer, prefixes)
     rounds = engine(
         server,
@@ -146,7 +149,7 @@ def run(
         observer,
         clients=sorted(data.shards),
         shards=data.shards,
-        stack=folder.config["training"]["stack"],
+        stack=stack,
     )
     observer.run_started(_title(config), state.round, config.rounds)
     state = rounds.run(state, config.rounds, config.evaluation.every)
@@ -169,16 +172,16 @@ def run(
     folder.finish(finished)
     if not profile:
         return Run(config, folder, records, finished)
-    found = read_profile(folder, _limit(trainer, pool))
+    found = read_profile(folder, _limit(trainer, prefixes))
     write_file(folder.path / "profile.json", found.to_json() + "\n")
     return Run(config, folder, records, finished, found)
 
 
-def _limit(trainer: Trainer, workers: Workers) -> Limit:
-    model = trainer.model
-    training, evaluation = (text_cost(model, trainer.tokenizer, train) for train in (True, False))
-    dtype = next(model.peft.parameters()).dtype
-    return Limit(training, evaluation, total_gemm_rate(workers, dtype, model.device), workers.count)
+def _limit(trainer: Trainer, prefixes: Prefixes) -> Limit:
+    model, workers = trainer.model, prefixes.workers
+    prefix = trainer.prefix if prefixes.chosen else None
+    training, evaluation = (text_cost(model, trainer.tokenizer, train, prefix) for train in (True, False))
+    return Limit(training, evaluation, total_gemm_rate(workers, model.dtype, model.device), workers.count)
 
 
 def _title(config: Config) -> str:

@@ -155,8 +155,14 @@ class RunFolder:
 
 
 def _append(file: Path, record: Mapping[str, Any]) -> None:
+    try:
+        line = json.dumps(record, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise FedeltaError(
+            f"round {record['round']}: a score is not finite; the model diverged, try a lower learning_rate"
+        ) from error
     with file.open("a") as stream:
-        stream.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+        stream.write(line + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedelta.data import Shard
 from fedelta.engines.rounds import Answer, Engine
 from fedelta.engines.workers import Result
-from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, in_one_line
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import ServerState
@@ -30,6 +30,7 @@ class LocalEngine(Engine):
         self.stack = stack
         self.workers = self.evaluator.workers
         self.prefixes = self.evaluator.prefixes
+        self.told: set[str] = set()
 
     def answers(
         self, state: ServerState, clients: Sequence[str], watch: Stopwatch, inside: Stopwatch
@@ -46,8 +47,9 @@ class LocalEngine(Engine):
         for stack, result in zip(stacks, results, strict=True):
             watch.lap("clients")
             inside.add(result.facts["seconds"], result.facts["counts"])
-            if "alone" in result.facts:
-                self.observer.warn(f"round {state.round}: {len(stack)} clients one by one: {result.facts['alone']}")
+            if (reason := result.facts.get("alone")) and reason not in self.told:
+                self.told.add(reason)
+                self.observer.warn(f"round {state.round}: {len(stack)} clients one by one: {reason}")
             blobs = iter(result.blobs)
             for client, facts in zip(stack, result.facts["clients"], strict=True):
                 update = self._received(client, facts, blobs)
@@ -74,7 +76,7 @@ class LocalEngine(Engine):
                 mine["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
             except Exception as error:
                 # A client may fail in any way; the round goes on without it, and says so.
-                mine["failed"] = f"{type(error).__name__}: {error}"
+                mine["failed"] = in_one_line(error)
             facts["clients"].append(mine)
         facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
         return Result(facts, blobs)
@@ -89,9 +91,13 @@ class LocalEngine(Engine):
         except Exception as error:
             # One of them failed, and alone it will be seen which. The others start where they started.
             self.trainer.kept = kept
-            facts["alone"] = f"{type(error).__name__}: {error}"
+            self.trainer.watch.counts.clear()
+            facts["alone"] = in_one_line(error)
             return {}
-        return dict(zip(blobs, updates, strict=True)) if updates else {}
+        if updates is None:
+            facts["alone"] = "they can't be stacked"
+            return {}
+        return dict(zip(blobs, updates, strict=True))
 
     def _received(self, client: str, facts: Mapping[str, Any], blobs: Iterator[bytes]) -> ClientUpdate | Exception:
         """A client's reply out of what a worker gave."""

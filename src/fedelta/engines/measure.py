@@ -16,6 +16,9 @@ from fedelta.training.stacked import StackedClient, can_stack, train_stacked
 BETTER = 1.05
 """More workers, or more clients in one pass, have to be faster by this factor to be taken."""
 
+PROBE_STEPS, TRIES = 2, 3
+"""Steps of a trial, and trials of which one has to succeed: somebody else may be busy for a moment."""
+
 
 def total_gemm_rate(workers: Workers, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of square products in all workers at once."""
@@ -89,7 +92,9 @@ def fastest_workers(trainer: Trainer, examples: Examples) -> int:
         model = trainer.model
         with torch.random.fork_rng(devices=[]):
             model.peft.train()
-            model.peft(**examples.batch(rows, trainer.tokenizer, model.device)).loss.backward()
+            # A client's training is long beside the birth of its worker, so the trial must not be too short.
+            for _ in range(PROBE_STEPS):
+                model.peft(**examples.batch(rows, trainer.tokenizer, model.device)).loss.backward()
         model.peft.zero_grad()
         return Result({})
 
@@ -101,10 +106,9 @@ def fastest_workers(trainer: Trainer, examples: Examples) -> int:
 
     probe(0)  # warm
     counts = sorted({*(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores})
-    best, fastest = 1, max(rate(1), rate(1))
+    best = 1
     for count in counts:
-        found = max(rate(count), rate(count))
-        if found < BETTER * fastest:
+        if not any(rate(count) > BETTER * rate(best) for _ in range(TRIES)):
             break
-        best, fastest = count, found
+        best = count
     return best

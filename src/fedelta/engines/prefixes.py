@@ -27,13 +27,13 @@ class Prefixes:
     ) -> None:
         self.prefix = prefix
         self.workers = workers
-        self.chosen: list[Examples] = []
+        self.chosen: set[Examples] = set()
         if prefix is None:
             return
         wanted = [] if prefix.drops_out else [shards[client].train for client in sorted(shards)]
         for examples in [validation, *wanted]:
             if (size := prefix.bytes_of(examples)) <= most:
-                self.chosen.append(examples)
+                self.chosen.add(examples)
                 most -= size
 
     def fill(self, sets: Sequence[Examples]) -> None:

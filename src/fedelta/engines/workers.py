@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, in_one_line
 
 WINDOW = 16
 """Tasks for each worker among which the most expensive comes first; what waits for its turn is as little as that."""
@@ -112,18 +112,22 @@ class _Pool:
             while turn not in done:
                 while self.idle and waiting:
                     connection, process = self.idle.pop()
-                    i = waiting.popleft()
-                    connection.send_bytes(str(i).encode())
-                    self.busy[connection] = process, i
+                    try:
+                        connection.send_bytes(str(waiting[0]).encode())
+                    except OSError:
+                        # It died while it had nothing to do.
+                        self._bury(connection, process)
+                        self.idle.append(self._fork())
+                        continue
+                    self.busy[connection] = process, waiting.popleft()
                 for ready in wait(list(self.busy)):
                     assert isinstance(ready, Connection)
-                    process, i = self.busy.pop(ready)
+                    process, i = self.busy[ready]
                     try:
                         done[i] = _receive(ready)
                         self.idle.append((ready, process))
-                    except (EOFError, ConnectionError):
-                        ready.close()
-                        process.join()
+                    except (EOFError, OSError):
+                        self._bury(ready, process)
                         deaths[i] += 1
                         if deaths[i] > 1:
                             raise FedeltaError(
@@ -132,7 +136,12 @@ class _Pool:
                             ) from None
                         waiting.appendleft(i)
                         self.idle.append(self._fork())
+                    del self.busy[ready]
             yield done.pop(turn)
+
+    def _bury(self, connection: Connection, process: Any) -> None:
+        connection.close()
+        process.join()
 
     def stop(self) -> None:
         workers = [*self.idle, *((connection, process) for connection, (process, _) in self.busy.items())]
@@ -179,7 +188,7 @@ def _serve(connection: Connection, other_end: Connection, work: Work, parent: in
         try:
             facts, blobs = work(i)
         except Exception as error:
-            facts, blobs = {"error": f"{type(error).__name__}: {error}"}, ()
+            facts, blobs = {"error": in_one_line(error)}, ()
             if isinstance(error, FedeltaError):
                 facts["error"] = str(error)
         try:

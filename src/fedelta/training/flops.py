@@ -8,6 +8,7 @@ import torch
 
 from fedelta.data import Examples
 from fedelta.model import LoraModel
+from fedelta.prefix import Prefix, replayed
 
 LENGTHS = (8, 16, 32)
 """Tokens of the three texts from which the cost of every other length follows."""
@@ -30,8 +31,11 @@ class TextCost(NamedTuple):
         return self.constant * counts["texts"] + self.linear * counts["tokens"] + self.square * counts["squares"]
 
 
-def text_cost(model: LoraModel, tokenizer: Any, training: bool) -> TextCost:
+def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix | None = None) -> TextCost:
     """What the loaded model multiplies for a text, forward and, in training, backward; counted by torch.
+
+    Args:
+        prefix: what it would keep of a text is not multiplied.
 
     Torch does not count attention scores on every CPU; for short texts they are a few percent.
     """
@@ -40,10 +44,13 @@ def text_cost(model: LoraModel, tokenizer: Any, training: bool) -> TextCost:
     found = []
     for length in LENGTHS:
         token = tokenizer.pad_token_id + 1 if tokenizer.pad_token_id is not None else 1
-        batch = Examples([{"input_ids": [token] * length}], [0]).batch([0], tokenizer, model.device)
+        text = Examples([{"input_ids": [token] * length}], [0])
+        batch = text.batch([0], tokenizer, model.device)
+        if prefix:
+            prefix.fill(text)
         with FlopCounterMode(display=False) as counter, torch.random.fork_rng(devices=[]):
             model.peft.train(training)
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(training), replayed(prefix, text, [0], batch):
                 loss = model.peft(**batch).loss
                 if training:
                     loss.backward()

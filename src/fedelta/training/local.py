@@ -38,7 +38,8 @@ class TrainingSettings(Settings):
         micro_batches: a step goes through texts of like length together, which spares padding; its gradient is that
             of the whole batch.
         stack: clients that train in one pass over the base, which is faster where each brings few tokens to a GPU;
-            equal to one by one up to rounding. `auto` measures on a GPU, once a run, and is 1 elsewhere.
+            equal to one by one up to rounding and to which elements drop out. `auto` measures when a run begins, and
+            keeps the number with it.
     """
 
     epochs: int = Field(default=1, ge=1)
@@ -51,7 +52,7 @@ class TrainingSettings(Settings):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     micro_batches: bool = True
-    stack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    stack: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
 
 
 class LocalSteps:

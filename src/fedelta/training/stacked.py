@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,46 @@ class Trained:
     loss: float
 
 
+_REASONS: WeakKeyDictionary[LoraModel, str | None] = WeakKeyDictionary()
+
+
 def can_stack(model: LoraModel) -> str | None:
-    """Why this model can't train several clients at once; None if it can."""
+    """Why this model can't train several clients at once; None if it can.
+
+    Found by trial, once a model: each layer that is a client's own must see the rows of a batch, once and in order.
+    """
+    if model not in _REASONS:
+        _REASONS[model] = _reason(model)
+    return _REASONS[model]
+
+
+@torch.no_grad()
+def _reason(model: LoraModel, rows: int = 3, tokens: int = 5) -> str | None:
+    own: dict[str, nn.Module] = dict(model.layers)
     for name, head in model.active_heads().items():
         for part, module in head.named_modules():
-            own = list(module.parameters(recurse=False))
-            if own and not isinstance(module, nn.Linear):
-                return f"head {name}.{part} is a {type(module).__name__}, and only Linear is stacked"
+            if list(module.parameters(recurse=False)):
+                own[f"{name}.{part}" if part else name] = module
+                if not isinstance(module, nn.Linear):
+                    return f"head {name}.{part} is a {type(module).__name__}, and only Linear is stacked"
+    seen: dict[str, list[int]] = {name: [] for name in own}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(len(inputs[0])))
+        for name, module in own.items()
+    ]
+    training = model.peft.training
+    try:
+        # Token 0 is often padding, with a text's end sought before it.
+        batch = torch.full((rows, tokens), 2, device=model.device)
+        model.peft.eval()
+        model.peft(input_ids=batch, attention_mask=torch.ones_like(batch))
+    finally:
+        model.peft.train(training)
+        for hook in hooks:
+            hook.remove()
+    for name, batches in seen.items():
+        if batches != [rows]:
+            return f"module {name} saw batches of {batches} where the model got {rows} texts"
     return None
 
 
@@ -77,8 +111,8 @@ def train_stacked(
 ) -> list[Trained]:
     """Train some clients at once; each ends where it would have ended alone, to rounding.
 
-    Attention that drops out inside a fused kernel draws from one generator for all clients; elsewhere dropout, too, is
-    that of each client alone.
+    On the CPU dropout, too, is that of each client alone without micro-batches, except inside a fused attention kernel.
+    On other devices, and there, all clients draw from one generator: dropout then depends on who is in the stack.
 
     Args:
         model: prepared for some adapter; what it has loaded is left alone.

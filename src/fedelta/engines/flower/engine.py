@@ -28,6 +28,8 @@ class FlowerEngine(Engine):
 
     def __init__(self, *arguments: Any, grid: Grid, clients: Sequence[str], deadline: float, **_: Any) -> None:
         super().__init__(*arguments)
+        if self.server.method.personal:
+            raise FedeltaError(f"method {self.server.method.name} keeps factors at its clients: not over Flower yet")
         self.grid = grid
         self.deadline = deadline
         self.nodes = self._find(set(clients))
@@ -43,7 +45,7 @@ class FlowerEngine(Engine):
             for node, reply in self._replies(dict(zip(new, questions, strict=True)), until):
                 if reply is not None:
                     asked.add(node)
-                    found |= dict.fromkeys((str(name) for name in reply["clients"]), node)  # type: ignore[union-attr]
+                    found |= dict.fromkeys((str(name) for name in reply["clients"]), node)
             if time.monotonic() > until:
                 raise FedeltaError(f"no node serves client {sorted(wanted - found.keys())[0]}")
             time.sleep(POLL_S)
@@ -75,7 +77,7 @@ class FlowerEngine(Engine):
         for client, record in self._replies({c: self._message(c, blobs[c]) for c in present}, until):
             arrived[client] = record
             if record is not None and "behind" in record:
-                behind[client] = int(record["behind"])  # type: ignore[arg-type]
+                behind[client] = int(record["behind"])
         for client, version in behind.items():
             # A node that came back blank gets every patch again.
             blank = self.server.broadcast(state, client, since=version)
@@ -85,7 +87,7 @@ class FlowerEngine(Engine):
         watch.lap("clients")
         for client in clients:
             update = self._update(client, arrived, dropped=client not in present)
-            up = count_bytes(arrived[client]["blob"]) if isinstance(update, ClientUpdate) else ByteCount()  # type: ignore
+            up = count_bytes(arrived[client]["blob"]) if isinstance(update, ClientUpdate) else ByteCount()
             yield Answer(client, sent[client], update, count_bytes(blobs[client]), up)
 
     def _message(self, client: str, blob: bytes) -> Message:
@@ -107,7 +109,7 @@ class FlowerEngine(Engine):
         if "refused" in record:
             return BadUpdate(client, str(record["refused"]))
         try:
-            return ClientUpdate.from_bytes(record["blob"], client)  # type: ignore[arg-type]
+            return ClientUpdate.from_bytes(record["blob"], client)
         except BadUpdate as error:
             return error
         except FedeltaError as error:
