@@ -12,7 +12,7 @@ FLOORS = [
     ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
     "data class_token base_model dropout model prefix metrics training peft_io tensor_file peft_write".split(),
     ["peft_folders", "aggregate", "server", "client", "checkpoint", "export", "engines", "tracking"],
-    ["config", "runner", "flower", "report", "progress", "cli"],
+    ["config", "runner", "comparison", "flower", "report", "progress", "cli"],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

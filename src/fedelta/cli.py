@@ -118,8 +118,8 @@ def compare(
     resume: Resume = False,
 ) -> None:
     """Train several methods on the same data and initial weights: one table, one plot."""
+    from fedelta.comparison import comparison_configs, comparison_folder, in_order
     from fedelta.progress import TerminalProgress
-    from fedelta.runner import comparison_configs, comparison_folder, in_order
     from fedelta.runner import run as run_config
 
     config = _config(arguments)
@@ -233,7 +233,7 @@ def _numbers(text: str) -> list[float]:
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Rebuild the table, plot and page of a run or a comparison from its files."""
-    from fedelta.runner import open_runs
+    from fedelta.comparison import open_runs
 
     _finish(open_runs(folder), folder)
 

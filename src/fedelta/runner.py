@@ -26,7 +26,6 @@ from fedelta.engines.rounds import Engine
 from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
 from fedelta.export import export_adapter, export_merged, export_personal
-from fedelta.methods import make_method, resolve
 from fedelta.model import LoraModel
 from fedelta.report.profile import Limit, Profile, read_profile
 from fedelta.seeds import derive_seed
@@ -198,42 +197,6 @@ def _majority(corpus: Corpus) -> float:
     return list(corpus.test.labels).count(most) / len(corpus.test)
 
 
-def comparison_folder(config: Config) -> Path:
-    """Where a comparison leaves its files: beside the single run of the same name, not in it."""
-    return config.folder.with_name(f"{config.name}-compare")
-
-
-def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> list[Config]:
-    """One configuration for each method and seed; the runs of a seed share data and initial weights.
-
-    Raises:
-        FedeltaError: for an unknown method, or one that can't take the configured ranks.
-    """
-    methods = tuple(resolve(method) for method in methods)
-    if len(set(methods)) < len(methods):
-        raise FedeltaError(f"methods to compare: {', '.join(methods)}, expected each once")
-    configs = []
-    for method in methods:
-        # The configured options belong to the configured method, and to no other.
-        options = config.method.options if method == config.method.name else {}
-        make_method(method, **options)
-        for seed in range(config.seed, config.seed + seeds):
-            configs.append(
-                config.model_copy(
-                    update={
-                        "name": f"{method}-seed{seed}",
-                        "output": str(comparison_folder(config)),
-                        "compare": config.compare.model_copy(update={"methods": methods, "seeds": seeds}),
-                        "seed": seed,
-                        "method": config.method.model_copy(update={"name": method, "options": options}),
-                    }
-                )
-            )
-    for each in configs:
-        make_server(each)
-    return configs
-
-
 def open_run(folder: Path) -> Run:
     """A finished run from its folder.
 
@@ -246,26 +209,6 @@ def open_run(folder: Path) -> Run:
     if result is None:
         raise FedeltaError(f"{folder}: this run has not ended; go on with it by --resume")
     return Run(config, run_folder, run_folder.records(), result)
-
-
-def open_runs(folder: Path) -> list[Run]:
-    """The finished run in a folder, or the finished runs of a comparison below it.
-
-    Raises:
-        FedeltaError: if there is none.
-    """
-    if (folder / "config.yaml").exists():
-        return [open_run(folder)]
-    finished = [path.parent for path in sorted(folder.glob("*/result.json"))]
-    if not finished:
-        raise FedeltaError(f"{folder}: no finished run here")
-    return in_order([open_run(path) for path in finished])
-
-
-def in_order(runs: list[Run]) -> list[Run]:
-    """The runs of a comparison as its methods were named, then by seed."""
-    order = {method: i for i, method in enumerate(runs[0].config.compare.methods)}
-    return sorted(runs, key=lambda run: (order.get(run.config.method.name, len(order)), run.config.seed))
 
 
 def _export(folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel) -> Adapter:

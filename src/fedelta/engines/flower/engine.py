@@ -87,7 +87,8 @@ class FlowerEngine(Engine):
         watch.lap("clients")
         for client in clients:
             update = self._update(client, arrived, dropped=client not in present)
-            up = count_bytes(arrived[client]["blob"]) if isinstance(update, ClientUpdate) else ByteCount()
+            record = arrived.get(client)
+            up = count_bytes(record["blob"]) if record and isinstance(update, ClientUpdate) else ByteCount()
             yield Answer(client, sent[client], update, count_bytes(blobs[client]), up)
 
     def _message(self, client: str, blob: bytes) -> Message:

@@ -18,7 +18,8 @@ class EventFile(Observer):
     """
 
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("w", buffering=1)
+        path.write_text("")
+        self._stream = path.open("a", buffering=1)
 
     def _write(self, name: str, *arguments: Any) -> None:
         self._stream.write(json.dumps([name, *arguments]) + "\n")
