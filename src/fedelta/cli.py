@@ -1,5 +1,6 @@
 """The command line. Errors are one line and exit code 2."""
 
+import importlib
 import sys
 import warnings
 from enum import StrEnum
@@ -10,7 +11,6 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from fedelta import __version__
 from fedelta.errors import FedeltaError
@@ -23,15 +23,6 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 _python_shows = warnings.showwarning
-# Short enough for a terminal of 80 columns.
-_COLUMNS = {
-    "exact": "exact",
-    "no_op_invariant": "no-op",
-    "gauge_invariant": "gauge",
-    "reduces_to_fedit": "≡ fedit",
-    "linear": "linear",
-    "identity": "identity",
-}
 out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
@@ -48,13 +39,12 @@ class EngineName(StrEnum):
     flower = "flower"
 
 
-def _flower() -> Any:
-    """Flower's engine, if it is installed."""
+def _flower(part: str) -> Any:
+    """A part of Flower's engine, if that is installed."""
     try:
-        from fedelta.engines.flower import deployment
+        return importlib.import_module(f"fedelta.engines.flower.{part}")
     except ModuleNotFoundError as error:
-        raise FedeltaError(f"--engine flower needs the extra: pip install 'fedelta[flower]' ({error})") from error
-    return deployment
+        raise FedeltaError(f"this needs the extra: pip install 'fedelta[flower]' ({error})") from error
 
 
 def _config(arguments: list[str] | None) -> Any:
@@ -101,13 +91,25 @@ def run(
         if engine is EngineName.flower:
             if profile:
                 raise FedeltaError("--profile is of the local engine")
-            finished = _flower().run_on_loopback(config, resume, progress)
+            finished = _flower("deployment").run_on_loopback(config, resume, progress)
         else:
             finished = run_config(config, resume=resume, observer=progress, profile=profile)
     _finish([finished], config.folder)
     if finished.profile is not None:
         out.print(profile_table(finished.profile))
         out.print("profile  ", config.folder / "profile.json", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Must not exist.")],
+    sites: Annotated[str, typer.Option(help="Their names, separated by commas.")],
+    hosts: Annotated[str, typer.Option(help="Names or addresses of the server, separated by commas.")] = "",
+) -> None:
+    """Make certificates and keys for a deployment: a folder for the server, one for each site."""
+    make_keys = _flower("keys").make_keys
+    for written in make_keys(folder, *([n.strip() for n in text.split(",") if n.strip()] for text in (sites, hosts))):
+        out.print(written, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -143,30 +145,9 @@ def compare(
 @app.command()
 def methods() -> None:
     """List the methods and the properties that they hold."""
-    from dataclasses import fields
+    from fedelta.report.methods import print_methods
 
-    from fedelta.methods import Method, Properties, aliases
-    from fedelta.methods import methods as registry
-
-    shared = {field.name: field.default for field in fields(Method)}
-    table = Table(caption="where each property holds (equal: at equal ranks); docs/methods.md 5")
-    for name in ("method", "ranks", *(_COLUMNS[field] for field in Properties._fields)):
-        table.add_column(name, no_wrap=True)
-    for name, method in registry().items():
-        ranks, holds = "mixed" if method.mixed_ranks else "equal", method.properties
-        words = {"never": "–", False: "–", True: "yes", "always": "yes", "equal ranks": "equal"}
-        table.add_row(name, ranks, *(words[where] for where in holds))
-    out.print(table)
-    for name, method in registry().items():
-        out.print(f"[bold]{name}[/bold]: {method.summary} ({method.paper})", highlight=False)
-        own = [f"{f.name}={f.default}" for f in fields(method) if f.name not in shared]
-        if own:
-            about = str(method.__doc__).removeprefix("Options: ")
-            out.print(f"    options: {', '.join(own)}: {about}", highlight=False)
-    everywhere = ", ".join(f"{name}={default}" for name, default in shared.items())
-    out.print(f"options of every method: {everywhere}", highlight=False)
-    for alias, (name, paper) in aliases().items():
-        out.print(f"{alias}: another name of {name} ({paper})", highlight=False)
+    print_methods(out)
 
 
 @app.command()
