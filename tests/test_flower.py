@@ -61,6 +61,30 @@ def test_a_run_goes_on_over_flower_with_blank_nodes(tiny_config: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_trainer_that_is_killed_comes_back_and_nothing_is_lost(tiny_config: Any) -> None:
+    class Killer(Seen):
+        def __init__(self) -> None:
+            super().__init__()
+            self.warnings: list[str] = []
+
+        def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
+            if round == 2:
+                # The trainer is a child of this process.
+                subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", "warm_trainer"], check=True)
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    alone = run(tiny_config(name="alone", rounds=4, **MIXED))
+    killer = Killer()
+    apart = run_on_loopback(tiny_config(name="apart", rounds=4, **MIXED), resume=False, observer=killer)
+    assert killer.warnings == ["the trainer ended with exit code -9 and is started again"]
+    assert files(apart)[1] == files(alone)[1]
+    assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in alone.records]
+    assert all(not r["skipped"] for r in apart.records)
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_says_why_and_leaves_no_process(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(name="bad", **{**MIXED, "data": {"source": str(tmp_path / "absent.csv")}})
     with pytest.raises(FedeltaError, match="absent"):

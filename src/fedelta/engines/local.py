@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedelta.data import Shard
-from fedelta.engines.rounds import Answer, Engine
+from fedelta.engines.rounds import Answer, Engine, read_update
 from fedelta.engines.workers import Result
-from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, in_one_line
+from fedelta.errors import BadUpdate, FedeltaError, in_one_line
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import ServerState
@@ -52,8 +52,11 @@ class LocalEngine(Engine):
                 self.observer.warn(f"round {state.round}: {len(stack)} clients one by one: {reason}")
             blobs = iter(result.blobs)
             for client, facts in zip(stack, result.facts["clients"], strict=True):
-                update = self._received(client, facts, blobs)
-                up = ByteCount(*facts.get("up", ()))
+                # What a client has kept it keeps, whatever becomes of its update.
+                blob, kept = (next(blobs), next(blobs)) if facts["answered"] else (b"", b"")
+                self.trainer.take_kept(client, kept)
+                update = read_update(client, facts, blob)
+                up = count_bytes(blob) if isinstance(update, ClientUpdate) else ByteCount()
                 yield Answer(client, self.server.broadcast(state, client), update, ByteCount(*facts["down"]), up)
 
     def _train(self, state: ServerState, clients: Sequence[str]) -> Result:
@@ -65,13 +68,13 @@ class LocalEngine(Engine):
         watch.lap("messages")
         together = self._together({c: down[c] for c in clients if not self.server.drops_out(state, c)}, facts)
         for client in clients:
-            mine: dict[str, Any] = {"down": count_bytes(down[client])}
+            mine: dict[str, Any] = {"down": count_bytes(down[client]), "answered": False}
             try:
                 if self.server.drops_out(state, client):
                     raise TimeoutError("dropped out")
                 update = together.get(client) or self.trainer.answer(down[client], self.shards[client])
-                mine["up"] = count_bytes(update)
                 blobs += [update, self.trainer.kept_bytes(client)]
+                mine["answered"] = True
             except FedeltaError as error:
                 mine["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
             except Exception as error:
@@ -98,19 +101,3 @@ class LocalEngine(Engine):
             facts["alone"] = "they can't be stacked"
             return {}
         return dict(zip(blobs, updates, strict=True))
-
-    def _received(self, client: str, facts: Mapping[str, Any], blobs: Iterator[bytes]) -> ClientUpdate | Exception:
-        """A client's reply out of what a worker gave."""
-        if "failed" in facts:
-            return ClientFailed(client, facts["failed"])
-        if "refused" in facts:
-            return BadUpdate(client, facts["refused"])
-        update, kept = next(blobs), next(blobs)
-        # Whatever becomes of the update: this client has kept it.
-        self.trainer.take_kept(client, kept)
-        try:
-            return ClientUpdate.from_bytes(update, client)
-        except BadUpdate as error:
-            return error
-        except FedeltaError as error:
-            return BadUpdate(client, str(error))

@@ -9,6 +9,7 @@ from fedelta.client import Trainer
 from fedelta.data import Examples
 from fedelta.engines.evaluation import Evaluator
 from fedelta.engines.observer import Observer
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
 from fedelta.intake import Reply
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.packing import ByteCount
@@ -31,6 +32,25 @@ class Answer(NamedTuple):
     update: ClientUpdate | Exception
     down: ByteCount
     up: ByteCount
+
+
+def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpdate | Exception:
+    """An update, or why there is none.
+
+    Args:
+        client: whom it must be from.
+        facts: holds `refused` or `failed`, with the reason, where there is none.
+    """
+    if "failed" in facts:
+        return ClientFailed(client, str(facts["failed"]))
+    if "refused" in facts:
+        return BadUpdate(client, str(facts["refused"]))
+    try:
+        return ClientUpdate.from_bytes(blob, client)
+    except BadUpdate as error:
+        return error
+    except FedeltaError as error:
+        return BadUpdate(client, str(error))
 
 
 class Engine(ABC):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 START_S = 60.0
+RESTARTS = 10
 STATUS_S = 15.0
 """Seconds between two questions to Flower, each of which starts a process of some seconds."""
 
@@ -42,7 +43,7 @@ def free_port() -> int:
 @contextmanager
 def process(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with this block, its output in a file."""
-    with log.open("wb") as stream:
+    with log.open("ab") as stream:
         child = subprocess.Popen(
             command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -124,22 +125,61 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, deadline: 
         def start(name: str, *command: str) -> subprocess.Popen[bytes]:
             return stack.enter_context(process(command, environment, logs / f"{name}.log"))
 
-        watched = {"superlink": start("superlink", tool("flower-superlink"), "--insecure", "--port", str(port))}
+        superlink = start("superlink", tool("flower-superlink"), "--insecure", "--port", str(port))
         path = str(scratch / "trainer" / "socket")
-        watched["trainer"] = start(
-            "trainer", sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), path
-        )
-        for client in _clients(path, watched["trainer"], logs / "trainer.log"):
+
+        def start_trainer() -> subprocess.Popen[bytes]:
+            return start("trainer", sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), path)
+
+        trainer = start_trainer()
+        for client in _clients(path, trainer, logs / "trainer.log"):
             settings = f'clients="{client}" trainer="{path}"'
             here = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
-            watched[f"node-{client}"] = start(
-                f"node-{client}", tool("flower-supernode"), "--insecure", *here, "--node-config", settings
-            )
+            start(f"node-{client}", tool("flower-supernode"), "--insecure", *here, "--node-config", settings)
         events = scratch / "events.jsonl"
         settings = f'config="{file}" events="{events}" resume={str(resume).lower()} deadline={deadline}'
         _submit(scratch, settings, environment)
-        _follow(EventReader(events, observer), environment, watched, logs)
+        trainers = Kept(trainer, start_trainer, logs / "trainer.log", observer)
+        _follow(EventReader(events, observer), environment, superlink, trainers, logs)
     return open_run(config.folder)
+
+
+class Kept:
+    """A trainer that is started again when it ends; whoever waits for it goes on where it was.
+
+    Args:
+        process: that runs now.
+        start: makes another.
+        log: of the process.
+        observer: is told.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        start: Callable[[], subprocess.Popen[bytes]],
+        log: Path,
+        observer: Observer,
+    ) -> None:
+        self._process = process
+        self._start = start
+        self._log = log
+        self._observer = observer
+        self._deaths = 0
+
+    def look(self) -> None:
+        """Start it again, if need be.
+
+        Raises:
+            FedeltaError: if it has ended too often.
+        """
+        if (code := self._process.poll()) is None:
+            return
+        self._deaths += 1
+        if self._deaths > RESTARTS:
+            raise FedeltaError(f"the trainer ended {self._deaths} times: {_last_line(self._log)}")
+        self._observer.warn(f"the trainer ended with exit code {code} and is started again")
+        self._process = self._start()
 
 
 def _clients(path: str, trainer: subprocess.Popen[bytes], log: Path) -> list[str]:
@@ -181,7 +221,11 @@ def _submit(scratch: Path, settings: str, environment: dict[str, str]) -> None:
 
 
 def _follow(
-    events: EventReader, environment: dict[str, str], watched: dict[str, subprocess.Popen[bytes]], logs: Path
+    events: EventReader,
+    environment: dict[str, str],
+    superlink: subprocess.Popen[bytes],
+    trainers: "Kept",
+    logs: Path,
 ) -> None:
     """Tell of progress until the run ends."""
     asked = time.monotonic()
@@ -191,9 +235,9 @@ def _follow(
             raise FedeltaError(events.failure)
         if events.finished:
             return
-        for name in ("superlink", "trainer"):
-            if watched[name].poll() is not None:
-                raise FedeltaError(f"{name} ended: {_last_line(logs / f'{name}.log')}")
+        if superlink.poll() is not None:
+            raise FedeltaError(f"the SuperLink ended: {_last_line(logs / 'superlink.log')}")
+        trainers.look()
         if time.monotonic() - asked > STATUS_S:
             status = _flwr(["list", "loopback"], environment)["runs"][0]["status"]
             asked = time.monotonic()

@@ -7,8 +7,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedelta.engines.rounds import Answer, Engine
-from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
+from fedelta.engines.rounds import Answer, Engine, read_update
+from fedelta.errors import ClientFailed, FedeltaError
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import ServerState
@@ -105,13 +105,5 @@ class FlowerEngine(Engine):
         record = arrived[client]
         if record is None:
             return ClientFailed(client, "its node failed")
-        if "failed" in record:
-            return ClientFailed(client, str(record["failed"]))
-        if "refused" in record:
-            return BadUpdate(client, str(record["refused"]))
-        try:
-            return ClientUpdate.from_bytes(record["blob"], client)
-        except BadUpdate as error:
-            return error
-        except FedeltaError as error:
-            return BadUpdate(client, str(error))
+        blob = record.get("blob", b"")
+        return read_update(client, record, blob if isinstance(blob, bytes) else b"")
