@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,43 @@ def test_the_client_app_starts_without_torch() -> None:
 def test_the_command_line_runs_it(tiny_config: Any, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tiny_config(name="cli", rounds=1, **MIXED).dump()))
-    done = subprocess.run(
-        [sys.executable, "-m", "fedelta.cli", "run", str(config), "--engine", "flower"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "fedelta.cli", "run", str(config), "--engine", "flower"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "fedex" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_no_process_and_goes_on(tiny_config: Any, tmp_path: Path) -> None:
+    whole = run(tiny_config(name="whole", rounds=8, **MIXED))
+    config = tmp_path / "config.yaml"
+    data = tiny_config(name="parts", rounds=8, **MIXED)
+    config.write_text(yaml.safe_dump(data.dump()))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "fedelta.cli", "run", str(config), "--engine", "flower"]
+    child = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, stderr=subprocess.DEVNULL)
+    rounds = data.folder / "rounds.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (rounds.exists() and rounds.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    # Everything that was started has the scratch folder in its command line or environment.
+    while time.monotonic() < until and (left := _with_environment(str(scratch))):
+        time.sleep(0.2)
+    assert not left
+    parts = run_on_loopback(data, resume=True, observer=Observer())
+    assert 2 <= len(parts.records) == 8
+    assert files(parts)[1] == files(whole)[1]
+
+
+def _with_environment(text: str) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found

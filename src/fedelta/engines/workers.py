@@ -5,7 +5,6 @@ born with the base as it is folded, the adapters and the data of that moment, an
 Memory stays shared until it is written, which only an adapter, its gradients and activations are.
 """
 
-import ctypes
 import json
 import multiprocessing
 import os
@@ -19,13 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fedelta.engines.lifetime import end_with_parent
 from fedelta.errors import FedeltaError, in_one_line
 
 WINDOW = 16
 """Tasks for each worker among which the most expensive comes first; what waits for its turn is as little as that."""
-
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 class Result(NamedTuple):
@@ -169,7 +166,7 @@ def _receive(connection: Connection) -> Result:
 
 def _serve(connection: Connection, other_end: Connection, work: Work, parent: int) -> None:
     """A worker's life. Ctrl-C reaches it too, but it is the parent that ends it, also by its death."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         return  # it died before
     signal.signal(signal.SIGINT, signal.SIG_IGN)

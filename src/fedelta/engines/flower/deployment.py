@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import yaml
 from fedelta.config import Config
 from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.relay import ask
+from fedelta.engines.lifetime import end_with_parent
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 from fedelta.runner import Run, open_run
@@ -42,20 +45,29 @@ def free_port() -> int:
 
 @contextmanager
 def process(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with this block, its output in a file."""
+    """A process that ends with this block, and all that it has started; its output in a file."""
     with log.open("ab") as stream:
         child = subprocess.Popen(
-            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
     try:
         yield child
     finally:
-        child.terminate()
-        try:
+        _signal_group(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             child.wait(15)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
 
 
 def tool(name: str) -> str:
