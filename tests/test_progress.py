@@ -1,4 +1,8 @@
+import contextlib
 import io
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -45,3 +49,17 @@ def test_elsewhere_only_warnings_appear(tiny_config: Any) -> None:
         run(tiny_config(rounds=1), observer=progress)
         progress.warn("client-001 skipped")
     assert console.file.getvalue().strip() == "warning: client-001 skipped"  # type: ignore[attr-defined]
+
+
+def test_ctrl_c_that_a_library_swallows_ends_the_run_all_the_same() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with TerminalProgress(Console(file=io.StringIO())) as progress:
+        progress.client_done("a")
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        with pytest.raises(KeyboardInterrupt):
+            progress.client_done("b")
+        with pytest.raises(KeyboardInterrupt):
+            progress.evaluation_advanced(1)
+    assert signal.getsignal(signal.SIGINT) is before

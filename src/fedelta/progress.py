@@ -1,5 +1,7 @@
 """Progress on a terminal: rounds with the time left, the clients of the round, evaluation. Quiet elsewhere."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -60,16 +62,31 @@ class TerminalProgress(Observer):
         self.rounds = self._task("rounds", None)
         self.clients = self._task("clients", None)
         self.evaluation = self._task("evaluation", None, visible=False)
+        self._interrupted = False
+        self._handler: Any = None
 
     def _task(self, name: str, total: int | None, **options: Any) -> TaskID:
         return self.progress.add_task(name, total=total, note="", before=0, **options)
 
     def __enter__(self) -> "TerminalProgress":
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         self.progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _stop_if_interrupted(self) -> None:
+        """Ctrl-C may have hit a library where it catches everything; then the next thing that is told ends the run."""
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
         self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
@@ -82,12 +99,14 @@ class TerminalProgress(Observer):
         self.progress.reset(self.clients, total=clients, note="")
 
     def client_done(self, client: str) -> None:
+        self._stop_if_interrupted()
         self.progress.update(self.clients, advance=1, note=client)
 
     def evaluation_started(self, split: str, texts: int) -> None:
         self.progress.reset(self.evaluation, total=texts, note=split, visible=True)
 
     def evaluation_advanced(self, texts: int) -> None:
+        self._stop_if_interrupted()
         self.progress.update(self.evaluation, advance=texts)
 
     def round_done(self, record: Any) -> None:

@@ -17,6 +17,9 @@ from fedelta.server import RoundOutcome, Server, ServerState
 from fedelta.stopwatch import Stopwatch
 from fedelta.tracking import RunFolder
 
+MOST_OF_A_REASON = 1000
+"""Characters of a client's own words that are kept."""
+
 
 class Answer(NamedTuple):
     """What a client was sent and what came of it.
@@ -42,15 +45,20 @@ def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpd
         facts: holds `refused` or `failed`, with the reason, where there is none.
     """
     if "failed" in facts:
-        return ClientFailed(client, str(facts["failed"]))
+        return ClientFailed(client, _line(facts["failed"]))
     if "refused" in facts:
-        return BadUpdate(client, str(facts["refused"]))
+        return BadUpdate(client, _line(facts["refused"]))
     try:
         return ClientUpdate.from_bytes(blob, client)
     except BadUpdate as error:
         return error
     except FedeltaError as error:
         return BadUpdate(client, str(error))
+
+
+def _line(reason: object) -> str:
+    """What somebody else wrote, as one line of bounded length."""
+    return " ".join(str(reason)[:MOST_OF_A_REASON].split())
 
 
 class Engine(ABC):

@@ -18,14 +18,17 @@ def _relay(message: Message, context: Context, kind: str) -> Message:
     facts = {"kind": kind, "clients": str(node["clients"]).split(",")}
     request = message.content.config_records.get("message", ConfigRecord())
     blob = request.get("blob", b"")
-    until = time.monotonic() + RESTART_S
+    absent: float | None = None
     while True:
+        begin = time.monotonic()
         try:
             answer, found = ask(str(node["trainer"]), facts, blob if isinstance(blob, bytes) else b"")
             break
         except OSError:
             # It died, before or at work. Whoever keeps the site restarts it, and training again gives the same.
-            if time.monotonic() > until:
+            now = time.monotonic()
+            absent = now if absent is None or now - begin > RESTART_S else absent
+            if now - absent > RESTART_S:
                 raise
             time.sleep(0.2)
     record = ConfigRecord({"blob": found, **{key: value for key, value in answer.items() if value is not None}})

@@ -30,6 +30,8 @@ class FlowerEngine(Engine):
         super().__init__(*arguments)
         if self.server.method.personal:
             raise FedeltaError(f"method {self.server.method.name} keeps factors at its clients: not over Flower yet")
+        if self.trainer.settings.stack != 1:
+            raise FedeltaError(f"training.stack is {self.trainer.settings.stack}, but over Flower it is 1")
         self.grid = grid
         self.deadline = deadline
         self.nodes = self._find(set(clients))
@@ -45,7 +47,10 @@ class FlowerEngine(Engine):
             for node, reply in self._replies(dict(zip(new, questions, strict=True)), until):
                 if reply is not None:
                     asked.add(node)
-                    found |= dict.fromkeys((str(name) for name in reply["clients"]), node)
+                    # The first that names a client has it; nobody takes it over in the middle of a run.
+                    names = reply.get("clients")
+                    here = {str(name) for name in names} if isinstance(names, list) else set()
+                    found |= dict.fromkeys((wanted & here) - found.keys(), node)
             if time.monotonic() > until:
                 raise FedeltaError(f"no node serves client {sorted(wanted - found.keys())[0]}")
             time.sleep(POLL_S)
@@ -53,11 +58,17 @@ class FlowerEngine(Engine):
 
     def _replies(self, messages: Mapping[Any, Message], until: float) -> Iterator[tuple[Any, ConfigRecord | None]]:
         """Replies as they come, None for a node that failed; those that are late are left out."""
-        ids = dict(zip(self.grid.push_messages(messages.values()), messages, strict=True)) if messages else {}
+        pushed = list(self.grid.push_messages(messages.values())) if messages else []
+        if len(pushed) < len(messages):
+            raise FedeltaError(f"Flower took {len(pushed)} of {len(messages)} messages; are they too large for it?")
+        sent = list(zip(pushed, messages, strict=True))
+        ids = {number: key for number, key in sent if number}
+        # No number for a message: its node is gone.
+        yield from ((key, None) for number, key in sent if not number)
         while ids and time.monotonic() < until:
             for reply in self.grid.pull_messages(list(ids)):
                 key = ids.pop(reply.metadata.reply_to_message_id)
-                yield key, None if reply.has_error() else reply.content.config_records["message"]
+                yield key, None if reply.has_error() else reply.content.config_records.get("message")
             time.sleep(POLL_S if ids else 0)
 
     def answers(
@@ -73,17 +84,19 @@ class FlowerEngine(Engine):
         watch.lap("messages")
         arrived: dict[str, ConfigRecord | None] = {}
         until = time.monotonic() + self.deadline
-        behind: dict[str, int] = {}
-        for client, record in self._replies({c: self._message(c, blobs[c]) for c in present}, until):
-            arrived[client] = record
-            if record is not None and "behind" in record:
-                behind[client] = int(record["behind"])
-        for client, version in behind.items():
-            # A node that came back blank gets every patch again.
-            blank = self.server.broadcast(state, client, since=version)
-            blobs[client] = blank.to_bytes()
-        again = {client: self._message(client, blobs[client]) for client in behind}
-        arrived |= dict(self._replies(again, until))
+        asked = present
+        while asked:
+            behind: dict[str, int] = {}
+            for client, record in self._replies({c: self._message(c, blobs[c]) for c in asked}, until):
+                version = record.get("behind") if record else None
+                if isinstance(version, int) and 0 <= version < state.log.version:
+                    behind[client] = version
+                else:
+                    arrived[client] = record
+            for client, version in behind.items():
+                # A trainer that came back blank, perhaps more than once, gets every patch again.
+                blobs[client] = self.server.broadcast(state, client, since=version).to_bytes()
+            asked = list(behind)
         watch.lap("clients")
         for client in clients:
             update = self._update(client, arrived, dropped=client not in present)

@@ -3,17 +3,21 @@
 python -m fedelta.engines.flower.warm_trainer CONFIG.yaml SOCKET
 """
 
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedelta.client import Trainer
 from fedelta.config import load_config
 from fedelta.data import Shard
-from fedelta.engines.flower.relay import RelayError, listen, receive, send
-from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.engines.flower.relay import listen, receive, send
+from fedelta.errors import BadUpdate, FedeltaError, in_one_line
 from fedelta.messages import Broadcast
 from fedelta.runner import prepare
+
+SILENCE_S = 60.0
 
 
 def answer(trainer: Trainer, shards: dict[str, Shard], facts: dict[str, Any], blob: bytes) -> tuple[dict, bytes]:
@@ -32,21 +36,24 @@ def answer(trainer: Trainer, shards: dict[str, Shard], facts: dict[str, Any], bl
         return {"refused": error.reason if isinstance(error, BadUpdate) else str(error)}, b""
     except Exception as error:
         # A client may fail in any way; the server is told, and the trainer lives on.
-        return {"failed": f"{type(error).__name__}: {error}"}, b""
+        return {"failed": in_one_line(error)}, b""
+
+
+def serve(server: socket.socket, trainer: Trainer, shards: dict[str, Shard]) -> None:
+    """Answer one message after the other, for ever."""
+    while True:
+        connection, _ = server.accept()
+        # Whoever does not speak, or stops listening, holds nobody else up for long, and ends nothing.
+        connection.settimeout(SILENCE_S)
+        with connection, suppress(OSError, ValueError, KeyError, TypeError):
+            facts, blob = receive(connection)
+            send(connection, *answer(trainer, shards, facts, blob))
 
 
 def main() -> None:
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
     trainer, data = prepare(config)
-    server = listen(path)
-    while True:
-        connection, _ = server.accept()
-        with connection:
-            try:
-                facts, blob = receive(connection)
-                send(connection, *answer(trainer, dict(data.shards), facts, blob))
-            except (TimeoutError, RelayError, BrokenPipeError):
-                continue
+    serve(listen(path), trainer, dict(data.shards))
 
 
 if __name__ == "__main__":
