@@ -7,20 +7,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 pytest.importorskip("flwr.serverapp")
 
-from flwr.app import ConfigRecord, RecordDict
-
-from fedelta.engines.flower import engine as engine_module
 from fedelta.engines.flower import warm_trainer
 from fedelta.engines.flower.deployment import run_on_loopback
-from fedelta.engines.flower.engine import FlowerEngine
 from fedelta.engines.flower.events import EventFile, EventReader
 from fedelta.engines.flower.relay import RelayError, ask, listen, receive, send
 from fedelta.engines.observer import Observer
@@ -50,10 +45,11 @@ class Seen(Observer):
 
 
 @pytest.mark.slow
-def test_a_loopback_deployment_gives_the_bytes_of_one_process(tiny_config: Any) -> None:
+@pytest.mark.parametrize("ray", [False, True], ids=["nodes", "ray"])
+def test_flower_gives_the_bytes_of_one_process(ray: bool, tiny_config: Any) -> None:
     alone = run(tiny_config(name="alone", rounds=4, **MIXED))
     seen = Seen()
-    apart = run_on_loopback(tiny_config(name="apart", rounds=4, **MIXED), resume=False, observer=seen)
+    apart = run_on_loopback(tiny_config(name="apart", rounds=4, **MIXED), resume=False, observer=seen, ray=ray)
     assert files(apart) == files(alone)
     assert apart.result == alone.result
     assert seen.rounds == [0, 1, 2, 3]
@@ -151,78 +147,25 @@ def test_a_reason_from_elsewhere_is_one_short_line() -> None:
     assert "damaged" in str(read_update("a", {}, b"")) or "header" in str(read_update("a", {}, b""))
 
 
-class Grid:
-    """Flower's, as far as the engine uses it: some nodes, each with an answer."""
-
-    def __init__(self, answers: dict[int, Any]) -> None:
-        self.answers = answers
-        self.waiting: dict[str, Any] = {}
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.answers)
-
-    def push_messages(self, messages: Any) -> list[str | None]:
-        numbers: list[str | None] = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            number = f"{node}-{len(self.waiting)}-{len(numbers)}"
-            if self.answers[node] is None:
-                numbers.append(None)
-                continue
-            self.waiting[number] = self.answers[node]
-            numbers.append(number)
-        return numbers
-
-    def pull_messages(self, numbers: list[str]) -> list[Any]:
-        replies = []
-        for number in numbers:
-            content = self.waiting.pop(number, None)
-            if content is not None:
-                record = RecordDict({} if content == "nothing" else {"message": ConfigRecord(content)})
-                metadata = SimpleNamespace(reply_to_message_id=number)
-                replies.append(SimpleNamespace(metadata=metadata, has_error=lambda: False, content=record))
-        return replies
-
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def message(content: Any, dst_node_id: int, message_type: str) -> Any:  # noqa: ARG001
-        return SimpleNamespace(metadata=SimpleNamespace(dst_node_id=dst_node_id))
-
-    # Flower's own can only be made where a run is going on.
-    monkeypatch.setattr(engine_module, "Message", message)
-    return make_engine
-
-
-def make_engine(answers: dict[int, Any], deadline: float = 5.0) -> Any:
-    found = FlowerEngine.__new__(FlowerEngine)
-    found.grid, found.deadline = Grid(answers), deadline  # type: ignore[assignment]
-    return found
-
-
-def test_a_client_is_of_the_first_node_that_names_it_and_strangers_are_ignored(engine: Any) -> None:
-    answers = {1: {"clients": ["a", "x"]}, 2: {"clients": ["a", "b"]}, 3: "nothing", 4: {"clients": 7}, 5: None}
-    assert engine(answers)._find({"a", "b"}) == {"a": 1, "b": 2}
-
-
-def test_a_client_whom_nobody_serves_is_named(engine: Any) -> None:
-    with pytest.raises(FedeltaError, match="no node serves client c"):
-        engine({1: {"clients": ["a"]}}, deadline=0.3)._find({"a", "c"})
-
-
 @pytest.mark.parametrize("noise", [b"", b"x" * 40, (9).to_bytes(8, "big") + b"not json!" + bytes(8), bytes(16)])
-def test_noise_on_its_socket_does_not_end_a_trainer(noise: bytes, tmp_path: Path, monkeypatch: Any) -> None:
-    answered: list[Any] = []
-    monkeypatch.setattr(warm_trainer, "answer", lambda *arguments: answered.append(arguments[2]) or ({"ok": 1}, b""))
+def test_noise_on_its_socket_does_not_end_a_trainer(noise: bytes, tmp_path: Path) -> None:
+    class Clients:
+        finished = False
+        answered: ClassVar[list[Any]] = []
+
+        def answer(self, facts: Any, blob: bytes) -> Any:  # noqa: ARG002
+            self.answered.append(facts)
+            return {"ok": 1}, b""
+
     path = tmp_path / "own" / "socket"
     server = listen(path)
-    serving = threading.Thread(target=warm_trainer.serve, args=(server, None, {}), daemon=True)
+    serving = threading.Thread(target=warm_trainer.serve, args=(server, Clients()), daemon=True)
     serving.start()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         connection.sendall(noise)
     assert ask(str(path), {"kind": "query", "clients": []})[0] == {"ok": 1}
-    assert answered[-1] == {"kind": "query", "clients": []}
+    assert Clients.answered[-1] == {"kind": "query", "clients": []}
     assert serving.is_alive()
 
 

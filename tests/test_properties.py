@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.errors import FedeltaError
+from fedelta.federation import FederationSettings
 from fedelta.methods import Method, make_method, methods
 from fedelta.ranks import RankSettings
-from fedelta.server import FederationSettings, Server
+from fedelta.server import Server
 from federation import (
     SHAPES,
     VARIANTS,

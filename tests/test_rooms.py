@@ -11,8 +11,8 @@ FLOORS = [
     ["gram", "lowrank", "product_sum", "adapter"],
     ["patch_log", "packing", "messages", "contribution", "rank_moments", "methods", "ranks", "deviation", "intake"],
     "data class_token base_model dropout model prefix metrics training peft_io tensor_file peft_write".split(),
-    ["peft_folders", "aggregate", "server", "client", "checkpoint", "export", "engines", "tracking"],
-    ["config", "runner", "comparison", "flower", "report", "progress", "cli"],
+    ["peft_folders", "aggregate", "federation", "server", "client", "checkpoint", "export", "engines", "tracking"],
+    ["config", "runner", "comparison", "flower", "report", "progress", "terminal", "cli_sites", "cli"],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.federation import FederationSettings
 from fedelta.intake import Reply
 from fedelta.messages import ClientUpdate
 from fedelta.methods import make_method
 from fedelta.ranks import RankSettings
-from fedelta.server import FederationSettings, Server, ServerState
+from fedelta.server import Server, ServerState
 
 SHAPES = {"x": (5, 4)}
 CLIENTS = ["a", "b", "c", "d"]

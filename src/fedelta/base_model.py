@@ -1,5 +1,6 @@
 """The base model: where it comes from, and which of its modules make the classification head."""
 
+import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,21 @@ def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) 
     if settings.class_token_alone:
         read_class_token_alone(model)
     return model.to(device)
+
+
+def fingerprint(model: Any) -> str:
+    """Tells base models of equal shapes and other weights apart: a digest of some thousand numbers of each tensor.
+
+    Args:
+        model: with LoRA or without; what is trained does not count.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if not any(part in name for part in ("lora_", "modules_to_save", "original_module")):
+            flat = tensor.detach().flatten()
+            sha.update(f"{name.removeprefix('base_model.model.')}{tuple(tensor.shape)}".encode())
+            sha.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def longest_text(config: Any, tokenizer: Any) -> int:

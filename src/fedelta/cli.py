@@ -1,6 +1,5 @@
 """The command line. Errors are one line and exit code 2."""
 
-import importlib
 import sys
 import warnings
 from enum import StrEnum
@@ -9,11 +8,12 @@ from typing import Annotated, Any
 
 import click
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from fedelta import __version__
+from fedelta.cli_sites import join, keys, serve
 from fedelta.errors import FedeltaError
+from fedelta.terminal import Arguments, Resume, err, finish, flower_part, out, read_config
 
 app = typer.Typer(
     help="Federated fine-tuning of language models with LoRA.",
@@ -23,13 +23,6 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 _python_shows = warnings.showwarning
-out, err = Console(), Console(stderr=True)
-
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="No file: the built-in example."),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished round, if there is one.")]
 
 
 class EngineName(StrEnum):
@@ -37,39 +30,7 @@ class EngineName(StrEnum):
 
     local = "local"
     flower = "flower"
-
-
-def _flower(part: str) -> Any:
-    """A part of Flower's engine, if that is installed."""
-    try:
-        return importlib.import_module(f"fedelta.engines.flower.{part}")
-    except ModuleNotFoundError as error:
-        raise FedeltaError(f"this needs the extra: pip install 'fedelta[flower]' ({error})") from error
-
-
-def _config(arguments: list[str] | None) -> Any:
-    from fedelta.config import load_config
-
-    arguments = list(arguments or [])
-    source = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
-    return load_config(source, arguments)
-
-
-def _finish(runs: list[Any], folder: Path) -> None:
-    """Table on the terminal; plot, table and page in the folder."""
-    from fedelta.report.page import write_page
-    from fedelta.report.plot import plot_accuracy
-    from fedelta.report.table import console_table, write_table
-
-    write_table(runs, folder)
-    plots = plot_accuracy(runs, folder)
-    page = write_page(runs, folder)
-    out.print(console_table(runs))
-    # soft_wrap: a path that is cut in two can't be copied.
-    out.print("plots    ", *plots, highlight=False, soft_wrap=True)
-    out.print("report   ", page, highlight=False, soft_wrap=True)
-    for run in runs:
-        out.print("adapter  ", run.folder.adapter_folder, highlight=False, soft_wrap=True)
+    ray = "ray"
 
 
 @app.command()
@@ -77,39 +38,32 @@ def run(
     arguments: Arguments = None,
     resume: Resume = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
-    engine: Annotated[EngineName, typer.Option(help="One process and its workers, or Flower's on this machine.")] = (
-        EngineName.local
-    ),
+    engine: Annotated[
+        EngineName, typer.Option(help="One process and its workers, or Flower: with its nodes, or simulated on Ray.")
+    ] = (EngineName.local),
 ) -> None:
     """Train one configuration to its end."""
     from fedelta.progress import TerminalProgress
     from fedelta.report.profile import profile_table
     from fedelta.runner import run as run_config
 
-    config = _config(arguments)
+    config = read_config(arguments)
     with TerminalProgress(err) as progress:
-        if engine is EngineName.flower:
+        if engine is not EngineName.local:
             if profile:
                 raise FedeltaError("--profile is of the local engine")
-            finished = _flower("deployment").run_on_loopback(config, resume, progress)
+            on_loopback = flower_part("deployment").run_on_loopback
+            finished = on_loopback(config, resume, progress, ray=engine is EngineName.ray)
         else:
             finished = run_config(config, resume=resume, observer=progress, profile=profile)
-    _finish([finished], config.folder)
+    finish([finished], config.folder)
     if finished.profile is not None:
         out.print(profile_table(finished.profile))
         out.print("profile  ", config.folder / "profile.json", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def keys(
-    folder: Annotated[Path, typer.Argument(help="Must not exist.")],
-    sites: Annotated[str, typer.Option(help="Their names, separated by commas.")],
-    hosts: Annotated[str, typer.Option(help="Names or addresses of the server, separated by commas.")] = "",
-) -> None:
-    """Make certificates and keys for a deployment: a folder for the server, one for each site."""
-    make_keys = _flower("keys").make_keys
-    for written in make_keys(folder, *([n.strip() for n in text.split(",") if n.strip()] for text in (sites, hosts))):
-        out.print(written, highlight=False, soft_wrap=True)
+for command in (serve, join, keys):
+    app.command()(command)
 
 
 @app.command()
@@ -124,11 +78,9 @@ def compare(
     from fedelta.progress import TerminalProgress
     from fedelta.runner import run as run_config
 
-    config = _config(arguments)
-    names = config.compare.methods
-    if methods is not None:
-        names = tuple(name.strip() for name in methods.split(","))
-    configs = comparison_configs(config, names, seeds or config.compare.seeds)
+    config = read_config(arguments)
+    chosen = config.compare.methods if methods is None else tuple(name.strip() for name in methods.split(","))
+    configs = comparison_configs(config, chosen, seeds or config.compare.seeds)
     if not resume:
         from fedelta.tracking import RunFolder
 
@@ -139,7 +91,7 @@ def compare(
         # Seed by seed, so that an interrupted comparison still compares.
         for each in sorted(configs, key=lambda c: c.seed):
             finished.append(run_config(each, resume=resume, observer=progress))
-    _finish(in_order(finished), comparison_folder(config))
+    finish(in_order(finished), comparison_folder(config))
 
 
 @app.command()
@@ -216,7 +168,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Rebuild the table, plot and page of a run or a comparison from its files."""
     from fedelta.comparison import open_runs
 
-    _finish(open_runs(folder), folder)
+    finish(open_runs(folder), folder)
 
 
 @app.command()

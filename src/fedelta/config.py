@@ -11,10 +11,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from fedelta.base_model import ModelSettings
 from fedelta.data import DataSettings, PartitionSettings
 from fedelta.errors import FedeltaError
+from fedelta.federation import FederationSettings
 from fedelta.methods import Method, make_method, nearest, resolve
 from fedelta.model import LoraSettings
 from fedelta.ranks import RankSettings
-from fedelta.server import FederationSettings
 from fedelta.settings import Settings
 from fedelta.training import TrainingSettings
 

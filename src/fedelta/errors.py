@@ -23,6 +23,18 @@ class BadUpdate(FedeltaError):
         self.reason = reason
 
 
+class TooFewUpdates(FedeltaError):
+    """A round with fewer usable updates than it needs; it is tried again, or the run stops.
+
+    Args:
+        skipped: client → why its update could not be used.
+    """
+
+    def __init__(self, line: str, skipped: dict[str, str]) -> None:
+        super().__init__(line)
+        self.skipped = skipped
+
+
 def in_one_line(error: Exception) -> str:
     """Any error as one line: ours as they are, others after their type."""
     text = " ".join(str(error).split())

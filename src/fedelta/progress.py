@@ -117,5 +117,8 @@ class TerminalProgress(Observer):
             accuracy = 100 * record["validation"]["accuracy"]
             self.progress.update(self.clients, note=f"validation accuracy {accuracy:.2f} %")
 
+    def say(self, message: str) -> None:
+        self.console.print(escape(message), highlight=False, soft_wrap=True)
+
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)

@@ -72,19 +72,33 @@ def _corpus(key: str) -> tuple[Corpus, Any]:
     return build_corpus(config.data, tokenizer, splits, values, names), tokenizer
 
 
-def prepare(config: Config) -> tuple[Trainer, FederatedData]:
+def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, FederatedData]:
     """A warm model and the rows of everyone, as a configuration has them.
+
+    Args:
+        partitioned: whether the training rows are shared out to clients; else there are no shards.
 
     Raises:
         FedeltaError: if the model or the data are not there, or do not fit each other.
     """
-    torch.set_num_threads(config.threads)
     corpus, tokenizer = _corpus(_corpus_key(config))
-    data = build_data(corpus, config.data, config.partition, config.seed)
-    model = make_model(config, len(data.classes), tokenizer)
+    data = FederatedData({}, corpus.validation, corpus.test, corpus.classes)
+    if partitioned:
+        data = build_data(corpus, config.data, config.partition, config.seed)
+    return make_trainer(config, len(data.classes), tokenizer), data
+
+
+def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
+    """A warm model.
+
+    Raises:
+        FedeltaError: if it is not there, or does not take the configured texts.
+    """
+    torch.set_num_threads(config.threads)
+    model = make_model(config, classes, tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
-    return Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed), data
+    return Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
 
 
 def run(
@@ -94,12 +108,14 @@ def run(
     observer: Observer | None = None,
     profile: bool = False,
     engine: Callable[..., Engine] = LocalEngine,
+    sites: Mapping[str, int] | None = None,
 ) -> Run:
     """Run a configuration to its end and leave its folder.
 
     Args:
         resume: go on from the checkpoint in the run's folder, if there is one.
         engine: what carries messages, made from what `LocalEngine` is made of.
+        sites: client → number of rows, where clients have rows of their own; None shares out the configured ones.
         profile: measure in the end what the machine could have done at best, and leave `profile.json`.
 
     Raises:
@@ -117,17 +133,18 @@ def run(
     else:
         folder.refuse_existing()
         checkpoint = None
-    trainer, data = prepare(config)
+    trainer, data = prepare(config, partitioned=sites is None)
+    clients = sites or {client: len(shard.train) for client, shard in data.shards.items()}
     corpus, model = _corpus(_corpus_key(config))[0], trainer.model
     if checkpoint is None:
-        state = server.start(model.shapes, model.head_tensors(), data.shards, data.classes)
+        state = server.start(model.shapes, model.head_tensors(), clients, data.classes)
         if config.training.stack == "auto":
             ranks = [state.ranks[client] for client in server.sample(state)]
             folder.settle_stack(fastest_stack(trainer, corpus.train, ranks))
         folder.begin(state)
     else:
         state = checkpoint.state
-        if state.log.shapes != model.shapes or set(state.ranks) != set(data.shards):
+        if state.log.shapes != model.shapes or set(state.ranks) != set(clients):
             raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
     trainer.kept.update(checkpoint.kept if checkpoint else {})
     workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
@@ -146,7 +163,6 @@ def run(
         data.validation,
         folder,
         observer,
-        clients=sorted(data.shards),
         shards=data.shards,
         stack=stack,
     )
@@ -159,7 +175,7 @@ def run(
         "seed": config.seed,
         "rounds": state.round,
         "classes": data.classes,
-        "clients": {client: len(shard.train) for client, shard in data.shards.items()},
+        "clients": dict(clients),
         "majority": _majority(corpus),
         "validation": records[-1]["validation"] or evaluator.evaluate(state, data.validation, "validation"),
         "test": evaluator.evaluate(state, data.test, "test"),

@@ -6,45 +6,22 @@ heads, and the log of base patches.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fedelta.adapter import Adapter, ScaleRule, Shapes, lora_scale
 from fedelta.deviation import deviation
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, TooFewUpdates
+from fedelta.federation import FederationSettings
 from fedelta.intake import Intake, Reply
 from fedelta.messages import Broadcast, select_factors
 from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.patch_log import PatchLog
 from fedelta.rank_moments import RankMoments
-from fedelta.ranks import RankSettings, initial_ranks, promote, quota
+from fedelta.ranks import RankSettings, initial_ranks, promote
 from fedelta.seeds import derive_seed
-from fedelta.settings import Settings
-
-
-class FederationSettings(Settings):
-    """Who takes part in a round and how updates are weighed.
-
-    Args:
-        participation: share of clients sampled each round.
-        dropout: simulated probability that a sampled client vanishes after its download.
-        weighting: p_i by number of examples, all equal, or one weight for each client in the order of names.
-        on_bad_update: skip a client whose update can't be used, or stop the run.
-        min_clients: fewer usable updates than this stop the run.
-        deviation: measure each round what averaging A and B apart would lose. For a method that needs means alone it
-            costs the memory of the clients' factors, at most that of a dense sum a layer.
-    """
-
-    participation: float = Field(default=1.0, gt=0, le=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    weighting: Literal["examples", "uniform"] | tuple[float, ...] = "examples"
-    on_bad_update: Literal["skip", "refuse"] = "skip"
-    min_clients: int = Field(default=1, ge=1)
-    deviation: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,20 +116,7 @@ class Server:
     ) -> ServerState:
         """The state before round 0: B is zero, so the global model is the base model with its initial heads."""
         clients = sorted(clients)
-        sampled = self._round_size(len(clients))
-        if self.settings.min_clients > sampled:
-            raise FedeltaError(
-                f"federation.min_clients is {self.settings.min_clients}, "
-                f"but a round has {sampled} of {len(clients)} clients"
-            )
-        weights = self.settings.weighting
-        if isinstance(weights, tuple):
-            if len(weights) != len(clients):
-                raise FedeltaError(
-                    f"federation.weighting has {len(weights)} weights, expected one for each of {len(clients)} clients"
-                )
-            if min(weights) < 0 or sum(weights) <= 0:
-                raise FedeltaError(f"federation.weighting must be ≥ 0 with a positive sum, found {list(weights)}")
+        self.settings.check(len(clients))
         return ServerState(
             method=self.method.start(shapes, self.ranks.largest, derive_seed(self.seed, "adapter")),
             heads=dict(heads),
@@ -162,21 +126,28 @@ class Server:
             versions=dict.fromkeys(clients, 0),
         )
 
-    def sample(self, state: ServerState) -> list[str]:
-        """The clients of this round, drawn without replacement, in the order of their names."""
+    def sample(self, state: ServerState, attempt: int = 0, spare: bool = False) -> list[str]:
+        """The clients of this round, drawn without replacement, in the order of their names.
+
+        Args:
+            attempt: how often this round has been tried before.
+            spare: whether to draw more than the round keeps, where it keeps the first that come.
+        """
         # A client of weight 0 would train for nothing.
         clients = [client for client, weight in self._weights(state).items() if weight != 0]
-        size = self._round_size(len(clients))
-        rng = np.random.default_rng(derive_seed(self.seed, "sample", state.round))
+        size = self.settings.round_size(len(clients))
+        if self.settings.keep is not None and not spare:
+            size = min(size, self.settings.keep)
+        rng = np.random.default_rng(derive_seed(self.seed, "sample", state.round, *self._again(attempt)))
         return [clients[i] for i in sorted(rng.choice(len(clients), size, replace=False))]
 
-    def _round_size(self, clients: int) -> int:
-        """How many of so many clients take part in a round."""
-        return max(1, quota(self.settings.participation, clients))
+    @staticmethod
+    def _again(attempt: int) -> tuple[int, ...]:
+        return (attempt,) if attempt else ()
 
-    def drops_out(self, state: ServerState, client: str) -> bool:
-        """Whether this client is simulated to vanish in this round."""
-        rng = np.random.default_rng(derive_seed(self.seed, "dropout", state.round, client))
+    def drops_out(self, state: ServerState, client: str, attempt: int = 0) -> bool:
+        """Whether this client is simulated to vanish in this attempt at the round."""
+        rng = np.random.default_rng(derive_seed(self.seed, "dropout", state.round, client, *self._again(attempt)))
         return bool(rng.random() < self.settings.dropout)
 
     def broadcast(self, state: ServerState, client: str, since: int | None = None) -> Broadcast:
@@ -221,8 +192,8 @@ class Server:
                 number of clients. Their order matters to rounding.
 
         Raises:
-            FedeltaError: if fewer than `min_clients` updates can be used, or on the first bad one if the
-                setting says refuse.
+            TooFewUpdates: if fewer than `min_clients` updates can be used.
+            FedeltaError: on the first bad one if the setting says refuse.
         """
         refuse = self.settings.on_bad_update == "refuse"
         intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, refuse)
@@ -257,9 +228,10 @@ class Server:
         usable = len(intake.contributors)
         if usable < self.settings.min_clients:
             reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(intake.skipped.items())[:3])
-            raise FedeltaError(
+            raise TooFewUpdates(
                 f"round {state.round}: {usable} usable updates, "
-                f"expected at least {self.settings.min_clients} ({reasons})"
+                f"expected at least {self.settings.min_clients} ({reasons})",
+                dict(intake.skipped),
             )
         for module, pair in moments.means().items():
             # A product of factors as large as this may overflow where the factors themselves do not.

@@ -22,9 +22,12 @@ from fedelta.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedelta.errors import FedeltaError
 from fedelta.server import ServerState
 
-EXTENDABLE = ("rounds", "compare", "output", "name", "evaluation.target", "workers")
+EXTENDABLE = (
+    *("rounds", "compare", "output", "name", "evaluation.target", "workers"),
+    *("federation.attempts", "federation.deadline"),
+)
 """Keys in which a checkpoint's configuration may differ: a run may be moved, reported differently, shared out to other
-workers, and given more rounds (the former last round then keeps its evaluation, due or not)."""
+workers, given more patience and more rounds (the former last round then keeps its evaluation, due or not)."""
 
 
 class Result(TypedDict):

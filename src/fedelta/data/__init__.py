@@ -1,7 +1,7 @@
 """From a source of texts to clients' shards: `sources`, `pydoc`, `partition`, `examples`, `federated`."""
 
 from fedelta.data.examples import Examples
-from fedelta.data.federated import Corpus, FederatedData, Shard, build_corpus, build_data, label_classes
+from fedelta.data.federated import Corpus, FederatedData, Shard, build_corpus, build_data, build_shard, label_classes
 from fedelta.data.partition import PartitionSettings
 from fedelta.data.sources import DataSettings
 
@@ -14,5 +14,6 @@ __all__ = [
     "Shard",
     "build_corpus",
     "build_data",
+    "build_shard",
     "label_classes",
 ]

@@ -1,6 +1,6 @@
 """Put together: source, tokens and partition as what a federation trains and is judged on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fedelta.data.examples import Examples, tokenise
 from fedelta.data.partition import PartitionSettings, partition
-from fedelta.data.sources import DataSettings, load_splits
+from fedelta.data.sources import DataSettings, load_rows, load_splits
 from fedelta.errors import FedeltaError
 from fedelta.seeds import derive_seed
 
@@ -102,11 +102,35 @@ def build_data(corpus: Corpus, settings: DataSettings, sharing: PartitionSetting
     digits = max(3, len(str(len(parts) - 1)))
     for i, rows in enumerate(parts):
         client = f"client-{i:0{digits}d}"
-        held = 0
-        if settings.client_validation > 0:
-            held = max(1, round(settings.client_validation * len(rows)))
-            if held >= len(rows):
-                raise FedeltaError(f"{client} has {len(rows)} rows, too few to hold out {held} and train on the rest")
-        order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
-        shards[client] = Shard(corpus.train.select(sorted(order[held:])), corpus.train.select(sorted(order[:held])))
+        shards[client] = _shard(corpus.train, rows, client, settings.client_validation, seed)
     return FederatedData(shards, corpus.validation, corpus.test, corpus.classes)
+
+
+def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, seed: int) -> Shard:
+    held = 0
+    if share > 0:
+        held = max(1, round(share * len(rows)))
+        if held >= len(rows):
+            raise FedeltaError(f"{client} has {len(rows)} rows, too few to hold out {held} and train on the rest")
+    order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
+    return Shard(examples.select(sorted(order[held:])), examples.select(sorted(order[:held])))
+
+
+def build_shard(settings: DataSettings, tokenizer: Any, classes: Sequence[str], client: str, seed: int) -> Shard:
+    """A site's own rows, all of them, with the classes that the server has.
+
+    Raises:
+        FedeltaError: if the rows can't be read, or one has a label that the server does not know.
+    """
+    rows = load_rows(settings)
+    feature = rows.features[settings.label]
+    values = sorted(set(rows.unique(settings.label)))
+    names = [feature.names[value] if hasattr(feature, "names") else str(value) for value in values]
+    for name in names:
+        if name not in classes:
+            known = ", ".join(classes[:10])
+            raise FedeltaError(f"data source {settings.source}: label {name!r} is none of the server's ({known})")
+    examples = tokenise(rows, settings.text_columns, settings.label, values, tokenizer, settings.max_length)
+    place = [list(classes).index(name) for name in names]
+    examples = Examples(examples.features, [place[label] for label in examples.labels])
+    return _shard(examples, range(len(examples)), client, settings.client_validation, seed)

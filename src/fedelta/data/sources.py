@@ -68,6 +68,38 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
     Raises:
         FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
     """
+    splits = _named_splits(settings)
+    train = splits["train"]
+    held_out = {}
+    for name in ("test", "validation"):
+        if name in splits:
+            held_out[name] = splits[name]
+            continue
+        share, rows = getattr(settings, name), train.num_rows
+        if not 0 < ceil(share * rows) < rows:
+            raise FedeltaError(f"data source {settings.source}: data.{name}={share} of {rows} rows leaves too few")
+        seed = derive_seed(settings.split_seed, "split", name) % 2**32
+        parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
+        train, held_out[name] = parts["train"], parts["test"]
+    return {
+        "train": _draw(train, settings.limit, settings.split_seed, "train"),
+        "validation": _draw(held_out["validation"], settings.evaluation_limit, settings.split_seed, "validation"),
+        "test": _draw(held_out["test"], settings.evaluation_limit, settings.split_seed, "test"),
+    }
+
+
+def load_rows(settings: DataSettings) -> Any:
+    """All rows of a source for training alone: nothing is cut out of them; splits of other names are left aside.
+
+    Raises:
+        FedeltaError: as `load_splits`.
+    """
+    rows = _named_splits(settings)["train"]
+    return _draw(rows, settings.limit, settings.split_seed, "train")
+
+
+def _named_splits(settings: DataSettings) -> dict[SplitName, Any]:
+    """Those splits that the source has, by our names, with the columns that are read."""
     found = _load(settings)
     splits: dict[SplitName, Any] = {}
     taken: list[str] = []
@@ -94,23 +126,7 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
                 raise FedeltaError(f"data source {settings.source}: column {column!r} holds {kind}, expected text")
             if split.num_rows and split.data.column(column).null_count:
                 raise FedeltaError(f"data source {settings.source}: empty cells in column {column!r} of {name}")
-    train = splits["train"]
-    held_out = {}
-    for name in ("test", "validation"):
-        if name in splits:
-            held_out[name] = splits[name]
-            continue
-        share, rows = getattr(settings, name), train.num_rows
-        if not 0 < ceil(share * rows) < rows:
-            raise FedeltaError(f"data source {settings.source}: data.{name}={share} of {rows} rows leaves too few")
-        seed = derive_seed(settings.split_seed, "split", name) % 2**32
-        parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
-        train, held_out[name] = parts["train"], parts["test"]
-    return {
-        "train": _draw(train, settings.limit, settings.split_seed, "train"),
-        "validation": _draw(held_out["validation"], settings.evaluation_limit, settings.split_seed, "validation"),
-        "test": _draw(held_out["test"], settings.evaluation_limit, settings.split_seed, "test"),
-    }
+    return splits
 
 
 def _draw(split: Any, limit: int | None, seed: int, name: str) -> Any:

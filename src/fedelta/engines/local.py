@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedelta.data import Shard
-from fedelta.engines.rounds import Answer, Engine, read_update
+from fedelta.engines.rounds import Answer, Draw, Engine, explain, read_update
 from fedelta.engines.workers import Result
-from fedelta.errors import BadUpdate, FedeltaError, in_one_line
+from fedelta.errors import in_one_line
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import ServerState
@@ -24,7 +24,7 @@ class LocalEngine(Engine):
         stack: clients that train in one pass.
     """
 
-    def __init__(self, *arguments: Any, clients: Sequence[str], shards: Mapping[str, Shard], stack: int) -> None:  # noqa: ARG002
+    def __init__(self, *arguments: Any, shards: Mapping[str, Shard], stack: int) -> None:
         super().__init__(*arguments)
         self.shards = shards
         self.stack = stack
@@ -32,9 +32,8 @@ class LocalEngine(Engine):
         self.prefixes = self.evaluator.prefixes
         self.told: set[str] = set()
 
-    def answers(
-        self, state: ServerState, clients: Sequence[str], watch: Stopwatch, inside: Stopwatch
-    ) -> Iterator[Answer]:
+    def answers(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[Answer]:
+        clients = draw.clients
         for rank in sorted({state.ranks[client] for client in clients}):
             # Workers are forked from this process: what all of them need is made here, once.
             self.trainer.model.prepare(rank)
@@ -43,7 +42,7 @@ class LocalEngine(Engine):
             watch.lap("prefix")
         stacks = [clients[begin : begin + self.stack] for begin in range(0, len(clients), self.stack)]
         costs = [sum(self.shards[client].cost for client in stack) for stack in stacks]
-        results = self.workers.map(lambda i: self._train(state, stacks[i]), costs)
+        results = self.workers.map(lambda i: self._train(state, stacks[i], draw.absent), costs)
         for stack, result in zip(stacks, results, strict=True):
             watch.lap("clients")
             inside.add(result.facts["seconds"], result.facts["counts"])
@@ -59,27 +58,24 @@ class LocalEngine(Engine):
                 up = count_bytes(blob) if isinstance(update, ClientUpdate) else ByteCount()
                 yield Answer(client, self.server.broadcast(state, client), update, ByteCount(*facts["down"]), up)
 
-    def _train(self, state: ServerState, clients: Sequence[str]) -> Result:
+    def _train(self, state: ServerState, clients: Sequence[str], absent: frozenset[str]) -> Result:
         """The part of some clients in a round, in whichever process: bytes of each update, and what it keeps."""
         watch = self.trainer.watch = Stopwatch()
         facts: dict[str, Any] = {"clients": []}
         blobs: list[bytes] = []
         down = {client: self.server.broadcast(state, client).to_bytes() for client in clients}
         watch.lap("messages")
-        together = self._together({c: down[c] for c in clients if not self.server.drops_out(state, c)}, facts)
+        together = self._together({c: down[c] for c in clients if c not in absent}, facts)
         for client in clients:
             mine: dict[str, Any] = {"down": count_bytes(down[client]), "answered": False}
             try:
-                if self.server.drops_out(state, client):
+                if client in absent:
                     raise TimeoutError("dropped out")
                 update = together.get(client) or self.trainer.answer(down[client], self.shards[client])
                 blobs += [update, self.trainer.kept_bytes(client)]
                 mine["answered"] = True
-            except FedeltaError as error:
-                mine["refused"] = error.reason if isinstance(error, BadUpdate) else str(error)
             except Exception as error:
-                # A client may fail in any way; the round goes on without it, and says so.
-                mine["failed"] = in_one_line(error)
+                mine |= explain(error)
             facts["clients"].append(mine)
         facts["seconds"], facts["counts"] = dict(watch.seconds), dict(watch.counts)
         return Result(facts, blobs)

@@ -25,5 +25,8 @@ class Observer:
     def round_done(self, record: Mapping[str, Any]) -> None:
         """A round is finished and saved; the record is its line of `rounds.jsonl`."""
 
+    def say(self, message: str) -> None:
+        """Something that is good to know."""
+
     def warn(self, message: str) -> None:
         """Something went wrong that does not stop the run."""

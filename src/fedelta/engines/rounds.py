@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from fedelta.client import Trainer
 from fedelta.data import Examples
 from fedelta.engines.evaluation import Evaluator
 from fedelta.engines.observer import Observer
-from fedelta.errors import BadUpdate, ClientFailed, FedeltaError
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates, in_one_line
 from fedelta.intake import Reply
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.packing import ByteCount
@@ -19,6 +19,20 @@ from fedelta.tracking import RunFolder
 
 MOST_OF_A_REASON = 1000
 """Characters of a client's own words that are kept."""
+
+
+class Draw(NamedTuple):
+    """Who takes part in a round.
+
+    Args:
+        clients: sampled, in the order in which their updates are folded in.
+        absent: those of them that are simulated to vanish after the download.
+        attempt: how often the round has been tried before.
+    """
+
+    clients: Sequence[str]
+    absent: frozenset[str]
+    attempt: int
 
 
 class Answer(NamedTuple):
@@ -35,6 +49,26 @@ class Answer(NamedTuple):
     update: ClientUpdate | Exception
     down: ByteCount
     up: ByteCount
+
+
+class Traffic:
+    """Bytes of a round by client, over all attempts at it."""
+
+    def __init__(self) -> None:
+        self.down: dict[str, ByteCount] = {}
+        self.up: dict[str, ByteCount] = {}
+
+    def count(self, answer: Answer) -> None:
+        client = answer.client
+        self.down[client] = self.down.get(client, ByteCount()).plus(answer.down)
+        self.up[client] = self.up.get(client, ByteCount()).plus(answer.up)
+
+
+def _sum(counts: Mapping[str, ByteCount]) -> dict[str, int]:
+    total = ByteCount()
+    for count in counts.values():
+        total = total.plus(count)
+    return {**total._asdict(), "total": total.total}
 
 
 def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpdate | Exception:
@@ -54,6 +88,14 @@ def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpd
         return error
     except FedeltaError as error:
         return BadUpdate(client, str(error))
+
+
+def explain(error: Exception) -> dict[str, str]:
+    """What `read_update` is told of a client whose part in a round ended like this."""
+    if isinstance(error, BadUpdate):
+        return {"refused": error.reason}
+    # A client may fail in any way; the round goes on without it, and says so.
+    return {"refused": str(error)} if isinstance(error, FedeltaError) else {"failed": in_one_line(error)}
 
 
 def _line(reason: object) -> str:
@@ -89,16 +131,21 @@ class Engine(ABC):
         self.folder = folder
         self.observer = observer
 
+    spare: ClassVar[bool] = False
+    """Whether clients beyond those that a round keeps are sampled."""
+
     @abstractmethod
-    def answers(
-        self, state: ServerState, clients: Sequence[str], watch: Stopwatch, inside: Stopwatch
-    ) -> Iterator[Answer]:
+    def answers(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[Answer]:
         """Have these clients train, and yield their answers in this order.
 
         Args:
             watch: counts the seconds of `clients` and `messages` here.
             inside: counts what ran in workers, by phase.
         """
+
+    def late(self) -> dict[str, int]:
+        """Client → round of an update that came after its round, and was dropped; those that nobody asked for yet."""
+        return {}
 
     def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end."""
@@ -111,30 +158,24 @@ class Engine(ABC):
 
     def _round(self, state: ServerState, evaluation_due: bool) -> ServerState:
         watch, inside = Stopwatch(), Stopwatch()
-        clients = self.server.sample(state)
-        self.observer.clients_started(state.round, len(clients))
-        down: dict[str, ByteCount] = {}
-        up: dict[str, ByteCount] = {}
-
-        def replies() -> Iterator[Reply]:
-            for answer in self.answers(state, clients, watch, inside):
-                down[answer.client] = answer.down
-                if isinstance(answer.update, ClientUpdate):
-                    up[answer.client] = answer.up
-                watch.lap("messages")
-                self.observer.client_done(answer.client)
-                yield Reply(answer.sent, answer.update)
-                # Whatever ran since the reply was handed over is the server's folding it in.
-                watch.lap("aggregation")
-
-        after, outcome = self.server.step(state, replies())
+        traffic = Traffic()
+        failed: list[dict[str, str]] = []
+        while True:
+            try:
+                after, outcome = self.server.step(state, self._replies(state, len(failed), traffic, watch, inside))
+                break
+            except TooFewUpdates as error:
+                failed.append(error.skipped)
+                if len(failed) == self.server.settings.attempts:
+                    raise
+                self.observer.warn(f"{error}; it is tried again")
         for client, reason in outcome.skipped.items():
             self.observer.warn(f"round {state.round}: {client} skipped: {reason}")
         watch.lap("aggregation")
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
         scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
         watch.lap("evaluation")
-        record = _record(state, after, outcome, scores, down, up)
+        record = _record(state, after, outcome, scores, traffic) | {"failed_attempts": failed, "late": self.late()}
         timing = {
             "round": state.round,
             "seconds": dict(watch.seconds),
@@ -145,21 +186,28 @@ class Engine(ABC):
         self.observer.round_done(record)
         return after
 
+    def _replies(
+        self, state: ServerState, attempt: int, traffic: Traffic, watch: Stopwatch, inside: Stopwatch
+    ) -> Iterator[Reply]:
+        clients = self.server.sample(state, attempt, self.spare)
+        absent = frozenset(client for client in clients if self.server.drops_out(state, client, attempt))
+        self.observer.clients_started(state.round, len(clients))
+        for answer in self.answers(state, Draw(clients, absent, attempt), watch, inside):
+            traffic.count(answer)
+            watch.lap("messages")
+            self.observer.client_done(answer.client)
+            yield Reply(answer.sent, answer.update)
+            # Whatever ran since the reply was handed over is the server's folding it in.
+            watch.lap("aggregation")
+
 
 def _record(
     before: ServerState,
     after: ServerState,
     outcome: RoundOutcome,
     scores: Mapping[str, float] | None,
-    down: Mapping[str, ByteCount],
-    up: Mapping[str, ByteCount],
+    traffic: Traffic,
 ) -> dict[str, Any]:
-    def bytes_of(counts: Mapping[str, ByteCount]) -> dict[str, int]:
-        total = ByteCount()
-        for count in counts.values():
-            total = total.plus(count)
-        return {**total._asdict(), "total": total.total}
-
     ranks = Counter(after.ranks.values())
     return {
         "round": before.round,
@@ -170,11 +218,9 @@ def _record(
         "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
         "train_loss": outcome.train_loss,
         "validation": scores,
-        "bytes_down": bytes_of(down),
-        "bytes_up": bytes_of(up),
-        "bytes_by_client": {
-            client: [count.total, up[client].total if client in up else 0] for client, count in down.items()
-        },
+        "bytes_down": _sum(traffic.down),
+        "bytes_up": _sum(traffic.up),
+        "bytes_by_client": {client: [count.total, traffic.up[client].total] for client, count in traffic.down.items()},
         "deviation": outcome.deviation,
         "deviation_mean": sum(outcome.deviation.values()) / len(outcome.deviation) if outcome.deviation else None,
         "patch_width": outcome.patch_width,

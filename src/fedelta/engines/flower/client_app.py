@@ -15,14 +15,16 @@ app = ClientApp()
 
 def _relay(message: Message, context: Context, kind: str) -> Message:
     node = context.node_config
-    facts = {"kind": kind, "clients": str(node["clients"]).split(",")}
+    # A node of a simulation knows no more of itself than its number; the run says where the trainer is.
+    path = str(node.get("trainer") or context.run_config["trainer"])
+    facts = {"kind": kind, "client": node.get("client"), "number": node.get("partition-id")}
     request = message.content.config_records.get("message", ConfigRecord())
     blob = request.get("blob", b"")
     absent: float | None = None
     while True:
         begin = time.monotonic()
         try:
-            answer, found = ask(str(node["trainer"]), facts, blob if isinstance(blob, bytes) else b"")
+            answer, found = ask(path, facts, blob if isinstance(blob, bytes) else b"")
             break
         except OSError:
             # It died, before or at work. Whoever keeps the site restarts it, and training again gives the same.
@@ -37,7 +39,7 @@ def _relay(message: Message, context: Context, kind: str) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Which clients live here, and which base version they hold."""
+    """Who lives here, what they can do, and which base they hold."""
     return _relay(message, context, "query")
 
 

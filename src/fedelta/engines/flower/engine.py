@@ -1,122 +1,89 @@
 """The rounds of a run over Flower's grid: one message a client and round."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from flwr.serverapp import Grid
-
-from fedelta.engines.rounds import Answer, Engine, read_update
-from fedelta.errors import ClientFailed, FedeltaError
-from fedelta.messages import ClientUpdate
-from fedelta.packing import ByteCount, count_bytes
+from fedelta.base_model import fingerprint
+from fedelta.config import Config
+from fedelta.engines.flower.nodes import POLL_S, Nodes
+from fedelta.engines.flower.round_trip import RoundKey, RoundTrip
+from fedelta.engines.rounds import Answer, Draw, Engine
+from fedelta.errors import FedeltaError
 from fedelta.server import ServerState
 from fedelta.stopwatch import Stopwatch
 
-POLL_S = 0.05
+
+def check(config: Config) -> None:
+    """Whether a configuration can be run over Flower.
+
+    Raises:
+        FedeltaError: if not, before anything is started.
+    """
+    if config.method.make().personal:
+        raise FedeltaError(f"method {config.method.name} keeps factors at its clients: not over Flower yet")
+    if config.training.stack != 1:
+        raise FedeltaError(f"training.stack is {config.training.stack}, but over Flower it is 1")
 
 
 class FlowerEngine(Engine):
     """Clients are where their nodes are.
 
     Args:
-        grid: of the running ServerApp.
-        clients: names that must be served by some node before the first round.
-        deadline: seconds after which a round goes on without those who have not answered.
+        nodes: that serve them.
     """
 
-    def __init__(self, *arguments: Any, grid: Grid, clients: Sequence[str], deadline: float, **_: Any) -> None:
+    spare = True
+
+    def __init__(self, *arguments: Any, nodes: Nodes, **_: Any) -> None:
         super().__init__(*arguments)
-        if self.server.method.personal:
-            raise FedeltaError(f"method {self.server.method.name} keeps factors at its clients: not over Flower yet")
-        if self.trainer.settings.stack != 1:
-            raise FedeltaError(f"training.stack is {self.trainer.settings.stack}, but over Flower it is 1")
-        self.grid = grid
-        self.deadline = deadline
-        self.nodes = self._find(set(clients))
+        self.nodes = nodes
+        self.mail = nodes.mail
+        self.nodes.expect(fingerprint(self.trainer.model.peft))
+        self._late: dict[str, int] = {}
 
-    def _find(self, wanted: set[str]) -> dict[str, int]:
-        """Client → node, by asking every node once, until all clients are there or the deadline is over."""
-        found: dict[str, int] = {}
-        asked: set[int] = set()
-        until = time.monotonic() + self.deadline
-        while not wanted <= found.keys():
-            new = [node for node in self.grid.get_node_ids() if node not in asked]
-            questions = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in new]
-            for node, reply in self._replies(dict(zip(new, questions, strict=True)), until):
-                if reply is not None:
-                    asked.add(node)
-                    # The first that names a client has it; nobody takes it over in the middle of a run.
-                    names = reply.get("clients")
-                    here = {str(name) for name in names} if isinstance(names, list) else set()
-                    found |= dict.fromkeys((wanted & here) - found.keys(), node)
-            if time.monotonic() > until:
-                raise FedeltaError(f"no node serves client {sorted(wanted - found.keys())[0]}")
-            time.sleep(POLL_S)
-        return found
-
-    def _replies(self, messages: Mapping[Any, Message], until: float) -> Iterator[tuple[Any, ConfigRecord | None]]:
-        """Replies as they come, None for a node that failed; those that are late are left out."""
-        pushed = list(self.grid.push_messages(messages.values())) if messages else []
-        if len(pushed) < len(messages):
-            raise FedeltaError(f"Flower took {len(pushed)} of {len(messages)} messages; are they too large for it?")
-        sent = list(zip(pushed, messages, strict=True))
-        ids = {number: key for number, key in sent if number}
-        # No number for a message: its node is gone.
-        yield from ((key, None) for number, key in sent if not number)
-        while ids and time.monotonic() < until:
-            for reply in self.grid.pull_messages(list(ids)):
-                key = ids.pop(reply.metadata.reply_to_message_id)
-                yield key, None if reply.has_error() else reply.content.config_records.get("message")
-            time.sleep(POLL_S if ids else 0)
+    def late(self) -> dict[str, int]:
+        late, self._late = self._late, {}
+        return late
 
     def answers(
         self,
         state: ServerState,
-        clients: Sequence[str],
+        draw: Draw,
         watch: Stopwatch,
         inside: Stopwatch,  # noqa: ARG002
     ) -> Iterator[Answer]:
-        sent = {client: self.server.broadcast(state, client) for client in clients}
-        blobs = {client: broadcast.to_bytes() for client, broadcast in sent.items()}
-        present = [client for client in clients if not self.server.drops_out(state, client)]
+        settings = self.server.settings
+        self._receive(None)
+        # A round for which too few are there waits; one that has enough goes on without the others.
+        self.nodes.wait(draw.clients, settings.min_clients, settings.deadline, self._late_reply)
+        watch.lap("waiting")
+        trip = RoundTrip(self.server, state, draw, self.nodes, self.mail)
         watch.lap("messages")
-        arrived: dict[str, ConfigRecord | None] = {}
-        until = time.monotonic() + self.deadline
-        asked = present
-        while asked:
-            behind: dict[str, int] = {}
-            for client, record in self._replies({c: self._message(c, blobs[c]) for c in asked}, until):
-                version = record.get("behind") if record else None
-                if isinstance(version, int) and 0 <= version < state.log.version:
-                    behind[client] = version
-                else:
-                    arrived[client] = record
-            for client, version in behind.items():
-                # A trainer that came back blank, perhaps more than once, gets every patch again.
-                blobs[client] = self.server.broadcast(state, client, since=version).to_bytes()
-            asked = list(behind)
-        watch.lap("clients")
-        for client in clients:
-            update = self._update(client, arrived, dropped=client not in present)
-            record = arrived.get(client)
-            up = count_bytes(record["blob"]) if record and isinstance(update, ClientUpdate) else ByteCount()
-            yield Answer(client, sent[client], update, count_bytes(blobs[client]), up)
+        until = time.monotonic() + settings.deadline
+        for client in draw.clients:
+            while client not in trip:
+                if trip.usable >= trip.kept:
+                    trip.give_up(client, f"{trip.kept} others came first")
+                elif time.monotonic() > until:
+                    trip.give_up(client, f"TimeoutError: no reply within {settings.deadline:.0f} s")
+                elif not self._receive(trip):
+                    time.sleep(POLL_S)
+            watch.lap("clients")
+            yield trip.answer(client)
 
-    def _message(self, client: str, blob: bytes) -> Message:
-        content = RecordDict({"message": ConfigRecord({"blob": blob})})
-        return Message(content, dst_node_id=self.nodes[client], message_type=MessageType.TRAIN)
+    def _receive(self, trip: RoundTrip | None) -> bool:
+        """Take what has come, and say whether anything has."""
+        self.nodes.look()
+        found = False
+        for reply in self.mail.receive():
+            found = True
+            if not isinstance(reply.key, RoundKey):
+                self.nodes.hear(reply)
+            elif trip is None or not trip.take(reply):
+                self._late_reply(reply)
+        return found
 
-    def _update(
-        self, client: str, arrived: Mapping[str, ConfigRecord | None], dropped: bool
-    ) -> ClientUpdate | Exception:
-        if dropped:
-            return ClientFailed(client, "TimeoutError: dropped out")
-        if client not in arrived:
-            return ClientFailed(client, f"TimeoutError: no reply within {self.deadline:.0f} s")
-        record = arrived[client]
-        if record is None:
-            return ClientFailed(client, "its node failed")
-        blob = record.get("blob", b"")
-        return read_update(client, record, blob if isinstance(blob, bytes) else b"")
+    def _late_reply(self, reply: Any) -> None:
+        if reply.error is None:
+            self._late[reply.key.client] = reply.key.round

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedelta.engines.observer import Observer
 
-FAILED, FINISHED = "failed", "finished"
+STARTED, FAILED, FINISHED = "started", "failed", "finished"
 
 
 class EventFile(Observer):
@@ -42,8 +42,15 @@ class EventFile(Observer):
     def round_done(self, record: Mapping[str, Any]) -> None:
         self._write("round_done", dict(record))
 
+    def say(self, message: str) -> None:
+        self._write("say", message)
+
     def warn(self, message: str) -> None:
         self._write("warn", message)
+
+    def started(self, process: int) -> None:
+        """Whoever writes this is that process."""
+        self._write(STARTED, process)
 
     def failed(self, message: str) -> None:
         """The run has ended badly, for this reason."""
@@ -58,6 +65,7 @@ class EventReader:
     """Tells an observer what another process has written since the last time.
 
     Attributes:
+        process: of the writer, once it has said so.
         failure: why the run ended badly, once it did.
         finished: whether it ended well.
     """
@@ -66,6 +74,7 @@ class EventReader:
         self._path = path
         self._observer = observer
         self._read = 0
+        self.process: int | None = None
         self.failure: str | None = None
         self.finished = False
 
@@ -82,6 +91,8 @@ class EventReader:
             name, *arguments = json.loads(line)
             if name == FAILED:
                 self.failure = arguments[0]
+            elif name == STARTED:
+                self.process = arguments[0]
             elif name == FINISHED:
                 self.finished = True
             else:

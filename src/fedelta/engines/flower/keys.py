@@ -14,11 +14,27 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fedelta.atomic import new_folder
 from fedelta.errors import FedeltaError
 
 VALID = timedelta(days=365)
 LOOPBACK = ("127.0.0.1", "localhost")
 PEM = serialization.Encoding.PEM
+
+
+def make_loopback_certificate(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 and the authority behind it, whose key nobody keeps.
+
+    Returns:
+        The folder, with `ca.crt`, `server.crt` and `server.key`.
+    """
+    authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    authority = _certificate("fedelta loopback", authority_key, None, authority_key, [])
+    server = _certificate("fedelta loopback", key, authority, authority_key, LOOPBACK)
+    _write(folder / "ca.crt", authority.public_bytes(PEM))
+    _write(folder / "server.crt", server.public_bytes(PEM))
+    _write(folder / "server.key", _private(key))
+    return folder
 
 
 def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
@@ -41,26 +57,28 @@ def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[
             raise FedeltaError(f"site {site!r}: expected letters, digits, - and _")
     if not sites or len(set(sites)) < len(sites):
         raise FedeltaError(f"sites: {', '.join(sites) or 'none'}, expected at least one, each once")
+    for host in hosts:
+        if not host.isascii() or not host.replace("-", "").replace(".", "").replace(":", "").isalnum():
+            raise FedeltaError(f"host {host!r}: expected a name such as fl.example.org, or an address")
     if folder.exists():
         raise FedeltaError(f"{folder} exists already; keys are never overwritten")
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     authority_key = ec.generate_private_key(ec.SECP384R1())
     authority = _certificate("fedelta authority", authority_key, None, authority_key, [])
     server_key = ec.generate_private_key(ec.SECP384R1())
     server = _certificate("fedelta server", server_key, authority, authority_key, [*dict.fromkeys((*hosts, *LOOPBACK))])
-    _write(scratch / "authority" / "ca.key", _private(authority_key))
-    _write(scratch / "server" / "ca.crt", authority.public_bytes(PEM))
-    _write(scratch / "server" / "server.crt", server.public_bytes(PEM))
-    _write(scratch / "server" / "server.key", _private(server_key))
-    for site in sites:
-        key = ec.generate_private_key(ec.SECP384R1())
-        private = key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        _write(scratch / "sites" / site / "site.key", private)
-        _write(scratch / "sites" / site / "ca.crt", authority.public_bytes(PEM))
-        # What the server has to know of a site.
-        _write(scratch / "server" / "sites" / f"{site}.pub", public + b"\n")
-    scratch.rename(folder)
+    with new_folder(folder) as scratch:
+        _write(scratch / "authority" / "ca.key", _private(authority_key))
+        _write(scratch / "server" / "ca.crt", authority.public_bytes(PEM))
+        _write(scratch / "server" / "server.crt", server.public_bytes(PEM))
+        _write(scratch / "server" / "server.key", _private(server_key))
+        for site in sites:
+            key = ec.generate_private_key(ec.SECP384R1())
+            private = key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+            public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+            _write(scratch / "sites" / site / "site.key", private)
+            _write(scratch / "sites" / site / "ca.crt", authority.public_bytes(PEM))
+            # What the server has to know of a site.
+            _write(scratch / "server" / "sites" / f"{site}.pub", public + b"\n")
     return [folder / "server", *(folder / "sites" / site for site in sites)]
 
 

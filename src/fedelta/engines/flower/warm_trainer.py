@@ -1,59 +1,98 @@
-"""The warm trainer of a site: model, folded patches and tokens stay loaded between messages.
+"""A warm trainer: model, folded patches and tokens stay loaded between messages.
 
-python -m fedelta.engines.flower.warm_trainer CONFIG.yaml SOCKET
+python -m fedelta.engines.flower.warm_trainer CONFIG.yaml SOCKET      serves all clients of a partition
 """
 
+import json
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedelta.base_model import fingerprint
 from fedelta.client import Trainer
 from fedelta.config import load_config
 from fedelta.data import Shard
 from fedelta.engines.flower.relay import listen, receive, send
-from fedelta.errors import BadUpdate, FedeltaError, in_one_line
+from fedelta.engines.rounds import explain
+from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast
 from fedelta.runner import prepare
 
 SILENCE_S = 60.0
 
 
-def answer(trainer: Trainer, shards: dict[str, Shard], facts: dict[str, Any], blob: bytes) -> tuple[dict, bytes]:
-    """What a message gets back: facts, and an update if it asked for one."""
-    if facts["kind"] == "query":
-        return {"clients": facts["clients"] or sorted(shards), "version": trainer.base.version}, b""
-    try:
-        broadcast = Broadcast.from_bytes(blob)
-        if broadcast.client not in facts["clients"] or broadcast.client not in shards:
-            return {"refused": f"{broadcast.client} is no client of this site"}, b""
-        if broadcast.patch.start > trainer.base.version:
+class Clients:
+    """The clients that a trainer serves.
+
+    Args:
+        trainer: their model.
+        shards: client → its rows.
+    """
+
+    def __init__(self, trainer: Trainer, shards: Mapping[str, Shard]) -> None:
+        self.trainer = trainer
+        self.shards = dict(shards)
+        self.base = fingerprint(trainer.model.peft)
+        self.finished = False
+
+    def answer(self, facts: Mapping[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        """What a message gets back: facts, and an update if it asked for one.
+
+        Args:
+            facts: `kind`, `query` or `train`; which `client` asks, or its `number` in the order of names, if known.
+            blob: a question as JSON, or a broadcast.
+        """
+        try:
+            if facts["kind"] == "query":
+                return self.introduce(facts, json.loads(blob or b"{}")), b""
+            return self.train(facts, Broadcast.from_bytes(blob), blob)
+        except Exception as error:
+            return explain(error), b""
+
+    def introduce(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Who is here."""
+        return {"clients": self._here(facts), "version": self.trainer.base.version, "base": self.base}
+
+    def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
+        """The update that a broadcast asks for.
+
+        Raises:
+            FedeltaError: if it is for somebody else, or does not fit the model.
+        """
+        if broadcast.client not in self._here(facts):
+            raise FedeltaError(f"{broadcast.client} is no client of this site")
+        if broadcast.patch.start > self.trainer.base.version:
             # A blank trainer: whoever asks again sends all patches.
-            return {"behind": trainer.base.version}, b""
-        return {}, trainer.answer(blob, shards[broadcast.client])
-    except FedeltaError as error:
-        return {"refused": error.reason if isinstance(error, BadUpdate) else str(error)}, b""
-    except Exception as error:
-        # A client may fail in any way; the server is told, and the trainer lives on.
-        return {"failed": in_one_line(error)}, b""
+            return {"behind": self.trainer.base.version}, b""
+        return {}, self.trainer.answer(blob, self.shards[broadcast.client])
+
+    def _here(self, facts: Mapping[str, Any]) -> list[str]:
+        names = sorted(self.shards)
+        if facts.get("client") is not None:
+            names = [name for name in names if name == facts["client"]]
+        elif facts.get("number") is not None:
+            names = names[facts["number"] : facts["number"] + 1]
+        return names
 
 
-def serve(server: socket.socket, trainer: Trainer, shards: dict[str, Shard]) -> None:
-    """Answer one message after the other, for ever."""
-    while True:
+def serve(server: socket.socket, clients: Clients) -> None:
+    """Answer one message after the other, until the clients have finished."""
+    while not clients.finished:
         connection, _ = server.accept()
         # Whoever does not speak, or stops listening, holds nobody else up for long, and ends nothing.
         connection.settimeout(SILENCE_S)
         with connection, suppress(OSError, ValueError, KeyError, TypeError):
             facts, blob = receive(connection)
-            send(connection, *answer(trainer, shards, facts, blob))
+            send(connection, *clients.answer(facts, blob))
 
 
 def main() -> None:
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
     trainer, data = prepare(config)
-    serve(listen(path), trainer, dict(data.shards))
+    serve(listen(path), Clients(trainer, data.shards))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""Processes of a deployment: started in Flower's environment, watched, started again, ended with what they started."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from fedelta.engines.lifetime import end_with_parent
+from fedelta.engines.observer import Observer
+from fedelta.errors import FedeltaError
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    # Ten times a second instead of once, whether there is something to do.
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+RESTARTS = 5
+WITHIN_S = 300.0
+"""More restarts than these within these seconds, and a process is given up."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process: this one's, and what Flower is to be told."""
+    return {**os.environ, **ENVIRONMENT, **more}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tool(name: str) -> str:
+    """The path of one of Flower's commands, beside this Python."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise FedeltaError(f"this needs the extra: pip install 'fedelta[flower]' (no {path})")
+    return str(path)
+
+
+def last_line(log: Path) -> str:
+    """What a process said last."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].strip() if lines else f"{log} is empty"
+
+
+@contextmanager
+def process(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with this block, and all that it has started; its output in a file."""
+    with log.open("ab") as stream:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
+        )
+    try:
+        yield child
+    finally:
+        _signal_group(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(15)
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+class Kept:
+    """A process that is started again when it ends; whoever waits for it goes on where it was.
+
+    Args:
+        name: for people, and of its log.
+        command: that starts it.
+        environment: of it.
+        logs: folder of its log.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], logs: Path) -> None:
+        self.name = name
+        self.log = logs / f"{name}.log"
+        self._command = command
+        self._environment = environment
+        self._scope = ExitStack()
+        self._deaths: list[float] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.process = self._scope.enter_context(process(self._command, self._environment, self.log))
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit code, if it has ended."""
+        return self.process.poll()
+
+    def look(self, observer: Observer) -> None:
+        """Start it again, if need be.
+
+        Raises:
+            FedeltaError: if it has ended too often.
+        """
+        if (code := self.ended) is None:
+            return
+        now = time.monotonic()
+        self._deaths = [then for then in self._deaths if now - then < WITHIN_S] + [now]
+        if len(self._deaths) > RESTARTS:
+            raise FedeltaError(f"{self.name} ended {len(self._deaths)} times: {last_line(self.log)}")
+        observer.warn(f"{self.name} ended with exit code {code} and is started again")
+        # What it has started itself ends with it.
+        self._scope.close()
+        self._start()
+
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scope.close()

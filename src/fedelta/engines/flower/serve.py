@@ -1,0 +1,98 @@
+"""The server of a federation: a SuperLink that only this machine reaches, a door for the sites, and the run itself."""
+
+import socket
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import yaml
+
+from fedelta.config import Config
+from fedelta.engines.flower.engine import check
+from fedelta.engines.flower.events import EventReader
+from fedelta.engines.flower.keys import make_loopback_certificate
+from fedelta.engines.flower.processes import Kept, environment
+from fedelta.engines.flower.superlink import SuperLink
+from fedelta.engines.observer import Observer
+from fedelta.errors import FedeltaError
+from fedelta.runner import Run, open_run
+from fedelta.tracking import RunFolder
+
+PORT = 9092
+
+
+def serve(
+    config: Config,
+    *,
+    keys: Path | None,
+    sites: list[str],
+    host: str,
+    port: int,
+    patience: float,
+    resume: bool,
+    observer: Observer,
+) -> Run:
+    """Wait for all sites, run the configuration with them, and tell them when it has ended.
+
+    Args:
+        keys: folder with `server.crt`, `server.key` and `sites/NAME.pub`; None is plain text, on loopback alone.
+        sites: names, where there are no keys that say them.
+        host, port: where sites reach this server.
+        patience: seconds to wait for the sites before the first round.
+        resume: go on from the checkpoint in the run's folder.
+
+    Raises:
+        FedeltaError: if a file is missing, the port is taken, or the run fails.
+    """
+    check(config)
+    folder = RunFolder(config.folder, config.dump())
+    if not resume:
+        folder.refuse_existing()
+    public = _keys_of_sites(keys) if keys else {}
+    if not (names := sorted(public or sites)):
+        raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
+    _check_port(host, port)
+    logs = config.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
+        file = scratch / "config.yaml"
+        file.write_text(yaml.safe_dump(config.dump()))
+        inner = make_loopback_certificate(scratch / "certificate") if keys else None
+        link = stack.enter_context(SuperLink(scratch, logs, inner, port=None if keys else port))
+        numbers = {link.register(public[name]): name for name in names} if keys else None
+        kept = []
+        if keys and inner:
+            door = [sys.executable, "-m", "fedelta.engines.flower.front_door", host, str(port), str(keys)]
+            door += [link.address, str(inner / "ca.crt")]
+            kept.append(stack.enter_context(Kept("door", door, environment(), logs)))
+        events = EventReader(scratch / "events.jsonl", observer)
+        plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "sites": True}
+        link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience})
+
+        def look() -> None:
+            for each in kept:
+                each.look(observer)
+
+        link.follow(events, look)
+    return open_run(config.folder)
+
+
+def _keys_of_sites(keys: Path) -> dict[str, Path]:
+    """Name → public key of each site that may take part."""
+    for name in ("server.crt", "server.key"):
+        if not (keys / name).is_file():
+            raise FedeltaError(f"--keys {keys}: no {name} there; `fedelta keys` makes one for a trial")
+    found = {file.stem: file for file in sorted((keys / "sites").glob("*.pub"))}
+    if not found:
+        raise FedeltaError(f"--keys {keys}: no sites/NAME.pub there, expected the public key of each site")
+    return found
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise FedeltaError(f"--host {host} --port {port}: {error.strerror or error}") from error

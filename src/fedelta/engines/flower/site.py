@@ -1,0 +1,131 @@
+"""A site's trainer: rows of its own, a rank that it can afford, and a model as the server has it.
+
+python -m fedelta.engines.flower.site CONFIG.yaml SOCKET SITE.json
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedelta.atomic import write_file
+from fedelta.base_model import fingerprint, load_tokenizer
+from fedelta.config import Config, load_config
+from fedelta.data import DataSettings, build_shard
+from fedelta.data.sources import load_rows
+from fedelta.engines.flower.relay import listen
+from fedelta.engines.flower.warm_trainer import Clients, serve
+from fedelta.errors import FedeltaError
+from fedelta.messages import Broadcast
+from fedelta.runner import make_trainer
+
+OWN = {"model": ("name", "device", "prefix_cache"), "data": ("source", "limit", "evaluation_limit", "splits")}
+"""Settings that are a site's own: where it has things, and what its machine is."""
+SHARED = {"model", "lora", "training", "seed"}
+OF_DATA = ("text", "label", "max_length", "client_validation")
+
+
+def comparable(config: Config) -> dict[str, Any]:
+    """What the server and its sites must agree on, as flat keys and values."""
+    plain = json.loads(json.dumps(config.dump()))
+    flat = {}
+    for section in sorted(SHARED):
+        values = plain[section] if isinstance(plain[section], dict) else {"": plain[section]}
+        for key, value in values.items():
+            if key not in OWN.get(section, ()):
+                flat[f"{section}.{key}".rstrip(".")] = value
+    return flat | {f"data.{key}": plain["data"][key] for key in OF_DATA}
+
+
+class Site(Clients):
+    """One client, at home. It loads its model when it is first asked, for then it learns the classes.
+
+    Args:
+        config: the site's own copy.
+        data: its rows: a file or a folder.
+        rank: that it can afford.
+        name: who it is, None for whom the server says.
+        known: file of what the server has said, for a trainer that is started again.
+    """
+
+    def __init__(self, config: Config, data: str, rank: int, name: str | None, known: Path) -> None:
+        self.config = config
+        self.rank = rank
+        self.name = name
+        self.finished = False
+        self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
+        self.tokenizer = load_tokenizer(config.model)
+        self._known = known
+        # Read now, so that whoever starts a site learns at once of rows that are not there.
+        say(f"{load_rows(self.settings).num_rows} rows in {data}, rank {rank}")
+        if known.exists():
+            self._load(**json.loads(known.read_text()))
+
+    def introduce(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        if question.get("finished"):
+            self.finished = True
+            return {"clients": []}
+        mine = comparable(self.config)
+        for key, value in question["settings"].items():
+            if mine.get(key) != value:
+                raise refuse(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
+        name = self.name or question["client"]
+        if name is None:
+            raise refuse("nobody has said which client this is")
+        if not hasattr(self, "trainer"):
+            self._load(name, question["classes"])
+            write_file(self._known, json.dumps({"name": name, "classes": question["classes"]}))
+            say(f"{name} takes part with {len(self.shards[name].train)} rows")
+        if (name, question["classes"]) != self.loaded:
+            raise refuse(f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes")
+        rows = len(self.shards[name].train)
+        return {
+            "clients": [name],
+            "version": self.trainer.base.version,
+            "base": self.base,
+            "rank": self.rank,
+            "rows": rows,
+        }
+
+    def _load(self, name: str, classes: list[str]) -> None:
+        shard = build_shard(self.settings, self.tokenizer, classes, name, self.config.seed)
+        self.trainer = make_trainer(self.config, len(classes), self.tokenizer)
+        self.shards = {name: shard}
+        self.base = fingerprint(self.trainer.model.peft)
+        self.loaded = (name, classes)
+
+    def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
+        if not hasattr(self, "trainer"):
+            raise FedeltaError("this site has not been asked yet who it is")
+        begin = time.monotonic()
+        answer = super().train(facts, broadcast, blob)
+        if answer[1]:
+            say(f"round {broadcast.round}: trained in {time.monotonic() - begin:.1f} s")
+        return answer
+
+
+def refuse(reason: str) -> FedeltaError:
+    """A refusal, which the people of the site read too."""
+    say(f"can't take part: {reason}")
+    return FedeltaError(reason)
+
+
+def say(line: str) -> None:
+    """A line for the people of the site."""
+    print(line, flush=True)
+
+
+def main() -> None:
+    config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
+    told = json.loads(Path(sys.argv[3]).read_text())
+    try:
+        site = Site(config, told["data"], told["rank"], told["name"], Path(sys.argv[3]).with_name("known.json"))
+    except FedeltaError as error:
+        sys.exit(str(error))
+    serve(listen(path), site)
+
+
+if __name__ == "__main__":
+    main()
