@@ -22,6 +22,7 @@ from starlette.routing import Route
 MOST = 64 * 2**20
 """Bytes of a request at most; Flower cuts what is larger into pieces of 5 MiB."""
 PATIENCE_S = 120.0
+REFUSED = (401, 403, 404)
 OF_ONE_HOP = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade"}
 
 
@@ -32,6 +33,8 @@ def door(superlink: str, authority: str) -> Starlette:
         superlink: its address.
         authority: file with the certificate that the SuperLink's is signed by.
     """
+
+    refused: dict[str, int] = {}
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -55,6 +58,12 @@ def door(superlink: str, authority: str) -> Starlette:
             )
         except httpx.HTTPError as error:
             return PlainTextResponse(f"the SuperLink does not answer: {type(error).__name__}", 503)
+        if answer.status_code in REFUSED and request.client is not None:
+            # Nobody makes this log grow by knocking again and again.
+            refused[request.client.host] = refused.get(request.client.host, 0) + 1
+            if (count := refused[request.client.host]) & (count - 1) == 0:
+                where = f"{request.client.host} ({request.url.path.rsplit('/', 1)[-1]}, {count} so far)"
+                print(f"refused a node at {where}: its key is not one of the registered sites'", flush=True)
         kept = {key: value for key, value in answer.headers.items() if key not in OF_ONE_HOP | {"content-encoding"}}
         return Response(answer.content, answer.status_code, kept)
 

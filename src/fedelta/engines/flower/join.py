@@ -1,7 +1,6 @@
 """A site of a federation: a node that reaches the server, and the warm trainer beside it, until the run has ended."""
 
 import json
-import socket
 import ssl
 import sys
 import tempfile
@@ -9,15 +8,18 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import yaml
 
 from fedelta.config import Config
 from fedelta.engines.flower.deployment import node_command
-from fedelta.engines.flower.processes import Kept, environment, last_line
+from fedelta.engines.flower.processes import Kept, Tail, environment, last_line
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 
 CONNECT_S = 10.0
+LOOK_S = 1.0
+"""Seconds between two looks whether the server is up; Flower's nodes wait ever longer."""
 FAREWELL_S = 5.0
 """For how long the node has to pass on the trainer's last word."""
 
@@ -60,48 +62,51 @@ def join(
         command = [sys.executable, "-m", "fedelta.engines.flower.site"]
         command += [str(scratch / "config.yaml"), path, str(scratch / "site.json")]
         trainer = stack.enter_context(Kept("trainer", command, environment(), folder))
-        said = _Said(trainer.log, observer)
+        said = Tail(trainer.log)
+
+        def tell() -> None:
+            for line in said.lines():
+                observer.say(line)
+
         while not Path(path).exists():
-            said.catch_up()
+            tell()
             if trainer.ended is not None:
                 raise FedeltaError(last_line(trainer.log))
             time.sleep(0.1)
+        observer.say(f"waiting for the server at {server}")
+        while not reachable(server, keys / "ca.crt" if keys else None):
+            trainer.look(observer)
+            time.sleep(LOOK_S)
         home = scratch / "flwr"
         home.mkdir()
         command = node_command(server, f'trainer="{path}"', *security)
         node = stack.enter_context(Kept("node", command, environment(FLWR_HOME=str(home)), folder))
-        observer.say(f"waiting for the server at {server}")
+        heard = Tail(node.log)
         while trainer.ended != 0:
-            said.catch_up()
+            tell()
             trainer.look(observer)
-            node.look(observer)
+            if node.ended is not None:
+                _check_accepted(server, keys, heard)
+                node.look(observer)
             time.sleep(0.2)
-        said.catch_up()
+        tell()
         time.sleep(FAREWELL_S)
 
 
-class _Said:
-    """Passes on what a log holds beyond what it held in the beginning."""
-
-    def __init__(self, log: Path, observer: Observer) -> None:
-        self._log = log
-        self._observer = observer
-        self._read = 0
-
-    def catch_up(self) -> None:
-        with self._log.open("rb") as stream:
-            stream.seek(self._read)
-            found = stream.read()
-        whole = found[: found.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
-            self._observer.say(line)
+def _check_accepted(server: str, keys: Path | None, heard: Tail) -> None:
+    """Whether a node has ended because the server does not know it."""
+    refused = any("Failed to activate" in line for line in heard.lines())
+    if keys is not None and refused and reachable(server, keys / "ca.crt"):
+        raise FedeltaError(
+            f"server {server} does not accept the key {keys / 'site.key'}: "
+            "its public half has to be in the server's folder, as sites/NAME.pub"
+        )
 
 
 def _security(server: str, keys: Path | None) -> list[str]:
-    """Options of the node, after a look at whether the server is whom we trust."""
-    host, colon, port = server.rpartition(":")
-    if not colon or not port.isdigit():
+    """Options of the node."""
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
         raise FedeltaError(f"--server {server}: expected HOST:PORT")
     if keys is None:
         if host not in ("127.0.0.1", "localhost", "[::1]"):
@@ -110,23 +115,39 @@ def _security(server: str, keys: Path | None) -> list[str]:
     for file in ("site.key", "ca.crt"):
         if not (keys / file).is_file():
             raise FedeltaError(f"--keys {keys}: no {file} there")
-    try:
-        context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
-    except ssl.SSLError as error:
-        raise FedeltaError(f"--keys {keys}: ca.crt is no certificate ({error.reason})") from error
-    try:
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as plain,
-            context.wrap_socket(plain, server_hostname=host.strip("[]")),
-        ):
-            pass
-    except ssl.SSLCertVerificationError as error:
-        raise FedeltaError(
-            f"server {server} is not whom {keys / 'ca.crt'} vouches for: {error.verify_message}"
-        ) from error
-    except ssl.SSLError as error:
-        raise FedeltaError(f"server {server} does not speak TLS: {error.reason}") from error
-    except OSError:
-        # It may not be up yet; the node asks again and again.
-        pass
     return ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "site.key")]
+
+
+def reachable(server: str, authority: Path | None) -> bool:
+    """Whether the server is up and is whom we trust.
+
+    Args:
+        authority: certificate that vouches for the server's; None for plain text.
+
+    Raises:
+        FedeltaError: if something else is there.
+    """
+    host, _, port = server.rpartition(":")
+    scheme = "http" if authority is None else "https"
+    try:
+        context = ssl.create_default_context(cafile=str(authority)) if authority else False
+    except ssl.SSLError as error:
+        raise FedeltaError(f"{authority} is no certificate ({error.reason})") from error
+    try:
+        # What it answers does not matter: that it speaks as we do does.
+        httpx.get(f"{scheme}://{host}:{port}/", verify=context, timeout=CONNECT_S, trust_env=False)
+    except httpx.ConnectError as error:
+        cause = error
+        while cause is not None and not isinstance(cause, ssl.SSLError):
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            line = f"server {server} is not whom {authority} vouches for: {cause.verify_message}"
+            raise FedeltaError(line) from error
+        if isinstance(cause, ssl.SSLError):
+            raise FedeltaError(f"server {server} does not speak TLS ({cause.reason})") from error
+        return False
+    except httpx.RemoteProtocolError as error:
+        raise FedeltaError(f"server {server} does not speak plain HTTP; does it want TLS? Say --keys FOLDER") from error
+    except httpx.HTTPError:
+        return False
+    return True

@@ -53,6 +53,23 @@ def last_line(log: Path) -> str:
     return lines[-1].strip() if lines else f"{log} is empty"
 
 
+class Tail:
+    """Reads on in a log from where it ended in the beginning."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read = log.stat().st_size if log.exists() else 0
+
+    def lines(self) -> list[str]:
+        """Whole lines that are new."""
+        with self._log.open("rb") as stream:
+            stream.seek(self._read)
+            found = stream.read()
+        whole = found[: found.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return whole.decode(errors="replace").splitlines()
+
+
 @contextmanager
 def process(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with this block, and all that it has started; its output in a file."""

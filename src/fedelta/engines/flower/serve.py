@@ -12,7 +12,7 @@ from fedelta.config import Config
 from fedelta.engines.flower.engine import check
 from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.keys import make_loopback_certificate
-from fedelta.engines.flower.processes import Kept, environment
+from fedelta.engines.flower.processes import Kept, Tail, environment
 from fedelta.engines.flower.superlink import SuperLink
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
@@ -71,9 +71,13 @@ def serve(
         plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "sites": True}
         link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience})
 
+        heard = [Tail(each.log) for each in kept]
+
         def look() -> None:
-            for each in kept:
+            for each, tail in zip(kept, heard, strict=True):
                 each.look(observer)
+                for line in tail.lines():
+                    observer.warn(line)
 
         link.follow(events, look)
     return open_run(config.folder)

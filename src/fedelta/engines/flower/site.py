@@ -6,6 +6,7 @@ python -m fedelta.engines.flower.site CONFIG.yaml SOCKET SITE.json
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
     told = json.loads(Path(sys.argv[3]).read_text())
     try:
