@@ -55,11 +55,14 @@ class Federation:
             make_keys(folder / "keys", self.names, [])
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        return self._run(name, "-m", "fedelta.cli", *arguments)
+
+    def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         place = self.folder / name
         place.mkdir(exist_ok=True)
         with (place / "output").open("ab") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "fedelta.cli", *arguments],
+                [sys.executable, *arguments],
                 cwd=place,
                 stdout=output,
                 stderr=output,
@@ -85,6 +88,13 @@ class Federation:
         )
         place = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
         return self._start(name, "join", str(self.folder / "config.yaml"), *place, *security, *arguments)
+
+    def join_badly(self, name: str, rank: int, how: str) -> subprocess.Popen[bytes]:
+        """A site whose trainer does not do what it should: see `bad_site.py`."""
+        place = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
+        config = str(self.folder / "config.yaml")
+        script = str(Path(__file__).with_name("bad_site.py"))
+        return self._run(name, script, how, "join", config, *place, "--insecure", "--name", name)
 
     def output(self, name: str) -> str:
         return (self.folder / name / "output").read_text()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import yaml
 
@@ -84,10 +85,71 @@ def test_a_trainer_that_is_killed_comes_back_and_nothing_is_lost(tiny_config: An
     alone = run(tiny_config(name="alone", rounds=4, **MIXED))
     killer = Killer()
     apart = run_on_loopback(tiny_config(name="apart", rounds=4, **MIXED), resume=False, observer=killer)
-    assert killer.warnings == ["the trainer ended with exit code -9 and is started again"]
+    assert killer.warnings == ["trainer ended with exit code -9 and is started again"]
     assert files(apart)[1] == files(alone)[1]
     assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in alone.records]
     assert all(not r["skipped"] for r in apart.records)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_is_started_again(tiny_config: Any) -> None:
+    class Killer(Seen):
+        def __init__(self) -> None:
+            super().__init__()
+            self.warnings: list[str] = []
+
+        def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
+            if round == 2:
+                kill_children("client-001")
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    killer = Killer()
+    changes = {**MIXED, "federation": {"deadline": 10.0, "min_clients": 2}}
+    apart = run_on_loopback(tiny_config(name="apart", rounds=14, **changes), resume=False, observer=killer)
+    assert "node-client-001 ended with exit code -9 and is started again" in killer.warnings
+    assert len(apart.records) == 14
+    assert "client-001" in apart.records[-1]["clients"]
+    assert {client for record in apart.records for client in record["skipped"]} <= {"client-001"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "line"),
+    [("flwr-serverapp", "the ServerApp ended without a word"), ("flower-superlink", "the SuperLink ended")],
+)
+def test_a_server_that_is_killed_says_so_and_goes_on(victim: str, line: str, tiny_config: Any) -> None:
+    class Killer(Seen):
+        def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
+            if round == 2:
+                kill_children(victim)
+
+    whole = run(tiny_config(name="whole", rounds=4, **MIXED))
+    config = tiny_config(name="parts", rounds=4, **MIXED)
+    with pytest.raises(FedeltaError, match=line):
+        run_on_loopback(config, resume=False, observer=Killer())
+    parts = run_on_loopback(config, resume=True, observer=Observer())
+    assert len(parts.records) == 4
+    assert files(parts)[1] == files(whole)[1]
+
+
+@pytest.mark.slow
+def test_of_those_sampled_the_first_make_the_round(tiny_config: Any) -> None:
+    changes = {**MIXED, "federation": {"sample": 3, "keep": 2, "min_clients": 2}}
+    apart = run_on_loopback(tiny_config(name="apart", rounds=5, **changes), resume=False, observer=Observer())
+    assert all(len(record["clients"]) == 2 for record in apart.records)
+    assert all(list(record["skipped"].values()) == ["2 others came first"] for record in apart.records)
+    assert any(record["late"] for record in apart.records[1:])
+
+
+def kill_children(text: str) -> None:
+    """Kill -9 those processes below this one that have the text in their command line."""
+    here = psutil.Process()
+    found = [child for child in here.children(recursive=True) if text in " ".join(child.cmdline())]
+    assert found
+    for child in found:
+        child.kill()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A deployment on this machine: a SuperLink, a node for each client, one warm trainer; started, watched, stopped."""
 
+import os
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from fedelta.engines.flower.engine import check
 from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.processes import Kept, environment, free_port, last_line
 from fedelta.engines.flower.relay import ask
+from fedelta.engines.flower.starter import write_command
 from fedelta.engines.flower.superlink import SuperLink
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
@@ -53,9 +55,10 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         events = EventReader(scratch / "events.jsonl", observer)
         plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "clients": clients}
         link.submit({**plan, "patience": NODES_S}, trainer=socket)
+        home = with_starter(stack, scratch, link.environment, logs, kept) if not ray else {}
         for client in [] if ray else clients:
             command = node_command(link.address, f'client="{client}" trainer="{socket}"')
-            kept.append(stack.enter_context(Kept(f"node-{client}", command, link.environment, logs)))
+            kept.append(stack.enter_context(Kept(f"node-{client}", command, home, logs)))
 
         def look() -> None:
             for each in kept:
@@ -63,6 +66,17 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
 
         link.follow(events, look)
     return open_run(config.folder)
+
+
+def with_starter(
+    stack: ExitStack, scratch: Path, environment: dict[str, str], logs: Path, kept: list[Kept]
+) -> dict[str, str]:
+    """Start what starts the processes of nodes, add it to those kept, and return the nodes' environment."""
+    path = str(scratch / "starter" / "socket")
+    write_command(scratch / "bin", path)
+    command = [sys.executable, "-m", "fedelta.engines.flower.starter", path]
+    kept.append(stack.enter_context(Kept("starter", command, environment, logs)))
+    return {**environment, "PATH": os.pathsep.join([str(scratch / "bin"), environment["PATH"]])}
 
 
 def node_command(superlink: str, settings: str, *security: str) -> list[str]:

@@ -7,6 +7,7 @@ on, all others refused. Whatever Flower may add is behind the door until it is l
 python -m fedelta.engines.flower.front_door HOST PORT FOLDER SUPERLINK AUTHORITY
 """
 
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +23,8 @@ from starlette.routing import Route
 MOST = 64 * 2**20
 """Bytes of a request at most; Flower cuts what is larger into pieces of 5 MiB."""
 PATIENCE_S = 120.0
-REFUSED = (401, 403, 404)
+NAME = re.compile(r"[a-z]+(-[a-z]+)*")
+REFUSED = (401, 403)
 OF_ONE_HOP = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade"}
 
 
@@ -46,6 +48,9 @@ def door(superlink: str, authority: str) -> Starlette:
             yield
 
     async def hand_on(request: Request) -> Response:
+        name = request.path_params["name"]
+        if not NAME.fullmatch(name):
+            return PlainTextResponse("nothing of the sites' is there", 404)
         body = bytearray()
         async for piece in request.stream():
             body += piece
@@ -53,21 +58,20 @@ def door(superlink: str, authority: str) -> Starlette:
                 return PlainTextResponse(f"expected at most {MOST} bytes", 413)
         headers = {key: value for key, value in request.headers.items() if key not in OF_ONE_HOP}
         try:
-            answer = await request.app.state.superlink.post(
-                request.url.path, content=bytes(body), headers=headers, params=request.query_params
-            )
+            answer = await request.app.state.superlink.post(f"/v1/fleet/{name}", content=bytes(body), headers=headers)
         except httpx.HTTPError as error:
             return PlainTextResponse(f"the SuperLink does not answer: {type(error).__name__}", 503)
-        if answer.status_code in REFUSED and request.client is not None:
+        entering = name in ("activate-node", "register-node") and answer.status_code >= 400
+        if (entering or answer.status_code in REFUSED) and request.client is not None:
             # Nobody makes this log grow by knocking again and again.
             refused[request.client.host] = refused.get(request.client.host, 0) + 1
             if (count := refused[request.client.host]) & (count - 1) == 0:
-                where = f"{request.client.host} ({request.url.path.rsplit('/', 1)[-1]}, {count} so far)"
+                where = f"{request.client.host} ({name}, {count} so far)"
                 print(f"refused a node at {where}: its key is not one of the registered sites'", flush=True)
         kept = {key: value for key, value in answer.headers.items() if key not in OF_ONE_HOP | {"content-encoding"}}
         return Response(answer.content, answer.status_code, kept)
 
-    return Starlette(routes=[Route("/v1/fleet/{path:path}", hand_on, methods=["POST"])], lifespan=lifespan)
+    return Starlette(routes=[Route("/v1/fleet/{name}", hand_on, methods=["POST"])], lifespan=lifespan)
 
 
 def main() -> None:

@@ -12,11 +12,12 @@ import httpx
 import yaml
 
 from fedelta.config import Config
-from fedelta.engines.flower.deployment import node_command
+from fedelta.engines.flower.deployment import node_command, with_starter
 from fedelta.engines.flower.processes import Kept, Tail, environment, last_line
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 
+TRAINER = ("-m", "fedelta.engines.flower.site")
 CONNECT_S = 10.0
 LOOK_S = 1.0
 """Seconds between two looks whether the server is up; Flower's nodes wait ever longer."""
@@ -59,7 +60,7 @@ def join(
         (scratch / "config.yaml").write_text(yaml.safe_dump(config.dump()))
         (scratch / "site.json").write_text(json.dumps({"data": data, "rank": rank, "name": name}))
         path = str(scratch / "trainer" / "socket")
-        command = [sys.executable, "-m", "fedelta.engines.flower.site"]
+        command = [sys.executable, *TRAINER]
         command += [str(scratch / "config.yaml"), path, str(scratch / "site.json")]
         trainer = stack.enter_context(Kept("trainer", command, environment(), folder))
         said = Tail(trainer.log)
@@ -80,11 +81,14 @@ def join(
         home = scratch / "flwr"
         home.mkdir()
         command = node_command(server, f'trainer="{path}"', *security)
-        node = stack.enter_context(Kept("node", command, environment(FLWR_HOME=str(home)), folder))
+        kept: list[Kept] = [trainer]
+        surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(home)), folder, kept)
+        node = stack.enter_context(Kept("node", command, surroundings, folder))
         heard = Tail(node.log)
         while trainer.ended != 0:
             tell()
-            trainer.look(observer)
+            for each in kept:
+                each.look(observer)
             if node.ended is not None:
                 _check_accepted(server, keys, heard)
                 node.look(observer)
@@ -109,7 +113,7 @@ def _security(server: str, keys: Path | None) -> list[str]:
     if not host or not port.isdigit():
         raise FedeltaError(f"--server {server}: expected HOST:PORT")
     if keys is None:
-        if host not in ("127.0.0.1", "localhost", "[::1]"):
+        if host not in ("127.0.0.1", "localhost"):
             raise FedeltaError(f"--insecure is for loopback, found --server {server}")
         return ["--insecure"]
     for file in ("site.key", "ca.crt"):

@@ -1,4 +1,4 @@
-"""A SuperNode that asks for messages twice a second; Flower's own sleeps three seconds between two questions.
+"""A SuperNode that asks for messages three times a second; Flower's own sleeps three seconds between two questions.
 
 python -m fedelta.engines.flower.node [the arguments of flower-supernode]
 """
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
-ASK_S = 0.5
+ASK_S = 0.3
 
 
 def _sleep(seconds: float) -> None:

@@ -30,7 +30,9 @@ WITHIN_S = 300.0
 
 def environment(**more: str) -> dict[str, str]:
     """Of a process: this one's, and what Flower is to be told."""
-    return {**os.environ, **ENVIRONMENT, **more}
+    # Flower starts its own processes by name, also where nobody has activated this Python's environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **ENVIRONMENT, "PATH": path, **more}
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ from fedelta.errors import FedeltaError
 from fedelta.runner import Run, open_run
 from fedelta.tracking import RunFolder
 
-PORT = 9092
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def serve(
@@ -49,6 +49,8 @@ def serve(
     folder = RunFolder(config.folder, config.dump())
     if not resume:
         folder.refuse_existing()
+    if keys is None and host not in LOOPBACK:
+        raise FedeltaError(f"--insecure is for loopback, found --host {host}")
     public = _keys_of_sites(keys) if keys else {}
     if not (names := sorted(public or sites)):
         raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")

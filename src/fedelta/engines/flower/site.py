@@ -65,22 +65,30 @@ class Site(Clients):
             self._load(**json.loads(known.read_text()))
 
     def introduce(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        try:
+            return self._introduce(question)
+        except FedeltaError as error:
+            # The people of the site read it too.
+            say(f"can't take part: {error}")
+            raise
+
+    def _introduce(self, question: Mapping[str, Any]) -> dict[str, Any]:
         if question.get("finished"):
             self.finished = True
             return {"clients": []}
         mine = comparable(self.config)
         for key, value in question["settings"].items():
             if mine.get(key) != value:
-                raise refuse(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
+                raise FedeltaError(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
         name = self.name or question["client"]
         if name is None:
-            raise refuse("nobody has said which client this is")
+            raise FedeltaError("nobody has said which client this is")
         if not hasattr(self, "trainer"):
             self._load(name, question["classes"])
             write_file(self._known, json.dumps({"name": name, "classes": question["classes"]}))
             say(f"{name} takes part with {len(self.shards[name].train)} rows")
         if (name, question["classes"]) != self.loaded:
-            raise refuse(f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes")
+            raise FedeltaError(f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes")
         rows = len(self.shards[name].train)
         return {
             "clients": [name],
@@ -105,12 +113,6 @@ class Site(Clients):
         if answer[1]:
             say(f"round {broadcast.round}: trained in {time.monotonic() - begin:.1f} s")
         return answer
-
-
-def refuse(reason: str) -> FedeltaError:
-    """A refusal, which the people of the site read too."""
-    say(f"can't take part: {reason}")
-    return FedeltaError(reason)
 
 
 def say(line: str) -> None:
