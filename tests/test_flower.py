@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,8 +146,11 @@ def test_of_those_sampled_the_first_make_the_round(tiny_config: Any) -> None:
 
 def kill_children(text: str) -> None:
     """Kill -9 those processes below this one that have the text in their command line."""
-    here = psutil.Process()
-    found = [child for child in here.children(recursive=True) if text in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if text in " ".join(child.cmdline()):
+                found.append(child)
     assert found
     for child in found:
         child.kill()

@@ -187,3 +187,18 @@ def test_a_damaged_checkpoint_is_refused(tiny_config: Any) -> None:
         file.write_bytes(damaged)
         with pytest.raises(FedeltaError, match=f"checkpoint {file}: "):
             load_checkpoint(file)
+
+
+def test_two_processes_never_write_one_run(tiny_config: Any) -> None:
+    config = tiny_config()
+    folder = RunFolder(config.folder, config.dump())
+    with (
+        folder.hold(),
+        pytest.raises(FedeltaError, match="another process is at work on this run"),
+        RunFolder(config.folder, {}).hold(patience=0.1),
+    ):
+        pass
+    # Nothing has come of it, and nothing stays.
+    assert not config.folder.parent.exists()
+    run(config)
+    assert not (config.folder / ".lock").exists()

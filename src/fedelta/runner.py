@@ -121,8 +121,20 @@ def run(
     Raises:
         FedeltaError: for bad input; whatever rounds had finished are kept.
     """
-    observer = observer or Observer()
     folder = RunFolder(config.folder, config.dump())
+    with folder.hold():
+        return _run(config, folder, resume, observer or Observer(), profile, engine, sites)
+
+
+def _run(
+    config: Config,
+    folder: RunFolder,
+    resume: bool,
+    observer: Observer,
+    profile: bool,
+    engine: Callable[..., Engine],
+    sites: Mapping[str, int] | None,
+) -> Run:
     server = make_server(config)
     if resume:
         checkpoint = folder.resume()

@@ -10,11 +10,13 @@ adapter/        the final model as a PEFT adapter
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
 import yaml
+from filelock import FileLock, Timeout
 
 from fedelta.adapter import Adapter
 from fedelta.atomic import write_file
@@ -22,6 +24,7 @@ from fedelta.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedelta.errors import FedeltaError
 from fedelta.server import ServerState
 
+HOLD_S = 10.0
 EXTENDABLE = (
     *("rounds", "compare", "output", "name", "evaluation.target", "workers"),
     *("federation.attempts", "federation.deadline"),
@@ -76,6 +79,33 @@ class RunFolder:
     @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
+
+    @contextmanager
+    def hold(self, patience: float = HOLD_S) -> Iterator[None]:
+        """Let no other process write here; a process that is killed lets go.
+
+        Args:
+            patience: seconds to wait for one that is about to end.
+
+        Raises:
+            FedeltaError: if another process holds it.
+        """
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout as error:
+            raise FedeltaError(f"{self.path}: another process is at work on this run") from error
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):
+                # Of a run of which nothing has come, nothing stays.
+                for folder in new:
+                    folder.rmdir()
 
     def begin(self, state: ServerState) -> None:
         """Start a new run here.

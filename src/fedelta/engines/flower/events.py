@@ -5,19 +5,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fedelta.engines.observer import Observer
 
-STARTED, FAILED, FINISHED = "started", "failed", "finished"
+FAILED, FINISHED = "failed", "finished"
+
+
+def _lock(path: Path) -> Path:
+    return path.with_suffix(".lock")
 
 
 class EventFile(Observer):
     """Writes what it is told.
 
     Args:
-        path: is begun anew.
+        path: is begun anew. While this process lives it holds a lock beside it.
     """
 
     def __init__(self, path: Path) -> None:
+        self._lock = FileLock(_lock(path))
+        self._lock.acquire(timeout=0)
         path.write_text("")
         self._stream = path.open("a", buffering=1)
 
@@ -48,10 +56,6 @@ class EventFile(Observer):
     def warn(self, message: str) -> None:
         self._write("warn", message)
 
-    def started(self, process: int) -> None:
-        """Whoever writes this is that process."""
-        self._write(STARTED, process)
-
     def failed(self, message: str) -> None:
         """The run has ended badly, for this reason."""
         self._write(FAILED, message)
@@ -65,7 +69,6 @@ class EventReader:
     """Tells an observer what another process has written since the last time.
 
     Attributes:
-        process: of the writer, once it has said so.
         failure: why the run ended badly, once it did.
         finished: whether it ended well.
     """
@@ -74,9 +77,23 @@ class EventReader:
         self._path = path
         self._observer = observer
         self._read = 0
-        self.process: int | None = None
         self.failure: str | None = None
         self.finished = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been a writer."""
+        return self._path.exists()
+
+    def abandoned(self) -> bool:
+        """Whether there has been a writer and is none any more, however it ended."""
+        if not self.begun:
+            return False
+        try:
+            with FileLock(_lock(self._path), timeout=0):
+                return True
+        except Timeout:
+            return False
 
     def catch_up(self) -> None:
         """Pass on all whole lines that are new."""
@@ -91,8 +108,6 @@ class EventReader:
             name, *arguments = json.loads(line)
             if name == FAILED:
                 self.failure = arguments[0]
-            elif name == STARTED:
-                self.process = arguments[0]
             elif name == FINISHED:
                 self.finished = True
             else:

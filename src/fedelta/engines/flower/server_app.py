@@ -1,7 +1,6 @@
 """Flower's side of the server: a run whose rounds go over its grid."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ def main(grid: Grid, context: Context) -> None:
     """Run what the plan says: `config`, `events`, `resume`, `clients`, and of sites with rows of their own `sites`."""
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     events = EventFile(Path(plan["events"]))
-    events.started(os.getpid())
     try:
         config = load_config(Path(plan["config"]))
         check(config)

@@ -1,7 +1,6 @@
 """The server's side of a deployment: a SuperLink on loopback, the app that runs on it, and how that goes."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,22 +158,14 @@ class SuperLink:
                 raise FedeltaError(events.failure)
             self.check()
             look()
-            if events.process is None and time.monotonic() - begun > START_S:
+            if not events.begun and time.monotonic() - begun > START_S:
                 raise FedeltaError(f"the ServerApp did not start within {START_S:.0f} s; see {self.log}")
-            if events.process is not None and not _runs(events.process):
+            if events.abandoned():
                 # It may have said its last word since we read.
                 gone = gone or time.monotonic()
                 if time.monotonic() - gone > GRACE_S:
                     raise FedeltaError(f"the ServerApp ended without a word; see {self.log}")
             time.sleep(0.1)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _quote(path: Path | str) -> str:
