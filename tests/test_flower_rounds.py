@@ -191,16 +191,16 @@ def nodes(answers: Any, names: dict[int, str] | None = None) -> tuple[Nodes, lis
     return Nodes(mail, ["a", "b"], names, {"classes": ["x"]}, warnings.append), warnings  # type: ignore[arg-type]
 
 
-def test_where_nodes_are_believed_the_first_that_names_a_client_has_it() -> None:
+def test_where_nodes_are_believed_the_last_that_names_a_client_has_it() -> None:
     told = {
-        1: ({"clients": ["a", "stranger"]}, b""),
-        2: ({"clients": ["a", "b"]}, b""),
+        1: ({"clients": ["a", "b", "stranger"]}, b""),
+        2: ({"clients": ["a"]}, b""),
         3: ({"clients": 7}, b""),
         4: ({}, b"", "its node failed"),
     }
     found, warnings = nodes(told)
     found.wait(["a", "b"], 2, 1.0)
-    assert (found["a"], found["b"]) == (1, 2)
+    assert (found["a"], found["b"]) == (2, 1)
     assert warnings == []
 
 

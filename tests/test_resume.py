@@ -16,6 +16,7 @@ from fedelta import checkpoint, tracking
 from fedelta.checkpoint import load_checkpoint
 from fedelta.errors import FedeltaError
 from fedelta.runner import Run, run
+from fedelta.tracking import RunFolder
 
 # Dropout, partial participation, loss-based ranks and patches: all that a checkpoint must carry.
 FULL = {

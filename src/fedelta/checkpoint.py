@@ -16,13 +16,16 @@ from fedelta.packing import (
     adapter_tensors,
     pack,
     patch_tensors,
+    remainder_tensors,
     take_adapter,
     take_patches,
     take_prefix,
+    take_remainder,
     unpack,
     with_prefix,
 )
 from fedelta.patch_log import PatchLog
+from fedelta.quantisation import Remainder
 from fedelta.server import ServerState
 
 FORMAT = 2
@@ -35,26 +38,37 @@ class Checkpoint(NamedTuple):
         state: the server's.
         config: that made it.
         kept: client → the adapter it ended its last round with, where clients keep factors of their own.
+        remainders: client → what its last message left out, where messages are rounded.
     """
 
     state: ServerState
     config: dict[str, Any]
     kept: dict[str, Adapter]
+    remainders: dict[str, Remainder]
 
 
-def save_checkpoint(path: Path, state: ServerState, config: Mapping[str, Any], kept: Mapping[str, Adapter]) -> None:
+def save_checkpoint(
+    path: Path,
+    state: ServerState,
+    config: Mapping[str, Any],
+    kept: Mapping[str, Adapter],
+    remainders: Mapping[str, Remainder],
+) -> None:
     """Write the state, and what an engine's own clients keep, replacing what was there."""
     tensors = adapter_tensors("", state.method.adapter)
     tensors |= with_prefix("memory", state.method.memory) | with_prefix("head", state.heads)
     tensors |= patch_tensors(state.log.entries, state.log.total)
     for client, adapter in kept.items():
         tensors |= adapter_tensors(f"kept/{client}/", adapter)
+    for client, remainder in remainders.items():
+        tensors |= remainder_tensors(f"left/{client}", remainder)
     facts = {
         "format": FORMAT,
         "config": config,
         "round": state.round,
         "seed": state.method.seed,
         "kept": {client: next(iter(adapter.values())).scale for client, adapter in kept.items()},
+        "remainders": {client: remainder.facts for client, remainder in remainders.items()},
         "classes": list(state.classes),
         "shapes": {module: list(shape) for module, shape in state.log.shapes.items()},
         "digests": list(state.log.digests),
@@ -103,6 +117,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         first_losses=facts["first_losses"],
     )
     kept = {client: take_adapter(f"kept/{client}/", scale, tensors) for client, scale in facts["kept"].items()}
+    remainders = {
+        client: take_remainder(f"left/{client}", told, tensors) for client, told in facts.get("remainders", {}).items()
+    }
     if tensors:
         raise FedeltaError(f"checkpoint {path} holds tensors that nothing reads: {sorted(tensors)[:3]}")
-    return Checkpoint(state, facts["config"], kept)
+    return Checkpoint(state, facts["config"], kept, remainders)

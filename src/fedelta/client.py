@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from fedelta.adapter import Adapter
 from fedelta.contribution import finite
 from fedelta.data import Shard
@@ -13,9 +15,10 @@ from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.methods import Method, make_method
 from fedelta.model import LoraModel
-from fedelta.packing import adapter_tensors, pack, take_adapter, unpack
+from fedelta.packing import adapter_tensors, pack, remainder_tensors, take_adapter, take_remainder, unpack
 from fedelta.patch_log import PatchedBase, fold
 from fedelta.prefix import find_prefix
+from fedelta.quantisation import LOSSLESS, Basis, Remainder, compensate
 from fedelta.seeds import derive_seed
 from fedelta.stopwatch import Stopwatch
 from fedelta.training import TrainingSettings, evaluate, train
@@ -48,6 +51,7 @@ class Trainer:
 
     Attributes:
         kept: client → the adapter that it ended its last round with, where the method has it keep factors.
+        remainders: client → what its last message left out, where messages are rounded.
         prefix: of the model, if it has one; an engine decides of which texts it keeps activations.
         watch: counts seconds by phase, and tokens; an engine sets a new one for what it wants apart.
     """
@@ -62,6 +66,7 @@ class Trainer:
         self.seed = seed
         self.base = PatchedBase()
         self.kept: dict[str, Adapter] = {}
+        self.remainders: dict[str, Remainder] = {}
         self.watch = Stopwatch()
         self.prefix = find_prefix(model, tokenizer)
 
@@ -71,17 +76,28 @@ class Trainer:
             self.model.set_patch(self.base.total)
 
     def kept_bytes(self, client: str) -> bytes:
-        """What this client keeps, to cross from a worker; nothing where the method has it keep nothing."""
-        if client not in self.kept:
-            return b""
-        adapter = self.kept[client]
-        return pack(adapter_tensors("", adapter), {"scale": next(iter(adapter.values())).scale})
+        """What this client keeps from one round to the next, to cross from a worker or to be filed; may be nothing."""
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        if client in self.kept:
+            adapter = self.kept[client]
+            tensors |= adapter_tensors("kept/", adapter)
+            facts["scale"] = next(iter(adapter.values())).scale
+        if client in self.remainders:
+            remainder = self.remainders[client]
+            tensors |= remainder_tensors("left", remainder)
+            facts["remainder"] = remainder.facts
+        return pack(tensors, facts) if facts else b""
 
     def take_kept(self, client: str, blob: bytes) -> None:
         """The other end of `kept_bytes`."""
-        if blob:
-            tensors, facts = unpack(blob)
-            self.kept[client] = take_adapter("", facts["scale"], tensors)
+        if not blob:
+            return
+        tensors, facts = unpack(blob)
+        if "scale" in facts:
+            self.kept[client] = take_adapter("kept/", facts["scale"], tensors)
+        if "remainder" in facts:
+            self.remainders[client] = take_remainder("left", facts["remainder"], tensors)
 
     def answer(self, blob: bytes, shard: Shard) -> bytes:
         """Train as the broadcast says and return the update.
@@ -176,9 +192,22 @@ class Trainer:
             factors=select_factors(trained, wire.up, broadcast.seed),
             heads=self.model.head_tensors(),
             metrics=metrics,
-        ).to_bytes()
+            precision=broadcast.precision,
+        )
+        if broadcast.precision != LOSSLESS:
+            update = self._compensated(task, update)
+        blob = update.to_bytes()
         self.watch.lap("messages")
-        return update
+        return blob
+
+    def _compensated(self, task: "_Task", update: ClientUpdate) -> ClientUpdate:
+        """The update with what this client's earlier messages have left out."""
+        basis = Basis(task.broadcast.seed, update.rank, update.scale)
+        last = self.remainders.get(update.client) if task.method.keeps_basis else None
+        tensors, left = compensate(update.tensors, update.precision, update.round, basis, last)
+        if all(finite(tensor) for tensor in left.after.values()):
+            self.remainders[update.client] = left
+        return update.with_tensors(tensors)
 
     @contextmanager
     def _tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:

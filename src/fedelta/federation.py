@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedelta.errors import FedeltaError
+from fedelta.quantisation import LOSSLESS, Precision
 from fedelta.ranks import quota
 from fedelta.settings import Settings
 
@@ -22,6 +23,8 @@ class FederationSettings(Settings):
         on_bad_update: skip a client whose update can't be used, or stop the run.
         min_clients: a round with fewer usable updates than this is tried again with newly sampled clients.
         attempts: how often a round is tried before the run stops.
+        precision: of the numbers in messages: adapters and heads; patches of the base are always float32. What rounding
+            leaves out of a client's update is added to its next one.
         deadline: seconds of a round over Flower; then it goes on without those who have not answered.
         deviation: measure each round what averaging A and B apart would lose. For a method that needs means alone it
             costs the memory of the clients' factors, at most that of a dense sum a layer.
@@ -35,6 +38,7 @@ class FederationSettings(Settings):
     on_bad_update: Literal["skip", "refuse"] = "skip"
     min_clients: int = Field(default=1, ge=1)
     attempts: int = Field(default=3, ge=1)
+    precision: Precision = LOSSLESS
     deadline: float = Field(default=3600.0, gt=0)
     deviation: bool = True
 

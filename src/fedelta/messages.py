@@ -5,7 +5,7 @@ else as JSON in the blob's metadata.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from fedelta.packing import (
     with_prefix,
 )
 from fedelta.patch_log import PatchDelta
+from fedelta.quantisation import LOSSLESS, Precision, decode, encode, rounded
 
 
 class Wire(NamedTuple):
@@ -87,6 +88,7 @@ class Broadcast:
         tail: module → what is added to the base in this round only.
         indices: which rank indices of the global adapter these are; None is the first.
         wants_validation: whether the client is to report the loss on its own held-out part.
+        precision: of factors, tail and heads in this message and its answer.
     """
 
     client: str
@@ -102,6 +104,7 @@ class Broadcast:
     tail: Mapping[str, LowRank] = field(default_factory=dict)
     indices: tuple[int, ...] | None = None
     wants_validation: bool = False
+    precision: Precision = LOSSLESS
 
     def adapter(self, shapes: Shapes, kept: Adapter | None = None) -> Adapter:
         """The adapter that the client starts from, with what it draws or keeps itself where nothing was sent.
@@ -144,11 +147,23 @@ class Broadcast:
             return torch.nn.functional.pad(B, (0, self.rank - B.shape[1]))
         return torch.zeros(m, self.rank)
 
+    def as_received(self) -> "Broadcast":
+        """The same with factors, tail and heads as they arrive: what a client does not send back is taken from here."""
+        tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
+        tensors = rounded(tensors | products_to_tensors("tail", self.tail), self.precision)
+        return replace(
+            self,
+            factors=_take_factors(self.factors, tensors),
+            heads=take_prefix("head", tensors),
+            tail=take_products("tail", tensors),  # type: ignore[arg-type]
+        )
+
     def to_bytes(self) -> bytes:
         tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
-        tensors |= products_to_tensors("tail", self.tail) | patch_tensors(self.patch.entries, self.patch.total)
-        names = ("client", "round", "rank", "scale", "method", "seed", "indices", "wants_validation")
-        facts = {name: getattr(self, name) for name in names} | {"wire": self.wire.to_json()}
+        tensors, changed = encode(tensors | products_to_tensors("tail", self.tail), self.precision)
+        tensors |= patch_tensors(self.patch.entries, self.patch.total)
+        names = ("client", "round", "rank", "scale", "method", "seed", "indices", "wants_validation", "precision")
+        facts = {name: getattr(self, name) for name in names} | {"wire": self.wire.to_json(), "changed": changed}
         facts["patch"] = {
             "start": self.patch.start,
             "end": self.patch.end,
@@ -160,6 +175,7 @@ class Broadcast:
     @classmethod
     def from_bytes(cls, blob: bytes) -> "Broadcast":
         tensors, facts = unpack(blob)
+        tensors = decode(tensors, facts.pop("changed"))
         log = facts.pop("patch")
         versions = [] if log["dense"] else range(log["start"] + 1, log["end"] + 1)
         entries, total = take_patches(versions, tensors)
@@ -205,6 +221,7 @@ class ClientUpdate:
         factors: as trained: "A" → module → (r_i, n), "B" → (m, r_i), "core" → (r_i, r_i).
         heads: name → tensor.
         metrics: e.g. `train_loss`, `validation_loss`.
+        precision: of factors and heads on their way.
     """
 
     client: str
@@ -217,11 +234,22 @@ class ClientUpdate:
     factors: Mapping[str, Mapping[str, Tensor]]
     heads: Mapping[str, Tensor]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    precision: Precision = LOSSLESS
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Factors and heads by their key in the message."""
+        return _factor_tensors(self.factors) | with_prefix("head", self.heads)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "ClientUpdate":
+        """The same with other factors and heads."""
+        left = dict(tensors)
+        return replace(self, factors=_take_factors(self.factors, left), heads=take_prefix("head", left))
 
     def to_bytes(self) -> bytes:
-        tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
-        names = ("client", "round", "rank", "scale", "version", "digest", "examples")
-        facts = {name: getattr(self, name) for name in names}
+        tensors, changed = encode(self.tensors, self.precision)
+        names = ("client", "round", "rank", "scale", "version", "digest", "examples", "precision")
+        facts = {name: getattr(self, name) for name in names} | {"changed": changed}
         return pack(tensors, facts | {"metrics": dict(self.metrics), "factors": sorted(self.factors)})
 
     @classmethod
@@ -233,9 +261,10 @@ class ClientUpdate:
         """
         try:
             tensors, facts = unpack(blob)
+            tensors = decode(tensors, facts.pop("changed"))
             factors = _take_factors(facts.pop("factors"), tensors)
             heads = take_prefix("head", tensors)
             nothing_left("update", tensors)
             return cls(factors=factors, heads=heads, **facts)
-        except (FedeltaError, TypeError, KeyError) as error:
+        except (FedeltaError, TypeError, KeyError, AttributeError) as error:
             raise BadUpdate(sender, str(error)) from error

@@ -16,6 +16,7 @@ from fedelta.adapter import Adapter, LoraPair
 from fedelta.errors import FedeltaError
 from fedelta.lowrank import Product, from_tensors
 from fedelta.patch_log import Patch
+from fedelta.quantisation import Basis, Remainder
 
 METADATA_KEY = "fedelta"
 
@@ -136,6 +137,17 @@ def take_patches(
     for version in versions:
         entries[version] = take_products(f"patch/{version}", tensors)
     return entries, take_prefix("patch/total", tensors)
+
+
+def remainder_tensors(prefix: str, remainder: Remainder) -> dict[str, Tensor]:
+    """What a client's message has left out, under `prefix/before/…` and `prefix/after/…`."""
+    return with_prefix(f"{prefix}/before", remainder.before) | with_prefix(f"{prefix}/after", remainder.after)
+
+
+def take_remainder(prefix: str, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> Remainder:
+    """Take out what `remainder_tensors` put in."""
+    before, after = (take_prefix(f"{prefix}/{part}", tensors) for part in ("before", "after"))
+    return Remainder(facts["round"], Basis(*facts["basis"]), before, after)
 
 
 def nothing_left(kind: str, tensors: Mapping[str, Tensor]) -> None:

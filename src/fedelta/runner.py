@@ -158,7 +158,9 @@ def _run(
         state = checkpoint.state
         if state.log.shapes != model.shapes or set(state.ranks) != set(clients):
             raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
-    trainer.kept.update(checkpoint.kept if checkpoint else {})
+    if checkpoint is not None:
+        trainer.kept.update(checkpoint.kept)
+        trainer.remainders.update(checkpoint.remainders)
     workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
     if workers > 1 and not can_fork():
         raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")
@@ -260,7 +262,7 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[
     for output in (adapter, merged):
         if output is not None and output.exists():
             raise FedeltaError(f"{output} exists already")
-    state, data, kept = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
+    state, data, kept, _ = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
     config = parse_config(data, str(folder))
     server = make_server(config)
     if merged and server.method.personal:

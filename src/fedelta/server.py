@@ -19,6 +19,7 @@ from fedelta.intake import Intake, Reply
 from fedelta.messages import Broadcast, select_factors
 from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.patch_log import PatchLog
+from fedelta.quantisation import LOSSLESS
 from fedelta.rank_moments import RankMoments
 from fedelta.ranks import RankSettings, initial_ranks, promote
 from fedelta.seeds import derive_seed
@@ -160,7 +161,8 @@ class Server:
         scale = self.scale(rank)
         tailored = self.method.tailor(state.method, ClientView(client, rank))
         wire, seed = self.method.wire(state.round), state.method.seed
-        return Broadcast(
+        precision = self.settings.precision
+        message = Broadcast(
             client=client,
             round=state.round,
             rank=rank,
@@ -174,7 +176,9 @@ class Server:
             heads=state.heads,
             patch=state.log.since(state.versions[client] if since is None else since),
             wants_validation=self.ranks.allocation == "loss" and client not in state.first_losses,
+            precision=precision,
         )
+        return message if precision == LOSSLESS else message.as_received()
 
     def personal_adapters(self, state: ServerState, kept: Mapping[str, Adapter]) -> dict[str, Adapter]:
         """Client → the adapter that it would go on from: the common factors, and those it keeps."""

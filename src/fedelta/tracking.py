@@ -22,6 +22,7 @@ from fedelta.adapter import Adapter
 from fedelta.atomic import write_file
 from fedelta.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedelta.errors import FedeltaError
+from fedelta.quantisation import Remainder
 from fedelta.server import ServerState
 
 HOLD_S = 10.0
@@ -118,7 +119,7 @@ class RunFolder:
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         write_file(self.rounds_file, "")
         write_file(self.timings_file, "")
-        save_checkpoint(self.checkpoint_file, state, self.config, {})
+        save_checkpoint(self.checkpoint_file, state, self.config, {}, {})
 
     def refuse_existing(self) -> None:
         if self.rounds_file.exists() and self.rounds_file.stat().st_size > 0:
@@ -158,12 +159,17 @@ class RunFolder:
         self.config["training"] = {**self.config["training"], "stack": stack}
 
     def finish_round(
-        self, state: ServerState, kept: Mapping[str, Adapter], record: Mapping[str, Any], timing: Mapping[str, Any]
+        self,
+        state: ServerState,
+        kept: Mapping[str, Adapter],
+        remainders: Mapping[str, Remainder],
+        record: Mapping[str, Any],
+        timing: Mapping[str, Any],
     ) -> None:
         """Make a round last. The checkpoint comes last: lines without it are dropped and made again."""
         _append(self.rounds_file, record)
         _append(self.timings_file, timing)
-        save_checkpoint(self.checkpoint_file, state, self.config, kept)
+        save_checkpoint(self.checkpoint_file, state, self.config, kept, remainders)
 
     def finish(self, result: Result) -> None:
         write_file(self.result_file, json.dumps(result, indent=2) + "\n")

@@ -182,7 +182,7 @@ class Engine(ABC):
             "in_workers": dict(inside.seconds),
             "counts": dict(inside.counts),
         }
-        self.folder.finish_round(after, self.trainer.kept, record, timing)
+        self.folder.finish_round(after, self.trainer.kept, self.trainer.remainders, record, timing)
         self.observer.round_done(record)
         return after
 

@@ -1,6 +1,7 @@
 """A deployment on this machine: a SuperLink, a node for each client, one warm trainer; started, watched, stopped."""
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -47,7 +48,10 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         file = scratch / "config.yaml"
         file.write_text(yaml.safe_dump(config.dump()))
         socket = str(scratch / "trainer" / "socket")
-        trainer = [sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), socket]
+        memory = config.folder / "clients"
+        if not resume:
+            shutil.rmtree(memory, ignore_errors=True)
+        trainer = [sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), socket, str(memory)]
         kept = [stack.enter_context(Kept("trainer", trainer, environment(), logs))]
         # Before anything of Flower's starts: bad data or a bad model shows here.
         clients = _clients(socket, kept[0])

@@ -19,6 +19,10 @@ from fedelta.errors import FedeltaError
 
 TRAINER = ("-m", "fedelta.engines.flower.site")
 CONNECT_S = 10.0
+REFUSAL = "Failed to activate"
+HELD_S = 75.0
+"""Flower takes a node for lost after twice its heartbeat of 30 s; until then nobody else gets in with its key."""
+AGAIN_S = 5.0
 LOOK_S = 1.0
 """Seconds between two looks whether the server is up; Flower's nodes wait ever longer."""
 FAREWELL_S = 5.0
@@ -45,7 +49,7 @@ def join(
         rank: that this site can afford.
         keys: folder with `site.key` and the server's `ca.crt`; None is plain text, on loopback alone.
         name: of this site, where it has no key that the server knows.
-        folder: for logs.
+        folder: for logs, and for what the site keeps from one round to the next.
         observer: is told what the site does.
 
     Raises:
@@ -58,7 +62,8 @@ def join(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
         (scratch / "config.yaml").write_text(yaml.safe_dump(config.dump()))
-        (scratch / "site.json").write_text(json.dumps({"data": data, "rank": rank, "name": name}))
+        told = {"data": data, "rank": rank, "name": name, "memory": str(folder)}
+        (scratch / "site.json").write_text(json.dumps(told))
         path = str(scratch / "trainer" / "socket")
         command = [sys.executable, *TRAINER]
         command += [str(scratch / "config.yaml"), path, str(scratch / "site.json")]
@@ -84,27 +89,47 @@ def join(
         kept: list[Kept] = [trainer]
         surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(home)), folder, kept)
         node = stack.enter_context(Kept("node", command, surroundings, folder))
-        heard = Tail(node.log)
+        heard, refusals = Tail(node.log), Refusals(server, keys or folder)
         while trainer.ended != 0:
             tell()
             for each in kept:
                 each.look(observer)
-            if node.ended is not None:
-                _check_accepted(server, keys, heard)
+            if node.ended is not None and any(REFUSAL in line for line in heard.lines()):
+                refusals.another(observer)
+                node.restart()
+            else:
                 node.look(observer)
             time.sleep(0.2)
         tell()
         time.sleep(FAREWELL_S)
 
 
-def _check_accepted(server: str, keys: Path | None, heard: Tail) -> None:
-    """Whether a node has ended because the server does not know it."""
-    refused = any("Failed to activate" in line for line in heard.lines())
-    if keys is not None and refused and reachable(server, keys / "ca.crt"):
-        raise FedeltaError(
+class Refusals:
+    """How long a server has not let this site in.
+
+    It does not say why: it may not know the key, or think that a node with it, which was cut off, is still there.
+    """
+
+    def __init__(self, server: str, keys: Path) -> None:
+        self._line = (
             f"server {server} does not accept the key {keys / 'site.key'}: "
             "its public half has to be in the server's folder, as sites/NAME.pub"
         )
+        self._times: list[float] = []
+
+    def another(self, observer: Observer) -> None:
+        """It has refused this site once more.
+
+        Raises:
+            FedeltaError: if it has for so long that no node's place can still be held.
+        """
+        now = time.monotonic()
+        self._times = [then for then in self._times if now - then < 2 * HELD_S] + [now]
+        if now - self._times[0] > HELD_S:
+            raise FedeltaError(self._line)
+        if len(self._times) == 1:
+            observer.say(f"not let in, trying again for {HELD_S:.0f} s; a site that was cut off is held that long")
+        time.sleep(AGAIN_S)
 
 
 def _security(server: str, keys: Path | None) -> list[str]:

@@ -123,8 +123,8 @@ class Nodes:
             self._warn(f"{who} can't take part: {' '.join(str(reply.facts['refused'])[:500].split())}")
             return
         for name in self._named(node, reply.facts):
-            # Where nodes are believed, the first that names a client has it for as long as it is there.
-            if name in self.clients and (self._names is not None or name not in self):
+            # Where nodes are believed, the last that names a client has it: it has been started again.
+            if name in self.clients:
                 found = Capabilities.read(reply.facts)
                 if self.base is not None and found.base != self.base:
                     self._warn(f"{name} can't take part: the weights of its base model are not the server's")

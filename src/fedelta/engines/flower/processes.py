@@ -139,7 +139,10 @@ class Kept:
         if len(self._deaths) > RESTARTS:
             raise FedeltaError(f"{self.name} ended {len(self._deaths)} times: {last_line(self.log)}")
         observer.warn(f"{self.name} ended with exit code {code} and is started again")
-        # What it has started itself ends with it.
+        self.restart()
+
+    def restart(self) -> None:
+        """End it, with what it has started itself, and start it again."""
         self._scope.close()
         self._start()
 

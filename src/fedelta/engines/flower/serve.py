@@ -3,11 +3,13 @@
 import socket
 import sys
 import tempfile
+import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
 
+from fedelta.atomic import write_file
 from fedelta.config import Config
 from fedelta.engines.flower.engine import check
 from fedelta.engines.flower.events import EventReader
@@ -71,6 +73,7 @@ def serve(
             kept.append(stack.enter_context(Kept("door", door, environment(), logs)))
         events = EventReader(scratch / "events.jsonl", observer)
         plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "sites": True}
+        plan["run"] = _name_of_run(config.folder / "logs" / "run", resume)
         link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience})
 
         heard = [Tail(each.log) for each in kept]
@@ -83,6 +86,13 @@ def serve(
 
         link.follow(events, look)
     return open_run(config.folder)
+
+
+def _name_of_run(file: Path, resume: bool) -> str:
+    """By which sites tell this run from others: a new one, or that of the run that goes on."""
+    if not resume or not file.exists():
+        write_file(file, uuid.uuid4().hex)
+    return file.read_text()
 
 
 def _keys_of_sites(keys: Path) -> dict[str, Path]:

@@ -43,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: EventFile) -> None:
     names = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
-    question = {"settings": comparable(config), "classes": label_classes(config.data)[2]}
+    question = {"settings": comparable(config), "classes": label_classes(config.data)[2], "run": plan["run"]}
     nodes = Nodes(Mail(grid), plan["clients"], names, question, events.warn)
     events.say(f"waiting for {', '.join(nodes.clients)}")
     nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])

@@ -4,6 +4,7 @@ python -m fedelta.engines.flower.site CONFIG.yaml SOCKET SITE.json
 """
 
 import json
+import re
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast
 from fedelta.runner import make_trainer
 
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 OWN = {"model": ("name", "device", "prefix_cache"), "data": ("source", "limit", "evaluation_limit", "splits")}
 """Settings that are a site's own: where it has things, and what its machine is."""
 SHARED = {"model", "lora", "training", "seed"}
@@ -49,13 +51,15 @@ class Site(Clients):
         rank: that it can afford.
         name: who it is, None for whom the server says.
         known: file of what the server has said, for a trainer that is started again.
+        memory: folder for what the site keeps from one round to the next.
     """
 
-    def __init__(self, config: Config, data: str, rank: int, name: str | None, known: Path) -> None:
+    def __init__(self, config: Config, data: str, rank: int, name: str | None, known: Path, memory: Path) -> None:
         self.config = config
         self.rank = rank
         self.name = name
         self.finished = False
+        self.memory = memory
         self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
         self.tokenizer = load_tokenizer(config.model)
         self._known = known
@@ -81,8 +85,11 @@ class Site(Clients):
             if mine.get(key) != value:
                 raise FedeltaError(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
         name = self.name or question["client"]
+        if name is not None and not NAME.fullmatch(name):
+            raise FedeltaError(f"the server calls this site {name[:50]!r}, expected letters, digits, - and _")
         if name is None:
             raise FedeltaError("nobody has said which client this is")
+        self._forget_other_runs(str(question["run"]))
         if not hasattr(self, "trainer"):
             self._load(name, question["classes"])
             write_file(self._known, json.dumps({"name": name, "classes": question["classes"]}))
@@ -97,6 +104,14 @@ class Site(Clients):
             "rank": self.rank,
             "rows": rows,
         }
+
+    def _forget_other_runs(self, run: str) -> None:
+        """What a site keeps is of one run."""
+        file = self.memory / "run"
+        if not file.exists() or file.read_text() != run:
+            for kept in self.memory.glob("*.safetensors"):
+                kept.unlink()
+            write_file(file, run)
 
     def _load(self, name: str, classes: list[str]) -> None:
         shard = build_shard(self.settings, self.tokenizer, classes, name, self.config.seed)
@@ -124,8 +139,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
     told = json.loads(Path(sys.argv[3]).read_text())
+    known = Path(sys.argv[3]).with_name("known.json")
     try:
-        site = Site(config, told["data"], told["rank"], told["name"], Path(sys.argv[3]).with_name("known.json"))
+        site = Site(config, told["data"], told["rank"], told["name"], known, Path(told["memory"]))
     except FedeltaError as error:
         sys.exit(str(error))
     serve(listen(path), site)

@@ -1,6 +1,6 @@
 """A warm trainer: model, folded patches and tokens stay loaded between messages.
 
-python -m fedelta.engines.flower.warm_trainer CONFIG.yaml SOCKET      serves all clients of a partition
+python -m fedelta.engines.flower.warm_trainer CONFIG.yaml SOCKET MEMORY      serves all clients of a partition
 """
 
 import json
@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedelta.atomic import write_file
 from fedelta.base_model import fingerprint
 from fedelta.client import Trainer
 from fedelta.config import load_config
@@ -30,11 +31,13 @@ class Clients:
     Args:
         trainer: their model.
         shards: client → its rows.
+        memory: folder for what clients keep from one round to the next.
     """
 
-    def __init__(self, trainer: Trainer, shards: Mapping[str, Shard]) -> None:
+    def __init__(self, trainer: Trainer, shards: Mapping[str, Shard], memory: Path) -> None:
         self.trainer = trainer
         self.shards = dict(shards)
+        self.memory = memory
         self.base = fingerprint(trainer.model.peft)
         self.finished = False
 
@@ -67,7 +70,15 @@ class Clients:
         if broadcast.patch.start > self.trainer.base.version:
             # A blank trainer: whoever asks again sends all patches.
             return {"behind": self.trainer.base.version}, b""
-        return {}, self.trainer.answer(blob, self.shards[broadcast.client])
+        client = broadcast.client
+        file = self.memory / f"{client}.safetensors"
+        if client not in self.trainer.remainders and file.exists():
+            self.trainer.take_kept(client, file.read_bytes())
+        answer = self.trainer.answer(blob, self.shards[client])
+        if kept := self.trainer.kept_bytes(client):
+            # Before the answer goes: what it has left out is never forgotten.
+            write_file(file, kept)
+        return {}, answer
 
     def _here(self, facts: Mapping[str, Any]) -> list[str]:
         names = sorted(self.shards)
@@ -92,7 +103,7 @@ def serve(server: socket.socket, clients: Clients) -> None:
 def main() -> None:
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
     trainer, data = prepare(config)
-    serve(listen(path), Clients(trainer, data.shards))
+    serve(listen(path), Clients(trainer, data.shards, Path(sys.argv[3])))
 
 
 if __name__ == "__main__":
