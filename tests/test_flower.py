@@ -319,3 +319,12 @@ def _with_environment(text: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.slow
+def test_twenty_clients_finish_ten_rounds(tiny_config: Any) -> None:
+    changes = {"method": "fedex", "partition": {"kind": "iid", "clients": 20}, "training": {"steps": 1}}
+    alone = run(tiny_config(name="alone", rounds=10, **changes))
+    apart = run_on_loopback(tiny_config(name="apart", rounds=10, **changes), resume=False, observer=Observer())
+    assert not any(record["skipped"] for record in apart.records)
+    assert files(apart) == files(alone)

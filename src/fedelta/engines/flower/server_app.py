@@ -15,6 +15,7 @@ from fedelta.engines.flower.events import EventFile
 from fedelta.engines.flower.mail import Mail
 from fedelta.engines.flower.nodes import Nodes
 from fedelta.engines.flower.site import comparable
+from fedelta.engines.lifetime import end_with_holder
 from fedelta.errors import FedeltaError, in_one_line
 from fedelta.runner import run
 
@@ -25,6 +26,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run what the plan says: `config`, `events`, `resume`, `clients`, and of sites with rows of their own `sites`."""
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
+    end_with_holder(Path(plan["hold"]))
     events = EventFile(Path(plan["events"]))
     try:
         config = load_config(Path(plan["config"]))

@@ -8,6 +8,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.processes import environment, free_port, last_line, process, tool
 from fedelta.errors import FedeltaError
@@ -59,6 +61,7 @@ class SuperLink:
         home.mkdir()
         self.environment = environment(FLWR_HOME=str(home))
         self._scope = ExitStack()
+        self._hold = scratch / "hold.lock"
         trust = "insecure = true" if certificates is None else f"root-certificates = {_quote(certificates / 'ca.crt')}"
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{self.address}"\n{trust}\n'
@@ -82,6 +85,8 @@ class SuperLink:
             command += ["--enable-supernode-auth"]
         if self.simulated:
             command += ["--simulation"]
+        # Flower detaches what it starts for a run; that ends when this lets go, however it comes to that.
+        self._scope.enter_context(FileLock(self._hold).acquire())
         self._process = self._scope.enter_context(process(command, self.environment, self.log))
         return self
 
@@ -110,7 +115,7 @@ class SuperLink:
             trainer: socket of the trainer, for nodes that do not know theirs.
         """
         file = self.scratch / "plan.json"
-        file.write_text(json.dumps(plan))
+        file.write_text(json.dumps({**plan, "hold": str(self._hold)}))
         arguments = ["--run-config", f"plan={_quote(file)} trainer={_quote(trainer)}"]
         if self.simulated:
             arguments += ["--federation-config", f"num-supernodes={self.simulated}"]
