@@ -47,24 +47,31 @@ class Seen(Observer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ray", [False, True], ids=["nodes", "ray"])
-def test_flower_gives_the_bytes_of_one_process(ray: bool, tiny_config: Any) -> None:
+def test_flowers_nodes_and_its_simulation_give_the_bytes_of_one_process(tiny_config: Any) -> None:
     alone = run(tiny_config(name="alone", rounds=4, **MIXED))
-    seen = Seen()
-    apart = run_on_loopback(tiny_config(name="apart", rounds=4, **MIXED), resume=False, observer=seen, ray=ray)
-    assert files(apart) == files(alone)
-    assert apart.result == alone.result
-    assert seen.rounds == [0, 1, 2, 3]
+    for ray in (False, True):
+        seen = Seen()
+        config = tiny_config(name=f"ray-{ray}", rounds=4, **MIXED)
+        apart = run_on_loopback(config, resume=False, observer=seen, ray=ray)
+        assert files(apart) == files(alone)
+        assert apart.result == alone.result
+        assert seen.rounds == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_over_flower_with_blank_nodes(tiny_config: Any) -> None:
-    whole = run(tiny_config(name="whole", rounds=4, **MIXED))
-    run(tiny_config(name="parts", rounds=2, **MIXED))
-    parts = run_on_loopback(tiny_config(name="parts", rounds=4, **MIXED), resume=True, observer=Observer())
-    found = [{k: v for k, v in r.items() if not k.startswith("bytes")} for r in parts.records]
+    changes = {**MIXED, "federation": {"participation": 0.67, "precision": "int8"}}
+    whole = run(tiny_config(name="whole", rounds=6, **changes))
+    run(tiny_config(name="parts", rounds=2, **changes))
+    run_on_loopback(tiny_config(name="parts", rounds=4, **changes), resume=True, observer=Observer())
+    parts = run(tiny_config(name="parts", rounds=6, **changes), resume=True)
+
+    def without_bytes(each: Run) -> list[Any]:
+        return [{k: v for k, v in r.items() if not k.startswith("bytes") and k != "caught_up"} for r in each.records]
+
     # Bytes differ: a node that is blank is sent the patches that it has missed.
-    assert found == [{k: v for k, v in r.items() if not k.startswith("bytes")} for r in whole.records]
+    assert without_bytes(parts) == without_bytes(whole)
+    assert any(record["caught_up"] for record in parts.records)
     assert files(parts)[1] == files(whole)[1]
 
 
@@ -159,12 +166,36 @@ def kill_children(text: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_says_why_and_leaves_no_process(tiny_config: Any, tmp_path: Path) -> None:
-    config = tiny_config(name="bad", **{**MIXED, "data": {"source": str(tmp_path / "absent.csv")}})
-    with pytest.raises(FedeltaError, match="absent"):
+def test_a_run_that_fails_in_a_round_says_why_and_leaves_no_process(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    config = tiny_config(name="bad", **{**MIXED, "training": {"steps": 2, "learning_rate": 1e30}})
+    with pytest.raises(FedeltaError, match="round 0: 0 usable updates, expected at least 1"):
         run_on_loopback(config, resume=False, observer=Observer())
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout.split()
-    assert set(left) <= {str(os.getpid())}
+    until = time.monotonic() + 30
+    while (left := set(_with_environment(str(scratch))) - {_command_line()}) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left
+
+
+def _command_line() -> str:
+    return Path("/proc/self/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def test_a_run_that_can_not_begin_says_why(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(name="bad", **{**MIXED, "data": {"source": str(tmp_path / "absent.csv")}})
+    with pytest.raises(FedeltaError, match=r"^data source .*absent.csv: no such file or folder$"):
+        run_on_loopback(config, resume=False, observer=Observer())
+    for changes, line in (
+        ({"method": "fedsa", "ranks": {}}, "not over Flower"),
+        ({"training": {"stack": 2}}, "it is 1"),
+    ):
+        with pytest.raises(FedeltaError, match=line):
+            run_on_loopback(tiny_config(name="bad", **{**MIXED, **changes}), resume=False, observer=Observer())
 
 
 def test_what_one_process_is_told_another_hears(tmp_path: Path) -> None:

@@ -1,20 +1,30 @@
 """The engine's own part of a round over Flower: whom it asks, whom it waits for, and what it makes of what comes."""
 
+import json
+import struct
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("flwr.serverapp")
+
+from flwr.app import ConfigRecord, RecordDict
 
 from fedelta.engines.flower import engine as engine_module
 from fedelta.engines.flower import nodes as nodes_module
 from fedelta.engines.flower.engine import FlowerEngine
 from fedelta.engines.flower.mail import Letter, Received
+from fedelta.engines.flower.mail import Mail as RealMail
 from fedelta.engines.flower.nodes import NodeKey, Nodes
+from fedelta.engines.flower.round_trip import MOST_AGAIN, RoundKey
 from fedelta.engines.rounds import Answer, Draw
-from fedelta.errors import ClientFailed, FedeltaError
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates
 from fedelta.messages import Broadcast, ClientUpdate
+from fedelta.packing import pack, unpack
 from fedelta.stopwatch import Stopwatch
 from test_server import CLIENTS, make, reply
 
@@ -76,7 +86,8 @@ class World:
         self.nodes = Nodes(self.mail, CLIENTS, None, {}, self.warnings.append)  # type: ignore[arg-type]
         self.engine = FlowerEngine.__new__(FlowerEngine)
         self.engine.server, self.engine.nodes = self.server, self.nodes
-        self.engine.mail, self.engine._late = self.mail, {}  # type: ignore[assignment]
+        self.engine.mail = self.mail  # type: ignore[assignment]
+        self.engine._late, self.engine._bytes_late, self.engine._caught_up = {}, 0, {}
 
     def answer(self, letter: Letter) -> Received | None:
         if isinstance(letter.key, NodeKey):
@@ -130,21 +141,21 @@ def test_the_first_to_come_make_the_round_and_the_last_is_late() -> None:
     found = world.round()
     assert reason(found["b"]) == "3 others came first"
     assert sum(isinstance(answer.update, ClientUpdate) for answer in found.values()) == 3
-    assert world.engine.late() == {}
+    assert world.engine.events()["late"] == {}
     # It comes in the next round, to which it does not belong.
     world.mail.waiting += world.mail.held
     world.mail.slow = ""
     world.round(attempt=1)
     # Four answered this time, so that one of them is late as well.
-    assert world.engine.late() == {"b": 0, "d": 0}
-    assert world.engine.late() == {}
+    assert world.engine.events()["late"] == {"b": 0, "d": 0}
+    assert world.engine.events()["late"] == {}
 
 
 def test_more_at_once_than_a_round_keeps_are_late_too() -> None:
     world = World(sample=4, keep=2)
     found = world.round()
     assert [client for client, answer in found.items() if isinstance(answer.update, ClientUpdate)] == ["a", "b"]
-    assert world.engine.late() == {"c": 0, "d": 0}
+    assert world.engine.events()["late"] == {"c": 0, "d": 0}
 
 
 def test_a_blank_trainer_gets_every_patch_and_both_messages_count() -> None:
@@ -162,6 +173,7 @@ def test_a_blank_trainer_gets_every_patch_and_both_messages_count() -> None:
     found = world.round()
     assert asked == [1, 0]
     assert isinstance(found["a"].update, ClientUpdate)
+    assert world.engine.events()["caught_up"] == {"a": 0}
     assert found["a"].down.total > found["b"].down.total + found["b"].down.adapter
 
 
@@ -181,8 +193,9 @@ def test_a_version_that_makes_no_sense_is_an_update_that_can_not_be_read() -> No
 def test_a_round_waits_for_its_quorum() -> None:
     world = World(min_clients=3)
     world.mail.nodes = [1, 2]
-    with pytest.raises(FedeltaError, match=r"no node serves client c, d \(2 of 4 are there, expected 3\)"):
+    with pytest.raises(TooFewUpdates, match=r"no node serves client c, d \(2 of 4 are there, expected 3\)") as found:
         world.round()
+    assert found.value.skipped == {"c": "its site is away", "d": "its site is away"}
 
 
 def nodes(answers: Any, names: dict[int, str] | None = None) -> tuple[Nodes, list[str]]:
@@ -228,6 +241,17 @@ def test_a_site_that_refuses_or_has_changed_is_named_once() -> None:
         told[2] = (changed, b"")
         found.hear(Received(NodeKey(2), changed, b""))
         assert warnings.pop() == f"b can't take part: {line}"
+    # A node that was away serves nobody until it has answered, and not if it no longer fits.
+    found.mail.grid.nodes = [1]  # type: ignore[attr-defined]
+    found.look()
+    found.mail.grid.nodes = [1, 2]  # type: ignore[attr-defined]
+    found.look()
+    for received in found.mail.receive():
+        found.hear(received)
+    assert "b" not in found
+    told[2] = ({"rank": 4, "base": "w"}, b"")
+    found.hear(Received(NodeKey(2), told[2][0], b""))
+    assert "b" in found
 
 
 def test_a_node_that_is_starting_is_asked_again() -> None:
@@ -238,3 +262,87 @@ def test_a_node_that_is_starting_is_asked_again() -> None:
     told[1] = ({"clients": ["a"]}, b"")
     found.wait(["a", "b"], 2, 1.0)
     assert found["a"] == 1
+
+
+def test_a_trainer_that_is_blank_for_ever_is_given_up() -> None:
+    world = World()
+    for _ in range(2):
+        world.state, _ = world.server.step(world.state, (_as_reply(each) for each in world.round().values()))
+    world.behave["a"] = lambda letter: Received(letter.key, {"behind": 0}, b"")
+    before = len(world.mail.sent)
+    assert isinstance(world.round()["a"].update, BadUpdate)
+    assert len(world.mail.sent) - before == 4 + MOST_AGAIN
+
+
+def test_a_bad_update_takes_nobodys_place() -> None:
+    world = World(sample=4, keep=3)
+
+    def not_a_number(letter: Letter) -> Received:
+        update = ClientUpdate.from_bytes(world.good(letter).blob, "a")
+        bad = {name: {m: t * torch.nan for m, t in found.items()} for name, found in update.factors.items()}
+        return Received(letter.key, {}, replace(update, factors=bad).to_bytes())
+
+    world.behave["a"] = not_a_number
+    found = world.round()
+    assert isinstance(found["a"].update, BadUpdate)
+    assert sum(isinstance(answer.update, ClientUpdate) for answer in found.values()) == 3
+
+
+def test_a_rank_that_the_server_does_not_take_is_refused() -> None:
+    for rank in (17, 10**9, True, "4", None):
+        warnings: list[str] = []
+        mail = Mail(lambda letter, rank=rank: Received(letter.key, {"rank": rank, "base": "w"}, b""), [1])  # type: ignore[misc]
+        found = Nodes(mail, ["a"], {1: "a"}, {}, warnings.append, most=16)  # type: ignore[arg-type]
+        found.look()
+        for received in mail.receive():
+            found.hear(received)
+        assert "a" not in found
+        assert "the server takes at most 16" in warnings[0]
+
+
+class Grid:
+    """Flower's, with replies made by hand: number of a message → what pulling it gives, or raises."""
+
+    def __init__(self, replies: dict[str, Any]) -> None:
+        self.replies = replies
+
+    def pull_messages(self, numbers: list[str]) -> list[Any]:
+        found = []
+        for number in numbers:
+            reply = self.replies.pop(number, None)
+            if isinstance(reply, Exception):
+                raise reply
+            found += [reply] if reply is not None else []
+        return found
+
+
+def message(replies_to: str, **facts: Any) -> Any:
+    metadata = SimpleNamespace(reply_to_message_id=replies_to)
+    content = RecordDict({"message": ConfigRecord(facts)} if facts else {})
+    return SimpleNamespace(metadata=metadata, has_error=lambda: False, content=content)
+
+
+def test_what_one_node_sends_is_never_another_nodes_and_costs_no_others() -> None:
+    grid = Grid({"1": message("2", blob=b"forged"), "2": ValueError("not a message"), "3": message("3", blob=b"mine")})
+    mail = RealMail(grid, believed=False)  # type: ignore[arg-type]
+    mail._open = {"1": "a", "2": "b", "3": "c", "4": "d"}
+    found = {received.key: received for received in mail.receive()}
+    assert set(found) == {"a", "b", "c"}
+    assert found["a"].error == "its reply can't be read: it replies to another message"
+    assert found["b"].error == "its reply can't be read: not a message"
+    assert found["c"].blob == b"mine"
+    assert mail._open == {"4": "d"}
+
+
+def test_no_blob_breaks_whoever_reads_it() -> None:
+    good = World().good(
+        Letter(RoundKey(0, 0, "a"), 1, "train", World().server.broadcast(World().state, "a").to_bytes())
+    )
+    _, facts = unpack(good.blob)
+    odd = pack({"zzz/x": torch.ones(2)}, {**facts, "factors": ["zzz"], "changed": {}})
+    deep = json.dumps({"__metadata__": {"fedelta": "[" * 100_000}}).encode()
+    nested = b"[" * 200_000
+    for blob in (odd, struct.pack("<Q", len(deep)) + deep, struct.pack("<Q", len(nested)) + nested, b"", b"\0" * 8):
+        world = World()
+        world.behave["a"] = lambda letter, blob=blob: Received(letter.key, {}, blob)  # type: ignore[misc]
+        assert isinstance(world.round()["a"].update, BadUpdate)

@@ -207,7 +207,7 @@ def main() -> None:
         # Typer's own usage errors (an unknown option, a missing argument) are for people too.
         code = _fail(error.format_message()) if error.format_message() else 2
     if code == INTERRUPTED:
-        trains = sys.argv[1:2] in (["run"], ["compare"])
+        trains = sys.argv[1:2] in (["run"], ["compare"], ["serve"])
         kept = "finished rounds are kept, --resume goes on from them" if trains else "nothing was written"
         err.print(f"stopped; {kept}")
     sys.exit(code)

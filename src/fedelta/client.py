@@ -36,6 +36,19 @@ class _Task:
     seed: int
 
 
+def pack_kept(adapter: Adapter | None, remainder: Remainder | None) -> bytes:
+    """What `Trainer.take_kept` takes; nothing of nothing."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    if adapter is not None:
+        tensors |= adapter_tensors("kept/", adapter)
+        facts["scale"] = next(iter(adapter.values())).scale
+    if remainder is not None:
+        tensors |= remainder_tensors("left", remainder)
+        facts["remainder"] = remainder.facts
+    return pack(tensors, facts) if facts else b""
+
+
 class Trainer:
     """A warm model that answers broadcasts. Holds nothing of a client but the base patches and
     what a method has it keep.
@@ -77,17 +90,7 @@ class Trainer:
 
     def kept_bytes(self, client: str) -> bytes:
         """What this client keeps from one round to the next, to cross from a worker or to be filed; may be nothing."""
-        tensors: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {}
-        if client in self.kept:
-            adapter = self.kept[client]
-            tensors |= adapter_tensors("kept/", adapter)
-            facts["scale"] = next(iter(adapter.values())).scale
-        if client in self.remainders:
-            remainder = self.remainders[client]
-            tensors |= remainder_tensors("left", remainder)
-            facts["remainder"] = remainder.facts
-        return pack(tensors, facts) if facts else b""
+        return pack_kept(self.kept.get(client), self.remainders.get(client))
 
     def take_kept(self, client: str, blob: bytes) -> None:
         """The other end of `kept_bytes`."""

@@ -35,6 +35,16 @@ class TooFewUpdates(FedeltaError):
         self.skipped = skipped
 
 
+MOST_OF_A_REASON = 1000
+"""Characters of somebody else's words that are kept."""
+
+
+def one_line(text: object) -> str:
+    """What somebody else wrote, as one line of bounded length that any terminal can show."""
+    kept = "".join(c if c.isprintable() else " " for c in str(text)[:MOST_OF_A_REASON])
+    return " ".join(kept.split())
+
+
 def in_one_line(error: Exception) -> str:
     """Any error as one line: ours as they are, others after their type."""
     text = " ".join(str(error).split())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedelta.adapter import Shapes
 from fedelta.contribution import Contribution, receive
-from fedelta.errors import BadUpdate, ClientFailed
+from fedelta.errors import BadUpdate, ClientFailed, one_line
 from fedelta.messages import Broadcast, ClientUpdate
 
 
@@ -80,7 +80,7 @@ class Intake:
         if isinstance(update, BadUpdate) and self._refuse:
             raise update
         reason = update.reason if isinstance(update, BadUpdate | ClientFailed) else f"{type(update).__name__}: {update}"
-        self.skipped[sent.client] = reason
+        self.skipped[sent.client] = one_line(reason)
         return None
 
     def _count(self, sent: Broadcast, contribution: Contribution) -> None:

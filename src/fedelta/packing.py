@@ -56,7 +56,9 @@ def count_bytes(blob: bytes) -> ByteCount:
     for key, entry in _header(blob).items():
         if key != "__metadata__":
             begin, end = entry["data_offsets"]
-            sizes[key.split("/", 1)[0]] += end - begin
+            kind = key.split("/", 1)[0]
+            if kind in sizes:
+                sizes[kind] += end - begin
     adapter = sum(sizes[key] for key in ("A", "B", "core", "tail"))
     return ByteCount(adapter, sizes["head"], sizes["patch"], len(blob) - sum(sizes.values()))
 

@@ -161,6 +161,10 @@ def _run(
     if checkpoint is not None:
         trainer.kept.update(checkpoint.kept)
         trainer.remainders.update(checkpoint.remainders)
+        if not trainer.remainders:
+            # Over Flower, clients file what they keep themselves.
+            for file in folder.clients_folder.glob("*.safetensors"):
+                trainer.take_kept(file.stem, file.read_bytes())
     workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
     if workers > 1 and not can_fork():
         raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")

@@ -78,6 +78,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def clients_folder(self) -> Path:
+        """What clients keep from one round to the next, where they are processes of their own."""
+        return self.path / "clients"
+
+    @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
 
@@ -101,7 +106,9 @@ class RunFolder:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                # Those who wait for it see that it is gone; where a file in use can't be removed it stays.
+                Path(lock.lock_file).unlink()
             lock.release()
             with suppress(OSError):
                 # Of a run of which nothing has come, nothing stays.

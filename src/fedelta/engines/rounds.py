@@ -9,16 +9,13 @@ from fedelta.client import Trainer
 from fedelta.data import Examples
 from fedelta.engines.evaluation import Evaluator
 from fedelta.engines.observer import Observer
-from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates, in_one_line
+from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates, in_one_line, one_line
 from fedelta.intake import Reply
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.packing import ByteCount
 from fedelta.server import RoundOutcome, Server, ServerState
 from fedelta.stopwatch import Stopwatch
 from fedelta.tracking import RunFolder
-
-MOST_OF_A_REASON = 1000
-"""Characters of a client's own words that are kept."""
 
 
 class Draw(NamedTuple):
@@ -79,15 +76,16 @@ def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpd
         facts: holds `refused` or `failed`, with the reason, where there is none.
     """
     if "failed" in facts:
-        return ClientFailed(client, _line(facts["failed"]))
+        return ClientFailed(client, one_line(facts["failed"]))
     if "refused" in facts:
-        return BadUpdate(client, _line(facts["refused"]))
+        return BadUpdate(client, one_line(facts["refused"]))
     try:
         return ClientUpdate.from_bytes(blob, client)
     except BadUpdate as error:
         return error
-    except FedeltaError as error:
-        return BadUpdate(client, str(error))
+    except Exception as error:
+        # Whatever a blob may do to whoever reads it, it costs its sender's round and nobody else's.
+        return BadUpdate(client, in_one_line(error))
 
 
 def explain(error: Exception) -> dict[str, str]:
@@ -96,11 +94,6 @@ def explain(error: Exception) -> dict[str, str]:
         return {"refused": error.reason}
     # A client may fail in any way; the round goes on without it, and says so.
     return {"refused": str(error)} if isinstance(error, FedeltaError) else {"failed": in_one_line(error)}
-
-
-def _line(reason: object) -> str:
-    """What somebody else wrote, as one line of bounded length."""
-    return " ".join(str(reason)[:MOST_OF_A_REASON].split())
 
 
 class Engine(ABC):
@@ -143,9 +136,11 @@ class Engine(ABC):
             inside: counts what ran in workers, by phase.
         """
 
-    def late(self) -> dict[str, int]:
-        """Client → round of an update that came after its round, and was dropped; those that nobody asked for yet."""
-        return {}
+    def events(self) -> dict[str, Any]:
+        """What else happened since the last round, for its line: `late`, client → round of an update that came after
+        its round and was dropped; `bytes_late` of those; `caught_up`, client → version that it had come back with.
+        """
+        return {"late": {}, "bytes_late": 0, "caught_up": {}}
 
     def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end."""
@@ -175,7 +170,7 @@ class Engine(ABC):
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
         scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
         watch.lap("evaluation")
-        record = _record(state, after, outcome, scores, traffic) | {"failed_attempts": failed, "late": self.late()}
+        record = _record(state, after, outcome, scores, traffic) | {"failed_attempts": failed} | self.events()
         timing = {
             "round": state.round,
             "seconds": dict(watch.seconds),

@@ -10,6 +10,9 @@ from fedelta.engines.flower.relay import ask
 RESTART_S = 120.0
 """How long a message waits for a trainer that is being restarted."""
 
+DEATHS = 2
+"""How many trainers may die of one message before it is given up."""
+
 app = ClientApp()
 
 
@@ -20,19 +23,21 @@ def _relay(message: Message, context: Context, kind: str) -> Message:
     facts = {"kind": kind, "client": node.get("client"), "number": node.get("partition-id")}
     request = message.content.config_records.get("message", ConfigRecord())
     blob = request.get("blob", b"")
-    absent: float | None = None
+    absent, deaths = time.monotonic(), 0
     while True:
-        begin = time.monotonic()
         try:
             answer, found = ask(path, facts, blob if isinstance(blob, bytes) else b"")
             break
-        except OSError:
-            # It died, before or at work. Whoever keeps the site restarts it, and training again gives the same.
-            now = time.monotonic()
-            absent = now if absent is None or now - begin > RESTART_S else absent
-            if now - absent > RESTART_S:
+        except (ConnectionRefusedError, FileNotFoundError):
+            # Whoever keeps the site is starting it again.
+            if time.monotonic() - absent > RESTART_S:
                 raise
-            time.sleep(0.2)
+        except OSError:
+            # It died at work. Training again gives the same, which may be another death.
+            absent, deaths = time.monotonic(), deaths + 1
+            if deaths > DEATHS:
+                raise
+        time.sleep(0.2)
     record = ConfigRecord({"blob": found, **{key: value for key, value in answer.items() if value is not None}})
     return Message(content=RecordDict({"message": record}), reply_to=message)
 

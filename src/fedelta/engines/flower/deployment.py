@@ -6,10 +6,14 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import yaml
 
+from fedelta.atomic import write_file
+from fedelta.checkpoint import load_checkpoint
+from fedelta.client import pack_kept
 from fedelta.config import Config
 from fedelta.engines.flower.engine import check
 from fedelta.engines.flower.events import EventReader
@@ -48,11 +52,15 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         file = scratch / "config.yaml"
         file.write_text(yaml.safe_dump(config.dump()))
         socket = str(scratch / "trainer" / "socket")
-        memory = config.folder / "clients"
+        memory = folder.clients_folder
         if not resume:
             shutil.rmtree(memory, ignore_errors=True)
+        elif folder.checkpoint_file.exists():
+            # Rounds in process keep it in the checkpoint.
+            for client, remainder in load_checkpoint(folder.checkpoint_file).remainders.items():
+                write_file(memory / f"{client}.safetensors", pack_kept(None, remainder))
         trainer = [sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), socket, str(memory)]
-        kept = [stack.enter_context(Kept("trainer", trainer, environment(), logs))]
+        kept = [stack.enter_context(Kept("trainer", lambda: trainer, environment(), logs))]
         # Before anything of Flower's starts: bad data or a bad model shows here.
         clients = _clients(socket, kept[0])
         link = stack.enter_context(SuperLink(scratch, logs, simulated=len(clients) if ray else 0))
@@ -61,7 +69,7 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         link.submit({**plan, "patience": NODES_S}, trainer=socket)
         home = with_starter(stack, scratch, link.environment, logs, kept) if not ray else {}
         for client in [] if ray else clients:
-            command = node_command(link.address, f'client="{client}" trainer="{socket}"')
+            command = partial(node_command, link.address, f'client="{client}" trainer="{socket}"')
             kept.append(stack.enter_context(Kept(f"node-{client}", command, home, logs)))
 
         def look() -> None:
@@ -79,7 +87,7 @@ def with_starter(
     path = str(scratch / "starter" / "socket")
     write_command(scratch / "bin", path)
     command = [sys.executable, "-m", "fedelta.engines.flower.starter", path]
-    kept.append(stack.enter_context(Kept("starter", command, environment, logs)))
+    kept.append(stack.enter_context(Kept("starter", lambda: command, environment, logs)))
     return {**environment, "PATH": os.pathsep.join([str(scratch / "bin"), environment["PATH"]])}
 
 
@@ -103,5 +111,5 @@ def _clients(socket: str, trainer: Kept) -> list[str]:
             return list(ask(socket, {"kind": "query"})[0]["clients"])
         except OSError:
             if trainer.ended is not None:
-                raise FedeltaError(f"the trainer ended: {last_line(trainer.log)}") from None
+                raise FedeltaError(last_line(trainer.log)) from None
             time.sleep(0.1)

@@ -39,12 +39,17 @@ class FlowerEngine(Engine):
         super().__init__(*arguments)
         self.nodes = nodes
         self.mail = nodes.mail
+        # What clients' messages have left out is with them.
+        self.trainer.remainders.clear()
         self.nodes.expect(fingerprint(self.trainer.model.peft))
         self._late: dict[str, int] = {}
+        self._bytes_late = 0
+        self._caught_up: dict[str, int] = {}
 
-    def late(self) -> dict[str, int]:
-        late, self._late = self._late, {}
-        return late
+    def events(self) -> dict[str, Any]:
+        found = {"late": self._late, "bytes_late": self._bytes_late, "caught_up": self._caught_up}
+        self._late, self._bytes_late, self._caught_up = {}, 0, {}
+        return found
 
     def answers(
         self,
@@ -71,6 +76,7 @@ class FlowerEngine(Engine):
                     time.sleep(POLL_S)
             watch.lap("clients")
             yield trip.answer(client)
+        self._caught_up |= trip.caught_up
 
     def _receive(self, trip: RoundTrip | None) -> bool:
         """Take what has come, and say whether anything has."""
@@ -85,5 +91,6 @@ class FlowerEngine(Engine):
         return found
 
     def _late_reply(self, reply: Any) -> None:
-        if reply.error is None:
+        if isinstance(reply.key, RoundKey) and reply.blob:
             self._late[reply.key.client] = reply.key.round
+            self._bytes_late += len(reply.blob)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -13,13 +14,14 @@ import yaml
 
 from fedelta.config import Config
 from fedelta.engines.flower.deployment import node_command, with_starter
-from fedelta.engines.flower.processes import Kept, Tail, environment, last_line
+from fedelta.engines.flower.processes import LOOPBACK, Kept, Tail, environment, last_line
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 
 TRAINER = ("-m", "fedelta.engines.flower.site")
 CONNECT_S = 10.0
-REFUSAL = "Failed to activate"
+REFUSAL = "Failed to initialize the connection"
+GONE_S = 30.0
 HELD_S = 75.0
 """Flower takes a node for lost after twice its heartbeat of 30 s; until then nobody else gets in with its key."""
 AGAIN_S = 5.0
@@ -62,12 +64,12 @@ def join(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
         (scratch / "config.yaml").write_text(yaml.safe_dump(config.dump()))
-        told = {"data": data, "rank": rank, "name": name, "memory": str(folder)}
+        told = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
         (scratch / "site.json").write_text(json.dumps(told))
         path = str(scratch / "trainer" / "socket")
         command = [sys.executable, *TRAINER]
         command += [str(scratch / "config.yaml"), path, str(scratch / "site.json")]
-        trainer = stack.enter_context(Kept("trainer", command, environment(), folder))
+        trainer = stack.enter_context(Kept("trainer", lambda: command, environment(), folder, done=0))
         said = Tail(trainer.log)
 
         def tell() -> None:
@@ -80,16 +82,18 @@ def join(
                 raise FedeltaError(last_line(trainer.log))
             time.sleep(0.1)
         observer.say(f"waiting for the server at {server}")
-        while not reachable(server, keys / "ca.crt" if keys else None):
+        authority = keys / "ca.crt" if keys else None
+        while not reachable(server, authority):
             trainer.look(observer)
             time.sleep(LOOK_S)
         home = scratch / "flwr"
         home.mkdir()
-        command = node_command(server, f'trainer="{path}"', *security)
+        start_node = partial(node_command, server, f'trainer="{path}"', *security)
         kept: list[Kept] = [trainer]
         surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(home)), folder, kept)
-        node = stack.enter_context(Kept("node", command, surroundings, folder))
+        node = stack.enter_context(Kept("node", start_node, surroundings, folder))
         heard, refusals = Tail(node.log), Refusals(server, keys or folder)
+        gone = Gone(server, authority)
         while trainer.ended != 0:
             tell()
             for each in kept:
@@ -99,9 +103,35 @@ def join(
                 node.restart()
             else:
                 node.look(observer)
+            gone.look(observer)
             time.sleep(0.2)
         tell()
         time.sleep(FAREWELL_S)
+
+
+class Gone:
+    """Notices that a server is not there any more, and that it is again; a site waits for it in the meantime."""
+
+    def __init__(self, server: str, authority: Path | None) -> None:
+        self._server = server
+        self._authority = authority
+        self._looked = time.monotonic()
+        self._gone = False
+
+    def look(self, observer: Observer) -> None:
+        """Now and then, see whether it is there."""
+        if time.monotonic() - self._looked < GONE_S:
+            return
+        self._looked = time.monotonic()
+        try:
+            here = reachable(self._server, self._authority)
+        except FedeltaError:
+            # It was once whom we trust; what is there now is not it.
+            here = False
+        if here == self._gone:
+            self._gone = not here
+            what = "is back" if here else "is gone; waiting for it to come back (Ctrl-C ends this)"
+            observer.say(f"the server at {self._server} {what}")
 
 
 class Refusals:
@@ -112,8 +142,8 @@ class Refusals:
 
     def __init__(self, server: str, keys: Path) -> None:
         self._line = (
-            f"server {server} does not accept the key {keys / 'site.key'}: "
-            "its public half has to be in the server's folder, as sites/NAME.pub"
+            f"server {server} does not accept the key {keys / 'site.key'}: is its public half in the server's folder, "
+            "as sites/NAME.pub, is no other node using it, and do both clocks agree to a few seconds?"
         )
         self._times: list[float] = []
 
@@ -138,7 +168,7 @@ def _security(server: str, keys: Path | None) -> list[str]:
     if not host or not port.isdigit():
         raise FedeltaError(f"--server {server}: expected HOST:PORT")
     if keys is None:
-        if host not in ("127.0.0.1", "localhost"):
+        if host not in LOOPBACK:
             raise FedeltaError(f"--insecure is for loopback, found --server {server}")
         return ["--insecure"]
     for file in ("site.key", "ca.crt"):
@@ -147,11 +177,12 @@ def _security(server: str, keys: Path | None) -> list[str]:
     return ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "site.key")]
 
 
-def reachable(server: str, authority: Path | None) -> bool:
+def reachable(server: str, authority: Path | None, twice: bool = False) -> bool:
     """Whether the server is up and is whom we trust.
 
     Args:
         authority: certificate that vouches for the server's; None for plain text.
+        twice: whether it has answered strangely before.
 
     Raises:
         FedeltaError: if something else is there.
@@ -164,7 +195,7 @@ def reachable(server: str, authority: Path | None) -> bool:
         raise FedeltaError(f"{authority} is no certificate ({error.reason})") from error
     try:
         # What it answers does not matter: that it speaks as we do does.
-        httpx.get(f"{scheme}://{host}:{port}/", verify=context, timeout=CONNECT_S, trust_env=False)
+        httpx.get(f"{scheme}://{host}:{port}/", verify=context, timeout=CONNECT_S, trust_env=host not in LOOPBACK)
     except httpx.ConnectError as error:
         cause = error
         while cause is not None and not isinstance(cause, ssl.SSLError):
@@ -176,6 +207,10 @@ def reachable(server: str, authority: Path | None) -> bool:
             raise FedeltaError(f"server {server} does not speak TLS ({cause.reason})") from error
         return False
     except httpx.RemoteProtocolError as error:
+        if not twice:
+            # It may have been about to end.
+            time.sleep(LOOK_S)
+            return reachable(server, authority, twice=True)
         raise FedeltaError(f"server {server} does not speak plain HTTP; does it want TLS? Say --keys FOLDER") from error
     except httpx.HTTPError:
         return False

@@ -4,12 +4,14 @@ For a trial, or for whoever has no authority of their own. Private keys can be r
 """
 
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -17,6 +19,8 @@ from cryptography.x509.oid import NameOID
 from fedelta.atomic import new_folder
 from fedelta.errors import FedeltaError
 
+SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""The names that a site may have."""
 VALID = timedelta(days=365)
 LOOPBACK = ("127.0.0.1", "localhost")
 PEM = serialization.Encoding.PEM
@@ -37,6 +41,24 @@ def make_loopback_certificate(folder: Path) -> Path:
     return folder
 
 
+def public_key(file: Path) -> bytes:
+    """A site's public key as Flower's nodes send it.
+
+    Args:
+        file: as `ssh-keygen -t ecdsa -b 384` writes it.
+
+    Raises:
+        FedeltaError: if it is not such a key.
+    """
+    try:
+        key = serialization.load_ssh_public_key(file.read_bytes())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise FedeltaError(f"{file} is no public key as ssh-keygen writes it") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise FedeltaError(f"{file} is no ECDSA key of 384 bits; make one by: ssh-keygen -t ecdsa -b 384")
+    return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
     """Write what a server and its sites need.
 
@@ -53,7 +75,7 @@ def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[
         FedeltaError: if the folder exists, or a name can't be a folder's.
     """
     for site in sites:
-        if not site.replace("-", "").replace("_", "").isalnum():
+        if not SITE.fullmatch(site):
             raise FedeltaError(f"site {site!r}: expected letters, digits, - and _")
     if not sites or len(set(sites)) < len(sites):
         raise FedeltaError(f"sites: {', '.join(sites) or 'none'}, expected at least one, each once")

@@ -1,12 +1,17 @@
 """Messages over Flower's grid and their replies, each known by a key of ours, whenever it comes."""
 
+import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, one_line
+
+TTL_S = 43200.0
+"""Of Flower: how long a message is of use."""
 
 
 class Letter(NamedTuple):
@@ -17,12 +22,14 @@ class Letter(NamedTuple):
         node: Flower's number of it.
         kind: Flower's type of message.
         blob: its content.
+        patience: seconds after which its reply is of no use.
     """
 
     key: Any
     node: int
     kind: str
     blob: bytes
+    patience: float = 0.0
 
 
 class Received(NamedTuple):
@@ -39,10 +46,13 @@ class Mail:
 
     Args:
         grid: of the running ServerApp.
+        believed: whether nodes are our own. Flower takes from a reply itself to what it replies; of others each is
+            asked for by itself, so that one that can't be read costs nobody else's, and none can be sent for another.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, believed: bool = True) -> None:
         self.grid = grid
+        self._believed = believed
         self._open: dict[str, Any] = {}
         self._lost: list[Any] = []
 
@@ -57,9 +67,11 @@ class Mail:
             return
         messages = [
             Message(
-                RecordDict({"message": ConfigRecord({"blob": each.blob})}),
+                # The token makes the number of a message, which is a digest, one that nobody can guess.
+                RecordDict({"message": ConfigRecord({"blob": each.blob, "token": secrets.token_hex(16)})}),
                 dst_node_id=each.node,
                 message_type=each.kind,
+                ttl=max(TTL_S, 2 * each.patience),
             )
             for each in letters
         ]
@@ -76,15 +88,27 @@ class Mail:
         """What has come, in the order in which Flower has it."""
         while self._lost:
             yield Received(self._lost.pop(), {}, b"", "its node is gone")
-        if not self._open:
-            return
-        for reply in self.grid.pull_messages(list(self._open)):
-            key = self._open.pop(reply.metadata.reply_to_message_id, None)
-            if key is None:
-                continue
-            if reply.has_error():
-                yield Received(key, {}, b"", f"its node failed: {reply.error.reason}")
-                continue
-            record = reply.content.config_records.get("message", {})
-            blob = record.get("blob", b"")
-            yield Received(key, dict(record), blob if isinstance(blob, bytes) else b"")
+        if not self._believed:
+            for number in list(self._open):
+                try:
+                    replies = list(self.grid.pull_messages([number]))
+                    found = [self._read(number, reply) for reply in replies[:1]]
+                except httpx.HTTPError:
+                    # The SuperLink, not the node.
+                    raise
+                except Exception as error:
+                    found = [Received(self._open.pop(number), {}, b"", f"its reply can't be read: {one_line(error)}")]
+                yield from found
+        elif self._open:
+            for reply in self.grid.pull_messages(list(self._open)):
+                if reply.metadata.reply_to_message_id in self._open:
+                    yield self._read(reply.metadata.reply_to_message_id, reply)
+
+    def _read(self, number: str, reply: Message) -> Received:
+        if reply.metadata.reply_to_message_id != number:
+            raise FedeltaError("it replies to another message")
+        if reply.has_error():
+            return Received(self._open.pop(number), {}, b"", f"its node failed: {one_line(reply.error.reason)}")
+        record = reply.content.config_records.get("message", {})
+        blob = record.get("blob", b"")
+        return Received(self._open.pop(number), dict(record), blob if isinstance(blob, bytes) else b"")

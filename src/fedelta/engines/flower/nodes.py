@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from flwr.app import MessageType
 
 from fedelta.engines.flower.mail import Letter, Mail, Received
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, TooFewUpdates, one_line
+
+AWAY = "its site is away"
 
 POLL_S = 0.1
 LOOK_S = 1.0
@@ -17,6 +19,12 @@ LOOK_S = 1.0
 
 class NodeKey(NamedTuple):
     """What a node's answer belongs to."""
+
+    node: int
+
+
+class FarewellKey(NamedTuple):
+    """What a node's last answer belongs to."""
 
     node: int
 
@@ -37,9 +45,7 @@ class Capabilities(NamedTuple):
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "Capabilities":
         """From an answer, whatever it holds."""
-        rank, rows = (
-            value if isinstance(value := facts.get(key), int) and value > 0 else None for key in ("rank", "rows")
-        )
+        rank, rows = (value if type(value := facts.get(key)) is int and value > 0 else None for key in ("rank", "rows"))
         return cls(str(facts.get("base")), rank, rows)
 
 
@@ -52,9 +58,11 @@ class Nodes:
         names: node → the client that it was registered for; None where nodes are believed.
         question: what every node is asked, as JSON.
         warn: is told of those who refuse.
+        most: the highest rank that a site may say.
 
     Attributes:
         capabilities: client → what its site says of itself.
+        ranks: client → what its rank must be, once it is known.
         base: fingerprint that a site's base model must have, once it is known.
     """
 
@@ -65,17 +73,20 @@ class Nodes:
         names: Mapping[int, str] | None,
         question: Mapping[str, Any],
         warn: Callable[[str], None],
+        most: int | None = None,
     ) -> None:
         self.mail = mail
         self.clients = list(clients)
         self._names = names
         self._question = question
         self._warn = warn
+        self._most = most
         self._asked: set[int] = set()
         self._looked = -LOOK_S
         self._online: set[int] = set()
         self._nodes: dict[str, int] = {}
         self.base: str | None = None
+        self.ranks: dict[str, int | None] = {}
         self.capabilities: dict[str, Capabilities] = {}
 
     def __getitem__(self, client: str) -> int:
@@ -90,6 +101,7 @@ class Nodes:
         Raises:
             FedeltaError: naming a client whose is another.
         """
+        self.ranks = {client: found.rank for client, found in self.capabilities.items()} | self.ranks
         for client, found in self.capabilities.items():
             if found.base != base:
                 raise FedeltaError(f"client {client}: the weights of its base model are not the server's")
@@ -104,6 +116,8 @@ class Nodes:
         # A node that was away may have come back as somebody else's process.
         self._asked &= self._online
         new = sorted(self._online - self._asked)
+        # It may have changed, too: it serves nobody until it has answered.
+        self._nodes = {client: node for client, node in self._nodes.items() if node not in new}
         self._asked |= set(new)
         self.mail.send(Letter(NodeKey(node), node, MessageType.QUERY, self._ask(node)) for node in new)
 
@@ -120,18 +134,24 @@ class Nodes:
             return
         if "refused" in reply.facts:
             who = self._names.get(node, f"node {node}") if self._names is not None else f"node {node}"
-            self._warn(f"{who} can't take part: {' '.join(str(reply.facts['refused'])[:500].split())}")
+            self._warn(f"{who} can't take part: {one_line(reply.facts['refused'])}")
             return
         for name in self._named(node, reply.facts):
             # Where nodes are believed, the last that names a client has it: it has been started again.
             if name in self.clients:
                 found = Capabilities.read(reply.facts)
-                if self.base is not None and found.base != self.base:
-                    self._warn(f"{name} can't take part: the weights of its base model are not the server's")
-                elif (before := self.capabilities.get(name, found)).rank != found.rank:
-                    self._warn(f"{name} can't take part: its rank was {before.rank} and is {found.rank}")
-                else:
+                if (reason := self._unfit(name, found)) is None:
                     self._nodes[name], self.capabilities[name] = node, found
+                else:
+                    self._warn(f"{name} can't take part: {reason}")
+
+    def _unfit(self, name: str, found: Capabilities) -> str | None:
+        if self.base is not None and found.base != self.base:
+            return "the weights of its base model are not the server's"
+        if self._most is not None and (found.rank is None or found.rank > self._most):
+            return f"its rank is {found.rank}, the server takes at most {self._most} (ranks.high)"
+        before = self.ranks.get(name, found.rank)
+        return None if before == found.rank else f"its rank was {before} and is {found.rank}"
 
     def _named(self, node: int, facts: Mapping[str, Any]) -> list[str]:
         if self._names is not None:
@@ -139,14 +159,20 @@ class Nodes:
         names = facts.get("clients")
         return [str(name) for name in names] if isinstance(names, list) else []
 
-    def dismiss(self, patience: float = 10.0) -> None:
-        """Tell everybody that the run has ended."""
+    def dismiss(self, patience: float) -> None:
+        """Tell everybody that the run has ended.
+
+        Args:
+            patience: seconds to wait for those who are still at work for a round that went on without them.
+        """
         farewell = json.dumps({"finished": True}).encode()
-        nodes = {self._nodes[client] for client in self.clients if client in self}
-        self.mail.send(Letter(NodeKey(node), node, MessageType.QUERY, farewell) for node in sorted(nodes))
+        self._looked = -LOOK_S
+        self.look()
+        nodes = set(self._nodes.values()) & self._online
+        self.mail.send(Letter(FarewellKey(node), node, MessageType.QUERY, farewell) for node in sorted(nodes))
         until = time.monotonic() + patience
         while nodes and time.monotonic() < until:
-            nodes -= {reply.key.node for reply in self.mail.receive() if isinstance(reply.key, NodeKey)}
+            nodes -= {reply.key.node for reply in self.mail.receive() if isinstance(reply.key, FarewellKey)}
             time.sleep(POLL_S)
 
     def wait(
@@ -158,7 +184,7 @@ class Nodes:
             other: is given replies that are of no node's answer.
 
         Raises:
-            FedeltaError: in the end, naming those that are missing.
+            TooFewUpdates: in the end, naming those that are missing.
         """
         until = time.monotonic() + patience
         while True:
@@ -172,8 +198,9 @@ class Nodes:
             if len(clients) - len(missing) >= number:
                 return
             if time.monotonic() > until:
-                raise FedeltaError(
+                raise TooFewUpdates(
                     f"no node serves client {', '.join(missing[:5])}{' …' * (len(missing) > 5)} "
-                    f"({len(clients) - len(missing)} of {len(clients)} are there, expected {number})"
+                    f"({len(clients) - len(missing)} of {len(clients)} are there, expected {number})",
+                    dict.fromkeys(missing, AWAY),
                 )
             time.sleep(POLL_S)

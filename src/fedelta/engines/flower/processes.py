@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ ENVIRONMENT = {
     # Ten times a second instead of once, whether there is something to do.
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
 }
+LOOPBACK = ("127.0.0.1", "localhost")
 RESTARTS = 5
 WITHIN_S = 300.0
 """More restarts than these within these seconds, and a process is given up."""
@@ -32,7 +33,10 @@ def environment(**more: str) -> dict[str, str]:
     """Of a process: this one's, and what Flower is to be told."""
     # Flower starts its own processes by name, also where nobody has activated this Python's environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **ENVIRONMENT, "PATH": path, **more}
+    # What goes over loopback goes through nobody's proxy.
+    before = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
+    direct = ",".join(filter(None, [before, *LOOPBACK]))
+    return {**os.environ, **ENVIRONMENT, "PATH": path, "NO_PROXY": direct, "no_proxy": direct, **more}
 
 
 def free_port() -> int:
@@ -104,22 +108,31 @@ class Kept:
 
     Args:
         name: for people, and of its log.
-        command: that starts it.
+        command: gives what starts it, each time anew.
         environment: of it.
         logs: folder of its log.
+        done: exit code by which it says that it has nothing more to do.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], logs: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[], Sequence[str]],
+        environment: dict[str, str],
+        logs: Path,
+        done: int | None = None,
+    ) -> None:
         self.name = name
         self.log = logs / f"{name}.log"
         self._command = command
+        self._done = done
         self._environment = environment
         self._scope = ExitStack()
         self._deaths: list[float] = []
         self._start()
 
     def _start(self) -> None:
-        self.process = self._scope.enter_context(process(self._command, self._environment, self.log))
+        self.process = self._scope.enter_context(process(self._command(), self._environment, self.log))
 
     @property
     def ended(self) -> int | None:
@@ -132,7 +145,7 @@ class Kept:
         Raises:
             FedeltaError: if it has ended too often.
         """
-        if (code := self.ended) is None:
+        if (code := self.ended) in (None, self._done):
             return
         now = time.monotonic()
         self._deaths = [then for then in self._deaths if now - then < WITHIN_S] + [now]

@@ -4,13 +4,17 @@ from typing import NamedTuple
 
 from flwr.app import MessageType
 
+from fedelta.contribution import receive
 from fedelta.engines.flower.mail import Letter, Mail, Received
-from fedelta.engines.flower.nodes import Nodes
+from fedelta.engines.flower.nodes import AWAY, Nodes
 from fedelta.engines.rounds import Answer, Draw, read_update
-from fedelta.errors import ClientFailed
+from fedelta.errors import BadUpdate, ClientFailed
 from fedelta.messages import ClientUpdate
 from fedelta.packing import ByteCount, count_bytes
 from fedelta.server import Server, ServerState
+
+MOST_AGAIN = 3
+"""How often in a round a trainer may come back blank."""
 
 
 class RoundKey(NamedTuple):
@@ -32,7 +36,8 @@ class RoundTrip:
         mail: to the nodes.
 
     Attributes:
-        usable: updates that have come and could be read.
+        usable: updates that have come and can be used.
+        caught_up: client → version that its base had come back with.
     """
 
     def __init__(self, server: Server, state: ServerState, draw: Draw, nodes: Nodes, mail: Mail) -> None:
@@ -47,19 +52,21 @@ class RoundTrip:
         self._came: dict[str, ClientUpdate | Exception] = {}
         self.kept = server.settings.keep or len(draw.clients)
         self.usable = 0
+        self.caught_up: dict[str, int] = {}
+        self._again = dict.fromkeys(draw.clients, 0)
         for client in draw.clients:
             blob = self._sent[client].to_bytes()
             self._down[client] = count_bytes(blob)
             if client in draw.absent:
                 self.give_up(client, "TimeoutError: dropped out")
             elif client not in nodes:
-                self.give_up(client, "its site is away")
+                self.give_up(client, AWAY)
             else:
                 self._mail.send([self._letter(client, blob)])
 
     def _letter(self, client: str, blob: bytes) -> Letter:
         key = RoundKey(self._state.round, self._attempt, client)
-        return Letter(key, self._nodes[client], MessageType.TRAIN, blob)
+        return Letter(key, self._nodes[client], MessageType.TRAIN, blob, self._server.settings.deadline)
 
     def __contains__(self, client: str) -> bool:
         return client in self._came
@@ -78,8 +85,10 @@ class RoundTrip:
             self.give_up(client, reply.error)
             return True
         version = reply.facts.get("behind")
-        if isinstance(version, int) and 0 <= version < self._state.log.version:
+        if type(version) is int and 0 <= version < self._state.log.version and self._again[client] < MOST_AGAIN:
             # A trainer that came back blank, perhaps more than once, gets every patch again.
+            self._again[client] += 1
+            self.caught_up[client] = version
             blob = self._server.broadcast(self._state, client, since=version).to_bytes()
             self._down[client] = self._down[client].plus(count_bytes(blob))
             self._mail.send([self._letter(client, blob)])
@@ -87,7 +96,12 @@ class RoundTrip:
         update = read_update(client, reply.facts, reply.blob)
         if isinstance(update, ClientUpdate):
             self._up[client] = count_bytes(reply.blob)
-            self.usable += 1
+            try:
+                # Before it takes the place of another one's.
+                receive(update, self._sent[client], self._state.log.shapes)
+                self.usable += 1
+            except BadUpdate as error:
+                update = error
         self._came[client] = update
         return True
 

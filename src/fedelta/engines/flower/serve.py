@@ -13,15 +13,14 @@ from fedelta.atomic import write_file
 from fedelta.config import Config
 from fedelta.engines.flower.engine import check
 from fedelta.engines.flower.events import EventReader
-from fedelta.engines.flower.keys import make_loopback_certificate
-from fedelta.engines.flower.processes import Kept, Tail, environment
+from fedelta.engines.flower.front_door import REFUSED
+from fedelta.engines.flower.keys import SITE, make_loopback_certificate, public_key
+from fedelta.engines.flower.processes import LOOPBACK, Kept, Tail, environment
 from fedelta.engines.flower.superlink import SuperLink
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 from fedelta.runner import Run, open_run
 from fedelta.tracking import RunFolder
-
-LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def serve(
@@ -54,6 +53,9 @@ def serve(
     if keys is None and host not in LOOPBACK:
         raise FedeltaError(f"--insecure is for loopback, found --host {host}")
     public = _keys_of_sites(keys) if keys else {}
+    for name in (*public, *sites):
+        if not SITE.fullmatch(name):
+            raise FedeltaError(f"site {name!r}: expected letters, digits, - and _")
     if not (names := sorted(public or sites)):
         raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
     _check_port(host, port)
@@ -63,6 +65,7 @@ def serve(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
         file = scratch / "config.yaml"
         file.write_text(yaml.safe_dump(config.dump()))
+        # A name or a certificate that can't be read shows before anything starts.
         inner = make_loopback_certificate(scratch / "certificate") if keys else None
         link = stack.enter_context(SuperLink(scratch, logs, inner, port=None if keys else port))
         numbers = {link.register(public[name]): name for name in names} if keys else None
@@ -70,7 +73,7 @@ def serve(
         if keys and inner:
             door = [sys.executable, "-m", "fedelta.engines.flower.front_door", host, str(port), str(keys)]
             door += [link.address, str(inner / "ca.crt")]
-            kept.append(stack.enter_context(Kept("door", door, environment(), logs)))
+            kept.append(stack.enter_context(Kept("door", lambda: door, environment(), logs)))
         events = EventReader(scratch / "events.jsonl", observer)
         plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "sites": True}
         plan["run"] = _name_of_run(config.folder / "logs" / "run", resume)
@@ -82,7 +85,8 @@ def serve(
             for each, tail in zip(kept, heard, strict=True):
                 each.look(observer)
                 for line in tail.lines():
-                    observer.warn(line)
+                    if line.startswith(REFUSED):
+                        observer.warn(line)
 
         link.follow(events, look)
     return open_run(config.folder)
@@ -103,6 +107,10 @@ def _keys_of_sites(keys: Path) -> dict[str, Path]:
     found = {file.stem: file for file in sorted((keys / "sites").glob("*.pub"))}
     if not found:
         raise FedeltaError(f"--keys {keys}: no sites/NAME.pub there, expected the public key of each site")
+    owners: dict[bytes, Path] = {}
+    for file in found.values():
+        if (other := owners.setdefault(public_key(file), file)) is not file:
+            raise FedeltaError(f"{file} and {other} are the same key, expected one for each site")
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedelta.checkpoint import load_checkpoint
 from fedelta.config import Config, load_config
 from fedelta.data import label_classes
 from fedelta.engines.flower.engine import FlowerEngine, check
@@ -16,8 +17,13 @@ from fedelta.engines.flower.mail import Mail
 from fedelta.engines.flower.nodes import Nodes
 from fedelta.engines.flower.site import comparable
 from fedelta.engines.lifetime import end_with_holder
-from fedelta.errors import FedeltaError, in_one_line
+from fedelta.errors import TooFewUpdates, in_one_line
 from fedelta.runner import run
+from fedelta.tracking import RunFolder
+
+COME_BACK_S = 60.0
+"""How long a run that goes on waits for all of its sites before it does so with those that are there."""
+FAREWELL_S = 60.0
 
 app = ServerApp()
 
@@ -46,20 +52,28 @@ def main(grid: Grid, context: Context) -> None:
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: EventFile) -> None:
     names = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
     question = {"settings": comparable(config), "classes": label_classes(config.data)[2], "run": plan["run"]}
-    nodes = Nodes(Mail(grid), plan["clients"], names, question, events.warn)
-    events.say(f"waiting for {', '.join(nodes.clients)}")
-    nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])
-    found = {client: nodes.capabilities[client] for client in sorted(nodes.clients)}
-    ranks = tuple(each.rank or 0 for each in found.values())
-    if 0 in ranks:
-        raise FedeltaError(f"client {list(found)[ranks.index(0)]} says no rank")
-    theirs = {"allocation": "fixed", "per_client": ranks, "low": min(ranks), "high": max(ranks)}
-    config = config.model_copy(update={"ranks": config.ranks.model_copy(update=theirs)})
+    checkpoint = RunFolder(config.folder, {}).checkpoint_file
+    begun = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
+    clients = sorted(begun or plan["clients"])
+    nodes = Nodes(Mail(grid, believed=False), clients, names, question, events.warn, config.ranks.largest)
+    nodes.ranks = dict(begun or {})
+    events.say(f"waiting for {', '.join(clients)}")
+    try:
+        nodes.wait(clients, len(clients), plan["patience"] if begun is None else min(plan["patience"], COME_BACK_S))
+    except TooFewUpdates as error:
+        # A run that has begun goes on without those that do not come back.
+        if begun is None:
+            raise
+        events.warn(str(error))
+    ranks = begun or {client: nodes.capabilities[client].rank or 0 for client in clients}
+    told = tuple(ranks[client] for client in clients)
+    theirs = {"allocation": "fixed", "per_client": told, "low": min(told), "high": config.ranks.largest}
+    rows = {client: nodes.capabilities[client].rows or 0 for client in clients if client in nodes.capabilities}
     run(
-        config,
+        config.model_copy(update={"ranks": config.ranks.model_copy(update=theirs)}),
         resume=plan["resume"],
         observer=events,
         engine=partial(FlowerEngine, nodes=nodes),
-        sites={client: each.rows or 0 for client, each in found.items()},
+        sites={client: rows.get(client, 0) for client in clients},
     )
-    nodes.dismiss()
+    nodes.dismiss(min(config.federation.deadline, FAREWELL_S))

@@ -4,7 +4,7 @@ python -m fedelta.engines.flower.site CONFIG.yaml SOCKET SITE.json
 """
 
 import json
-import re
+import shutil
 import sys
 import time
 import warnings
@@ -17,13 +17,13 @@ from fedelta.base_model import fingerprint, load_tokenizer
 from fedelta.config import Config, load_config
 from fedelta.data import DataSettings, build_shard
 from fedelta.data.sources import load_rows
+from fedelta.engines.flower.keys import SITE
 from fedelta.engines.flower.relay import listen
 from fedelta.engines.flower.warm_trainer import Clients, serve
 from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast
 from fedelta.runner import make_trainer
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 OWN = {"model": ("name", "device", "prefix_cache"), "data": ("source", "limit", "evaluation_limit", "splits")}
 """Settings that are a site's own: where it has things, and what its machine is."""
 SHARED = {"model", "lora", "training", "seed"}
@@ -85,7 +85,7 @@ class Site(Clients):
             if mine.get(key) != value:
                 raise FedeltaError(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
         name = self.name or question["client"]
-        if name is not None and not NAME.fullmatch(name):
+        if name is not None and not SITE.fullmatch(name):
             raise FedeltaError(f"the server calls this site {name[:50]!r}, expected letters, digits, - and _")
         if name is None:
             raise FedeltaError("nobody has said which client this is")
@@ -109,9 +109,11 @@ class Site(Clients):
         """What a site keeps is of one run."""
         file = self.memory / "run"
         if not file.exists() or file.read_text() != run:
-            for kept in self.memory.glob("*.safetensors"):
-                kept.unlink()
+            shutil.rmtree(self.memory, ignore_errors=True)
             write_file(file, run)
+            if hasattr(self, "trainer"):
+                # Its base has another run's patches: it is loaded afresh.
+                del self.trainer
 
     def _load(self, name: str, classes: list[str]) -> None:
         shard = build_shard(self.settings, self.tokenizer, classes, name, self.config.seed)

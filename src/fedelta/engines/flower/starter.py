@@ -23,7 +23,8 @@ try:
         starter.connect({socket!r})
         head = json.dumps({{"arguments": sys.argv[1:]}}).encode()
         starter.sendall(struct.pack("!Q", len(head)) + head + struct.pack("!Q", 0))
-        starter.recv(1)
+        if starter.recv(1) != b"1":
+            raise OSError
 except OSError:
     os.execv({command!r}, [{command!r}, *sys.argv[1:]])
 """

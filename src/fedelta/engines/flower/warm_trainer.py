@@ -102,7 +102,10 @@ def serve(server: socket.socket, clients: Clients) -> None:
 
 def main() -> None:
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
-    trainer, data = prepare(config)
+    try:
+        trainer, data = prepare(config)
+    except FedeltaError as error:
+        sys.exit(str(error))
     serve(listen(path), Clients(trainer, data.shards, Path(sys.argv[3])))
 
 
