@@ -117,9 +117,9 @@ def test_a_node_that_is_killed_is_started_again(tiny_config: Any) -> None:
 
     killer = Killer()
     changes = {**MIXED, "federation": {"deadline": 10.0, "min_clients": 2}}
-    apart = run_on_loopback(tiny_config(name="apart", rounds=14, **changes), resume=False, observer=killer)
+    apart = run_on_loopback(tiny_config(name="apart", rounds=24, **changes), resume=False, observer=killer)
     assert "node-client-001 ended with exit code -9 and is started again" in killer.warnings
-    assert len(apart.records) == 14
+    assert len(apart.records) == 24
     assert "client-001" in apart.records[-1]["clients"]
     assert {client for record in apart.records for client in record["skipped"]} <= {"client-001"}
 

@@ -166,11 +166,12 @@ class Wire:
     def _carry(self) -> None:
         client, _ = self._listening.accept()
         threading.Thread(target=self._back, args=(client,), daemon=True).start()
-        while piece := client.recv(2**16):
-            if len(self.said) == self._spoil:
-                piece = piece[:-1] + bytes([piece[-1] ^ 1])
-            self.said.append(piece)
-            self._server.sendall(piece)
+        with suppress(OSError):
+            while piece := client.recv(2**16):
+                if len(self.said) == self._spoil:
+                    piece = piece[:-1] + bytes([piece[-1] ^ 1])
+                self.said.append(piece)
+                self._server.sendall(piece)
 
     def _back(self, client: socket.socket) -> None:
         with suppress(OSError):
@@ -209,7 +210,7 @@ def on_the_wire(federation: Federation) -> None:
 
 @pytest.mark.slow
 def test_nobody_comes_in_without_a_key_and_the_rounds_go_on(tiny_config: Any, tmp_path: Path) -> None:
-    config = tiny_config(name="apart", rounds=20, **MIXED)
+    config = tiny_config(name="apart", rounds=60, **MIXED)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
         strangers(federation, tmp_path)
@@ -235,7 +236,7 @@ def test_nobody_comes_in_without_a_key_and_the_rounds_go_on(tiny_config: Any, tm
     assert {found.pop(way) for way in ("old", "altered", "unsigned")} == {401}
     assert set(found.values()) == {404}
     records = open_run(config.folder).records
-    assert len(records) == 20
+    assert len(records) == 60
     assert not any(record["skipped"] for record in records)
 
 
@@ -272,7 +273,7 @@ def test_a_server_that_is_killed_goes_on_with_sites_that_stayed_up_and_one_that_
 @pytest.mark.slow
 def test_a_site_that_is_killed_in_a_round_is_missed_and_taken_back(tiny_config: Any, tmp_path: Path) -> None:
     changes = {**MIXED, "federation": {"deadline": 15.0, "min_clients": 2}}
-    config = tiny_config(name="apart", rounds=14, **changes)
+    config = tiny_config(name="apart", rounds=50, **changes)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
         for name, rank in zip(NAMES, (2, 4, 3), strict=True):
@@ -283,7 +284,7 @@ def test_a_site_that_is_killed_in_a_round_is_missed_and_taken_back(tiny_config: 
         federation.join(NAMES[1], 4)
         assert federation.wait("server") == 0, federation.output("server")
     records = open_run(config.folder).records
-    assert len(records) == 14
+    assert len(records) == 50
     missed = [record["round"] for record in records if NAMES[1] in record["skipped"]]
     assert missed
     reasons = {record["skipped"][NAMES[1]].split(":")[0] for record in records if NAMES[1] in record["skipped"]}

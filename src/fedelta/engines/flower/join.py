@@ -98,7 +98,8 @@ def join(
             tell()
             for each in kept:
                 each.look(observer)
-            if node.ended is not None and any(REFUSAL in line for line in heard.lines()):
+            if node.ended == 0 or (node.ended is not None and any(REFUSAL in line for line in heard.lines())):
+                # A node of whom a server knows nothing ends as if it had been asked to.
                 refusals.another(observer)
                 node.restart()
             else:
