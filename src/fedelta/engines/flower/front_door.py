@@ -34,6 +34,7 @@ CONNECTIONS = 1000
 ADDRESSES = 1000
 NAME = re.compile(r"[a-z]+(-[a-z]+)*")
 REFUSED = "refused"
+UNKNOWN = "its key is not registered"
 OF_ONE_HOP = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "accept-encoding"}
 
 
@@ -74,7 +75,7 @@ class Door:
             return PlainTextResponse("nothing of the sites' is there", 404)
         if request.headers.get(KEY_HEADER) not in self.keys:
             self._say(request, "its key is not one of the registered sites'")
-            return PlainTextResponse("its key is not registered", 401)
+            return PlainTextResponse(UNKNOWN, 401)
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_S):

@@ -1,5 +1,6 @@
 """A site of a federation: a node that reaches the server, and the warm trainer beside it, until the run has ended."""
 
+import base64
 import json
 import ssl
 import sys
@@ -14,6 +15,8 @@ import yaml
 
 from fedelta.config import Config
 from fedelta.engines.flower.deployment import node_command, with_starter
+from fedelta.engines.flower.front_door import KEY_HEADER, UNKNOWN
+from fedelta.engines.flower.keys import public_half
 from fedelta.engines.flower.processes import LOOPBACK, Kept, Tail, environment, last_line
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
@@ -86,6 +89,7 @@ def join(
         while not reachable(server, authority):
             trainer.look(observer)
             time.sleep(LOOK_S)
+        check_known(server, keys)
         home = scratch / "flwr"
         home.mkdir()
         start_node = partial(node_command, server, f'trainer="{path}"', *security)
@@ -100,6 +104,7 @@ def join(
                 each.look(observer)
             if node.ended == 0 or (node.ended is not None and any(REFUSAL in line for line in heard.lines())):
                 # A node of whom a server knows nothing ends as if it had been asked to.
+                check_known(server, keys)
                 refusals.another(observer)
                 node.restart()
             else:
@@ -138,13 +143,13 @@ class Gone:
 class Refusals:
     """How long a server has not let this site in.
 
-    It does not say why: it may not know the key, or think that a node with it, which was cut off, is still there.
+    It knows the key, but may think that a node with it, which was cut off, is still there.
     """
 
     def __init__(self, server: str, keys: Path) -> None:
         self._line = (
-            f"server {server} does not accept the key {keys / 'site.key'}: is its public half in the server's folder, "
-            "as sites/NAME.pub, is no other node using it, and do both clocks agree to a few seconds?"
+            f"server {server} does not let in the key {keys / 'site.key'}, which it knows: "
+            "is another node using it, and do both clocks agree to a few seconds?"
         )
         self._times: list[float] = []
 
@@ -175,7 +180,36 @@ def _security(server: str, keys: Path | None) -> list[str]:
     for file in ("site.key", "ca.crt"):
         if not (keys / file).is_file():
             raise FedeltaError(f"--keys {keys}: no {file} there")
+    public_half(keys / "site.key")
     return ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "site.key")]
+
+
+def check_known(server: str, keys: Path | None) -> None:
+    """Whether the server, which is up, knows this site's key.
+
+    Raises:
+        FedeltaError: if it says that it does not.
+    """
+    if keys is None:
+        return
+    key = base64.b64encode(public_half(keys / "site.key")).decode()
+    context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    try:
+        # Without a signature nobody gets further than this; that it is a key's that they know they say.
+        answer = httpx.post(
+            f"https://{server}/v1/fleet/pull-messages",
+            headers={KEY_HEADER: key},
+            verify=context,
+            timeout=CONNECT_S,
+            trust_env=server.rpartition(":")[0] not in LOOPBACK,
+        )
+    except httpx.HTTPError:
+        return
+    if answer.text == UNKNOWN:
+        raise FedeltaError(
+            f"server {server} does not know the key {keys / 'site.key'}: "
+            "its public half has to be in the server's folder, as sites/NAME.pub"
+        )
 
 
 def reachable(server: str, authority: Path | None, twice: bool = False) -> bool:

@@ -59,6 +59,21 @@ def public_key(file: Path) -> bytes:
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
+def public_half(file: Path) -> bytes:
+    """The public key of a site's private one, as Flower's nodes send it.
+
+    Raises:
+        FedeltaError: if the file is not such a key.
+    """
+    try:
+        key = serialization.load_ssh_private_key(file.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise FedeltaError(f"{file} is no private key without a password as ssh-keygen writes it") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise FedeltaError(f"{file} is no ECDSA key of 384 bits; make one by: ssh-keygen -t ecdsa -b 384")
+    return key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
     """Write what a server and its sites need.
 
