@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class Federation:
         )
         place = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
         return self._start(name, "join", str(self.folder / "config.yaml"), *place, *security, *arguments)
+
+    def join_all(self, ranks: Sequence[int]) -> None:
+        """Every site, with its rank."""
+        for name, rank in zip(self.names, ranks, strict=True):
+            self.join(name, rank)
 
     def join_badly(self, name: str, rank: int, how: str) -> subprocess.Popen[bytes]:
         """A site whose trainer does not do what it should: see `bad_site.py`."""

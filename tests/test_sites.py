@@ -39,8 +39,7 @@ def test_sites_with_keys_give_the_bytes_of_one_process(tiny_config: Any, tmp_pat
     config = tiny_config(name="apart", rounds=4, **MIXED)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
-        for name, rank in zip(NAMES, (2, 4, 3), strict=True):
-            federation.join(name, rank)
+        federation.join_all((2, 4, 3))
         assert federation.wait("server") == 0, federation.output("server")
         for name in NAMES:
             assert federation.wait(name, 60) == 0, federation.output(name)
@@ -215,8 +214,7 @@ def test_nobody_comes_in_without_a_key_and_the_rounds_go_on(tiny_config: Any, tm
         federation.serve()
         # They wait for the server as its sites do.
         strangers(federation, tmp_path)
-        for name, rank in zip(NAMES, (2, 4, 3), strict=True):
-            federation.join(name, rank)
+        federation.join_all((2, 4, 3))
         federation.wait_for_rounds(1)
         found = knock(federation)
         on_the_wire(federation)
@@ -249,8 +247,7 @@ def test_a_server_that_is_killed_goes_on_with_sites_that_stayed_up_and_one_that_
     config = tiny_config(name="apart", rounds=8, **MIXED)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
-        for name, rank in zip(NAMES, (2, 4, 3), strict=True):
-            federation.join(name, rank)
+        federation.join_all((2, 4, 3))
         federation.wait_for_rounds(2)
         federation.processes["server"].kill()
         federation.processes["server"].wait()
@@ -277,8 +274,7 @@ def test_a_site_that_is_killed_in_a_round_is_missed_and_taken_back(tiny_config: 
     config = tiny_config(name="apart", rounds=50, **changes)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
-        for name, rank in zip(NAMES, (2, 4, 3), strict=True):
-            federation.join(name, rank)
+        federation.join_all((2, 4, 3))
         federation.wait_for_rounds(2)
         federation.processes[NAMES[1]].kill()
         federation.wait_for_rounds(4)
@@ -301,8 +297,7 @@ def test_a_round_without_its_quorum_is_done_again_and_nothing_is_lost(tiny_confi
     config = tiny_config(name="apart", rounds=5, **changes)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
-        for name, rank in zip(NAMES, (2, 4, 3), strict=True):
-            federation.join(name, rank)
+        federation.join_all((2, 4, 3))
         federation.wait_for_rounds(2)
         # As when its power fails: nobody says goodbye, and its place is held for a while.
         site = psutil.Process(federation.processes[NAMES[1]].pid)
@@ -349,6 +344,11 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
         (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org:1"], "is for loopback"),
         (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org"], "HOST:PORT"),
         (["serve", "--keys", "nowhere"], "no server.crt there"),
+        (["join", "--data", "rows.csv", "--keys", "worn"], "is no private key without a password"),
+        (["serve", "--keys", "torn"], "are no certificate and its key"),
+        (["serve", "--keys", "twins"], "are the same key"),
+        (["serve", "--keys", "odd"], "is no public key as ssh-keygen writes it"),
+        (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected letters"),
         (["serve"], "say --keys FOLDER, or --insecure"),
         (["serve", "--insecure"], "no site"),
         (["serve", "--insecure", "--sites", "a", "--host", "0.0.0.0"], "is for loopback"),
@@ -359,6 +359,15 @@ def test_mistakes_of_a_deployment_are_one_line(
     arguments: list[str], line: str, tiny_config: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config().dump()))
+    make_keys(tmp_path / "keys", ["a", "b"], [])
+    server = tmp_path / "keys" / "server"
+    for broken in ("torn", "twins", "odd"):
+        shutil.copytree(server, tmp_path / broken)
+    (tmp_path / "torn" / "server.key").write_text("no key")
+    shutil.copy(server / "sites" / "a.pub", tmp_path / "twins" / "sites" / "b.pub")
+    (tmp_path / "odd" / "sites" / "a.pub").write_text("ssh-rsa nonsense")
+    shutil.copytree(tmp_path / "keys" / "sites" / "a", tmp_path / "worn")
+    (tmp_path / "worn" / "site.key").write_text("no key")
     command, *rest = arguments
     done = subprocess.run(
         [sys.executable, "-m", "fedelta.cli", command, "config.yaml", *rest],

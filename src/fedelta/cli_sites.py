@@ -52,24 +52,23 @@ def join(
     folder: Annotated[Path, typer.Option(help="For this site's logs.")] = Path("site"),
 ) -> None:
     """Be a site of a federation: train on rows of your own, until the server says that it is over."""
-    from fedelta.progress import TerminalProgress
+    from fedelta.progress import Lines
 
     if not data:
         raise FedeltaError("join: say --data FILE, the rows of this site")
     if insecure == (keys is not None):
         raise FedeltaError("join: say --keys FOLDER, or --insecure for a trial on loopback")
     config = read_config(arguments)
-    with TerminalProgress(err) as progress:
-        flower_part("join").join(
-            config,
-            server=server,
-            data=data,
-            rank=rank,
-            keys=keys,
-            name=name,
-            folder=folder,
-            observer=progress,
-        )
+    flower_part("join").join(
+        config,
+        server=server,
+        data=data,
+        rank=rank,
+        keys=keys,
+        name=name,
+        folder=folder,
+        observer=Lines(err),
+    )
 
 
 def keys(

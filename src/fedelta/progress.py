@@ -38,7 +38,20 @@ def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-class TerminalProgress(Observer):
+class Lines(Observer):
+    """Shows what is said, and nothing else."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, message: str) -> None:
+        self.console.print(escape(message), highlight=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+class TerminalProgress(Lines):
     """Shows a run, or the runs of a comparison, as bars.
 
     Args:
@@ -47,7 +60,7 @@ class TerminalProgress(Observer):
     """
 
     def __init__(self, console: Console, all_rounds: int | None = None) -> None:
-        self.console = console
+        super().__init__(console)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -116,9 +129,3 @@ class TerminalProgress(Observer):
         if record["validation"]:
             accuracy = 100 * record["validation"]["accuracy"]
             self.progress.update(self.clients, note=f"validation accuracy {accuracy:.2f} %")
-
-    def say(self, message: str) -> None:
-        self.console.print(escape(message), highlight=False, soft_wrap=True)
-
-    def warn(self, message: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """The server of a federation: a SuperLink that only this machine reaches, a door for the sites, and the run itself."""
 
 import socket
+import ssl
 import sys
 import tempfile
 import uuid
@@ -50,6 +51,8 @@ def serve(
     folder = RunFolder(config.folder, config.dump())
     if not resume:
         folder.refuse_existing()
+    elif (before := folder.result()) is not None and before["rounds"] >= config.rounds:
+        return open_run(config.folder)
     if keys is None and host not in LOOPBACK:
         raise FedeltaError(f"--insecure is for loopback, found --host {host}")
     public = _keys_of_sites(keys) if keys else {}
@@ -65,7 +68,6 @@ def serve(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
         file = scratch / "config.yaml"
         file.write_text(yaml.safe_dump(config.dump()))
-        # A name or a certificate that can't be read shows before anything starts.
         inner = make_loopback_certificate(scratch / "certificate") if keys else None
         link = stack.enter_context(SuperLink(scratch, logs, inner, port=None if keys else port))
         numbers = {link.register(public[name]): name for name in names} if keys else None
@@ -104,6 +106,13 @@ def _keys_of_sites(keys: Path) -> dict[str, Path]:
     for name in ("server.crt", "server.key"):
         if not (keys / name).is_file():
             raise FedeltaError(f"--keys {keys}: no {name} there; `fedelta keys` makes one for a trial")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(keys / "server.crt", keys / "server.key")
+    except (ssl.SSLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise FedeltaError(
+            f"--keys {keys}: server.crt and server.key are no certificate and its key ({reason})"
+        ) from error
     found = {file.stem: file for file in sorted((keys / "sites").glob("*.pub"))}
     if not found:
         raise FedeltaError(f"--keys {keys}: no sites/NAME.pub there, expected the public key of each site")
