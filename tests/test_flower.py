@@ -46,6 +46,26 @@ class Seen(Observer):
         self.rounds.append(record["round"])
 
 
+class Killer(Seen):
+    """Kills a process in round 2.
+
+    Args:
+        victim: a part of its command line.
+    """
+
+    def __init__(self, victim: str) -> None:
+        super().__init__()
+        self.victim = victim
+        self.warnings: list[str] = []
+
+    def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
+        if round == 2:
+            kill_children(self.victim)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
 @pytest.mark.slow
 def test_flowers_nodes_and_its_simulation_give_the_bytes_of_one_process(tiny_config: Any) -> None:
     alone = run(tiny_config(name="alone", rounds=4, **MIXED))
@@ -77,23 +97,10 @@ def test_a_run_goes_on_over_flower_with_blank_nodes(tiny_config: Any) -> None:
 
 @pytest.mark.slow
 def test_a_trainer_that_is_killed_comes_back_and_nothing_is_lost(tiny_config: Any) -> None:
-    class Killer(Seen):
-        def __init__(self) -> None:
-            super().__init__()
-            self.warnings: list[str] = []
-
-        def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
-            if round == 2:
-                # The trainer is a child of this process.
-                subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", "warm_trainer"], check=True)
-
-        def warn(self, message: str) -> None:
-            self.warnings.append(message)
-
     # With messages in int8 a client's memory of what they left out has to come back too.
     changes = {**MIXED, "federation": {"participation": 0.67, "precision": "int8"}}
     alone = run(tiny_config(name="alone", rounds=4, **changes))
-    killer = Killer()
+    killer = Killer("warm_trainer")
     apart = run_on_loopback(tiny_config(name="apart", rounds=4, **changes), resume=False, observer=killer)
     assert killer.warnings == ["trainer ended with exit code -9 and is started again"]
     assert files(apart)[1] == files(alone)[1]
@@ -103,19 +110,7 @@ def test_a_trainer_that_is_killed_comes_back_and_nothing_is_lost(tiny_config: An
 
 @pytest.mark.slow
 def test_a_node_that_is_killed_is_started_again(tiny_config: Any) -> None:
-    class Killer(Seen):
-        def __init__(self) -> None:
-            super().__init__()
-            self.warnings: list[str] = []
-
-        def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
-            if round == 2:
-                kill_children("client-001")
-
-        def warn(self, message: str) -> None:
-            self.warnings.append(message)
-
-    killer = Killer()
+    killer = Killer("client-001")
     changes = {**MIXED, "federation": {"deadline": 10.0, "min_clients": 2}}
     apart = run_on_loopback(tiny_config(name="apart", rounds=24, **changes), resume=False, observer=killer)
     assert "node-client-001 ended with exit code -9 and is started again" in killer.warnings
@@ -130,15 +125,10 @@ def test_a_node_that_is_killed_is_started_again(tiny_config: Any) -> None:
     [("flwr-serverapp", "the ServerApp ended without a word"), ("flower-superlink", "the SuperLink ended")],
 )
 def test_a_server_that_is_killed_says_so_and_goes_on(victim: str, line: str, tiny_config: Any) -> None:
-    class Killer(Seen):
-        def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
-            if round == 2:
-                kill_children(victim)
-
     whole = run(tiny_config(name="whole", rounds=4, **MIXED))
     config = tiny_config(name="parts", rounds=4, **MIXED)
     with pytest.raises(FedeltaError, match=line):
-        run_on_loopback(config, resume=False, observer=Killer())
+        run_on_loopback(config, resume=False, observer=Killer(victim))
     parts = run_on_loopback(config, resume=True, observer=Observer())
     assert len(parts.records) == 4
     assert files(parts)[1] == files(whole)[1]

@@ -32,14 +32,14 @@ def encode(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[dict[st
     """
     sent: dict[str, Tensor] = {}
     changed: dict[str, str] = {}
+    target = getattr(torch, precision)
     for key, tensor in tensors.items():
-        target = getattr(torch, precision)
         if not tensor.is_floating_point() or tensor.dtype.itemsize <= target.itemsize:
             sent[key] = tensor
             continue
         changed[key] = str(tensor.dtype).removeprefix("torch.")
         if precision == "int8":
-            sent[key], sent[key + SCALE] = _to_int8(tensor, _across(key, tensor))
+            sent[key], sent[key + SCALE] = _to_int8(key, tensor)
         elif precision == "float16":
             most = torch.finfo(torch.float16).max
             # What is not finite stays so, to be refused as such.
@@ -80,23 +80,17 @@ def _across(key: str, tensor: Tensor) -> int | None:
 
 def _shape_of_scale(key: str, tensor: Tensor) -> torch.Size:
     across = _across(key, tensor)
-    if across is None:
-        return torch.Size([1] * tensor.dim())
-    return torch.Size([1 if dim == across else size for dim, size in enumerate(tensor.shape)])
+    return torch.Size([1 if across in (None, dim) else size for dim, size in enumerate(tensor.shape)])
 
 
-def _to_int8(tensor: Tensor, across: int | None) -> tuple[Tensor, Tensor]:
-    whole = tensor.float()
+def _to_int8(key: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    whole, across, shape = tensor.float(), _across(key, tensor), _shape_of_scale(key, tensor)
     if not whole.numel():
-        return whole.to(torch.int8), torch.zeros(_no_scale(tensor, across))
+        return whole.to(torch.int8), torch.zeros(shape)
     largest = whole.abs().amax(dim=across, keepdim=True) if across is not None else whole.abs().amax()
-    scale = largest.reshape(_no_scale(tensor, across)) / 127
+    scale = largest.reshape(shape) / 127
     steps = torch.where(scale > 0, whole / scale, torch.zeros(()))
     return steps.round().clamp(-127, 127).nan_to_num().to(torch.int8), scale
-
-
-def _no_scale(tensor: Tensor, across: int | None) -> list[int]:
-    return [1 if across is None or dim == across else size for dim, size in enumerate(tensor.shape)]
 
 
 def rounded(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:

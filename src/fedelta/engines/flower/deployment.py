@@ -3,24 +3,20 @@
 import os
 import shutil
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-
-import yaml
 
 from fedelta.atomic import write_file
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import pack_kept
 from fedelta.config import Config
 from fedelta.engines.flower.engine import check
-from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.processes import Kept, environment, free_port, last_line
 from fedelta.engines.flower.relay import ask
 from fedelta.engines.flower.starter import write_command
-from fedelta.engines.flower.superlink import SuperLink
+from fedelta.engines.flower.superlink import CONFIG, SuperLink, workplace
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 from fedelta.runner import Run, open_run
@@ -45,12 +41,8 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
     folder = RunFolder(config.folder, config.dump())
     if not resume:
         folder.refuse_existing()
-    logs = config.folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
-        file = scratch / "config.yaml"
-        file.write_text(yaml.safe_dump(config.dump()))
+        scratch, logs = stack.enter_context(workplace(config))
         socket = str(scratch / "trainer" / "socket")
         memory = folder.clients_folder
         if not resume:
@@ -59,14 +51,19 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
             # Rounds in process keep it in the checkpoint.
             for client, remainder in load_checkpoint(folder.checkpoint_file).remainders.items():
                 write_file(memory / f"{client}.safetensors", pack_kept(None, remainder))
-        trainer = [sys.executable, "-m", "fedelta.engines.flower.warm_trainer", str(file), socket, str(memory)]
+        trainer = [
+            sys.executable,
+            "-m",
+            "fedelta.engines.flower.warm_trainer",
+            str(scratch / CONFIG),
+            socket,
+            str(memory),
+        ]
         kept = [stack.enter_context(Kept("trainer", lambda: trainer, environment(), logs))]
         # Before anything of Flower's starts: bad data or a bad model shows here.
         clients = _clients(socket, kept[0])
         link = stack.enter_context(SuperLink(scratch, logs, simulated=len(clients) if ray else 0))
-        events = EventReader(scratch / "events.jsonl", observer)
-        plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "clients": clients}
-        link.submit({**plan, "patience": NODES_S}, trainer=socket)
+        events = link.submit({"resume": resume, "clients": clients, "patience": NODES_S}, observer, trainer=socket)
         home = with_starter(stack, scratch, link.environment, logs, kept) if not ray else {}
         for client in [] if ray else clients:
             command = partial(node_command, link.address, f'client="{client}" trainer="{socket}"')

@@ -59,7 +59,6 @@ class FlowerEngine(Engine):
         inside: Stopwatch,  # noqa: ARG002
     ) -> Iterator[Answer]:
         settings = self.server.settings
-        self._receive(None)
         # A round for which too few are there waits; one that has enough goes on without the others.
         self.nodes.wait(draw.clients, settings.min_clients, settings.deadline, self._late_reply)
         watch.lap("waiting")
@@ -78,7 +77,7 @@ class FlowerEngine(Engine):
             yield trip.answer(client)
         self._caught_up |= trip.caught_up
 
-    def _receive(self, trip: RoundTrip | None) -> bool:
+    def _receive(self, trip: RoundTrip) -> bool:
         """Take what has come, and say whether anything has."""
         self.nodes.look()
         found = False
@@ -86,7 +85,7 @@ class FlowerEngine(Engine):
             found = True
             if not isinstance(reply.key, RoundKey):
                 self.nodes.hear(reply)
-            elif trip is None or not trip.take(reply):
+            elif not trip.take(reply):
                 self._late_reply(reply)
         return found
 

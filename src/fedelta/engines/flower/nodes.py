@@ -54,7 +54,7 @@ class Nodes:
 
     Args:
         mail: to them.
-        clients: who is to be served; None for whoever says that they are there.
+        clients: who is to be served.
         names: node → the client that it was registered for; None where nodes are believed.
         question: what every node is asked, as JSON.
         warn: is told of those who refuse.

@@ -3,21 +3,17 @@
 import socket
 import ssl
 import sys
-import tempfile
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
-import yaml
-
 from fedelta.atomic import write_file
 from fedelta.config import Config
 from fedelta.engines.flower.engine import check
-from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.front_door import REFUSED
 from fedelta.engines.flower.keys import SITE, make_loopback_certificate, public_key
 from fedelta.engines.flower.processes import LOOPBACK, Kept, Tail, environment
-from fedelta.engines.flower.superlink import SuperLink
+from fedelta.engines.flower.superlink import SuperLink, workplace
 from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 from fedelta.runner import Run, open_run
@@ -62,12 +58,8 @@ def serve(
     if not (names := sorted(public or sites)):
         raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
     _check_port(host, port)
-    logs = config.folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
-        file = scratch / "config.yaml"
-        file.write_text(yaml.safe_dump(config.dump()))
+        scratch, logs = stack.enter_context(workplace(config))
         inner = make_loopback_certificate(scratch / "certificate") if keys else None
         link = stack.enter_context(SuperLink(scratch, logs, inner, port=None if keys else port))
         numbers = {link.register(public[name]): name for name in names} if keys else None
@@ -76,10 +68,8 @@ def serve(
             door = [sys.executable, "-m", "fedelta.engines.flower.front_door", host, str(port), str(keys)]
             door += [link.address, str(inner / "ca.crt")]
             kept.append(stack.enter_context(Kept("door", lambda: door, environment(), logs)))
-        events = EventReader(scratch / "events.jsonl", observer)
-        plan = {"config": str(file), "events": str(scratch / "events.jsonl"), "resume": resume, "sites": True}
-        plan["run"] = _name_of_run(config.folder / "logs" / "run", resume)
-        link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience})
+        plan = {"resume": resume, "sites": True, "run": _name_of_run(logs / "run", resume)}
+        events = link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience}, observer)
 
         heard = [Tail(each.log) for each in kept]
 

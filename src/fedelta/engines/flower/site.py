@@ -24,22 +24,17 @@ from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast
 from fedelta.runner import make_trainer
 
-OWN = {"model": ("name", "device", "prefix_cache"), "data": ("source", "limit", "evaluation_limit", "splits")}
-"""Settings that are a site's own: where it has things, and what its machine is."""
-SHARED = {"model", "lora", "training", "seed"}
+OWN = ("model.name", "model.device", "model.prefix_cache")
+"""Settings that are a site's own: where it has its model, and what its machine is. So are those of `data` but these."""
 OF_DATA = ("text", "label", "max_length", "client_validation")
 
 
 def comparable(config: Config) -> dict[str, Any]:
     """What the server and its sites must agree on, as flat keys and values."""
     plain = json.loads(json.dumps(config.dump()))
-    flat = {}
-    for section in sorted(SHARED):
-        values = plain[section] if isinstance(plain[section], dict) else {"": plain[section]}
-        for key, value in values.items():
-            if key not in OWN.get(section, ()):
-                flat[f"{section}.{key}".rstrip(".")] = value
-    return flat | {f"data.{key}": plain["data"][key] for key in OF_DATA}
+    flat = {f"{part}.{key}": value for part in ("lora", "model", "training") for key, value in plain[part].items()}
+    flat |= {"seed": plain["seed"], **{f"data.{key}": plain["data"][key] for key in OF_DATA}}
+    return {key: value for key, value in flat.items() if key not in OWN}
 
 
 class Site(Clients):

@@ -2,21 +2,26 @@
 
 import json
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock
 
+from fedelta.config import Config
 from fedelta.engines.flower.events import EventReader
 from fedelta.engines.flower.processes import environment, free_port, last_line, process, tool
+from fedelta.engines.observer import Observer
 from fedelta.errors import FedeltaError
 
 START_S = 90.0
 COMMAND_S = 120.0
 GRACE_S = 5.0
+CONFIG = "config.yaml"
 APP = """[project]
 name = "fedelta-app"
 version = "0.1.0"
@@ -37,11 +42,21 @@ trainer = ""
 """
 
 
+@contextmanager
+def workplace(config: Config) -> Iterator[tuple[Path, Path]]:
+    """A folder of this run alone with its configuration, which ends with the block, and the folder of its logs."""
+    logs = config.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedelta-") as scratch:
+        (Path(scratch) / CONFIG).write_text(yaml.safe_dump(config.dump()))
+        yield Path(scratch), logs
+
+
 class SuperLink:
     """A SuperLink that only this machine can reach.
 
     Args:
-        scratch: a folder for it, of this run alone.
+        scratch: its workplace.
         logs: folder of its log.
         certificates: folder with `ca.crt`, `server.crt` and `server.key` for 127.0.0.1: with TLS, and only nodes whose
             keys are registered; None is neither.
@@ -107,19 +122,22 @@ class SuperLink:
         found = self._ask_until("supernode", "register", str(key), "here", taken="node-id")
         return int(found["node-id"])
 
-    def submit(self, plan: Mapping[str, Any], trainer: str = "") -> None:
-        """Have it run our app; how that goes will be in the plan's `events`.
+    def submit(self, plan: Mapping[str, Any], observer: Observer, trainer: str = "") -> EventReader:
+        """Have it run our app with the configuration of its workplace.
 
         Args:
             plan: what the ServerApp is to do.
+            observer: will be told how that goes.
             trainer: socket of the trainer, for nodes that do not know theirs.
         """
-        file = self.scratch / "plan.json"
-        file.write_text(json.dumps({**plan, "hold": str(self._hold)}))
+        file, events = self.scratch / "plan.json", self.scratch / "events.jsonl"
+        places = {"config": self.scratch / CONFIG, "events": events, "hold": self._hold}
+        file.write_text(json.dumps({**plan, **{name: str(path) for name, path in places.items()}}))
         arguments = ["--run-config", f"plan={_quote(file)} trainer={_quote(trainer)}"]
         if self.simulated:
             arguments += ["--federation-config", f"num-supernodes={self.simulated}"]
         self._ask_until("run", str(self.scratch / "app"), "here", *arguments, taken="success")
+        return EventReader(events, observer)
 
     def _ask_until(self, *arguments: str, taken: str) -> Any:
         """Flower's answer to a command, as soon as the SuperLink is up."""
