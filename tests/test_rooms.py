@@ -7,7 +7,7 @@ import fedelta
 
 ROOT = Path(fedelta.__file__).parent
 FLOORS = [
-    ["errors", "settings", "seeds", "atomic", "stopwatch", "__init__"],
+    ["errors", "settings", "seeds", "atomic", "stopwatch", "machine", "__init__"],
     ["gram", "lowrank", "product_sum", "adapter"],
     [
         "quantisation",
@@ -23,7 +23,7 @@ FLOORS = [
     ],
     "data class_token base_model dropout model prefix metrics training peft_io tensor_file peft_write".split(),
     ["peft_folders", "aggregate", "federation", "server", "client", "checkpoint", "export", "engines", "tracking"],
-    ["config", "runner", "comparison", "flower", "report", "progress", "terminal", "cli_sites", "cli"],
+    "config runner comparison flower sweep report progress terminal cli_sites cli_sweep cli".split(),
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -134,6 +134,15 @@ class Adapter(Mapping[str, LoraPair]):
         """Σ ‖s·B·A‖_F² over the modules."""
         return sum(product.norm() ** 2 for product in self.products().values())
 
+    def energy_by_rank(self) -> Tensor:
+        """Σ ‖s·b_j·a_j‖_F² over the modules, of each rank index j: (R,), float64. An index that only some clients have
+        loses it where they are averaged with zeros («rank collapse», raFLoRA, 2602.13486)."""
+        energy = torch.zeros(self.rank, dtype=torch.float64)
+        for pair in self.values():
+            size = pair.scale**2 * pair.B.double().square().sum(0) * pair.A.double().square().sum(1)
+            energy[: pair.rank] += size.cpu()
+        return energy
+
     def products(self) -> dict[str, LowRank]:
         return {module: pair.product() for module, pair in self.items()}
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from fedelta import __version__
 from fedelta.cli_sites import join, keys, serve
+from fedelta.cli_sweep import show, sweep
 from fedelta.errors import FedeltaError
 from fedelta.terminal import Arguments, Resume, err, finish, flower_part, out, read_config
 
@@ -62,7 +63,7 @@ def run(
         out.print("profile  ", config.folder / "profile.json", highlight=False, soft_wrap=True)
 
 
-for command in (serve, join, keys):
+for command in (sweep, serve, join, keys):
     app.command()(command)
 
 
@@ -165,9 +166,15 @@ def _numbers(text: str) -> list[float]:
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
-    """Rebuild the table, plot and page of a run or a comparison from its files."""
+    """Rebuild the tables, plots and page of a run, a comparison or a grid from its files."""
     from fedelta.comparison import open_runs
+    from fedelta.sweep.results import FILE
 
+    if (folder / FILE).exists():
+        from fedelta.report.grid import open_grid
+
+        show(*open_grid(folder), folder)
+        return
     finish(open_runs(folder), folder)
 
 
@@ -209,6 +216,8 @@ def main() -> None:
     if code == INTERRUPTED:
         trains = sys.argv[1:2] in (["run"], ["compare"], ["serve"])
         kept = "finished rounds are kept, --resume goes on from them" if trains else "nothing was written"
+        if sys.argv[1:2] == ["sweep"]:
+            kept = "finished rounds are kept, the same command goes on from them"
         err.print(f"stopped; {kept}")
     sys.exit(code)
 

@@ -116,7 +116,7 @@ class Trainer:
         broadcast, model = task.broadcast, self.model
         model.load(task.start, broadcast.heads, broadcast.wire.train, broadcast.seed)
         self.watch.lap("loading")
-        with self._tail(broadcast.tail):
+        with self.with_tail(broadcast.tail):
             loss = train(
                 model,
                 self.tokenizer,
@@ -213,7 +213,7 @@ class Trainer:
         return update.with_tensors(tensors)
 
     @contextmanager
-    def _tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:
+    def with_tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:
         """The part of the global product that this client can't hold, in its base for as long as it trains."""
         if not tail:
             yield

@@ -28,11 +28,14 @@ class EvaluationSettings(Settings):
         every: rounds between evaluations on the validation split; the last round always has one. The test split is
             used once, after the last round.
         batch_size: texts in a batch.
+        clients: rounds, from the first, in which the server also evaluates each client's own model on the validation
+            split, before it is averaged with others.
         target: validation accuracy for «rounds to target»; None takes 95 % of the best final one compared.
     """
 
     every: int = Field(default=1, ge=1)
     batch_size: int = Field(default=64, ge=1)
+    clients: int = Field(default=0, ge=0)
     target: float | None = Field(default=None, gt=0, le=1)
 
 
@@ -97,8 +100,10 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _losses_to_rank_by(self) -> "Config":
-        if self.ranks.allocation == "loss" and self.data.client_validation == 0:
-            raise ValueError("ranks.allocation: loss needs rows that clients hold out, as data.client_validation")
+        if self.ranks.by_loss and self.ranks.loss_on == "own" and self.data.client_validation == 0:
+            raise ValueError(
+                f"ranks.allocation: {self.ranks.allocation} needs rows that clients hold out, as data.client_validation"
+            )
         return self
 
     @model_validator(mode="after")
@@ -140,7 +145,7 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(data, dict):
         raise FedeltaError(f"configuration {name} holds a {type(data).__name__}, expected keys and values")
     for override in overrides:
-        _override(data, override)
+        set_key(data, *read_override(override))
     return parse_config(data, name)
 
 
@@ -149,33 +154,44 @@ def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise FedeltaError(f"{name}: {_explain(error)}") from error
+        raise FedeltaError(f"{name}: {explain(error, Config)}") from error
     config.method.make()
     return config
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def read_override(override: str) -> tuple[str, Any]:
+    """`training.steps=5` as a key and a value of YAML.
+
+    Raises:
+        FedeltaError: if it is not of that form.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise FedeltaError(f"override {override!r}: expected key=value, such as training.steps=5")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FedeltaError(f"override {override!r}: {' '.join(str(error).split())}") from error
+
+
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set `training.steps` of a configuration as plain data; what is beside it stays."""
     *parents, last = key.split(".")
     for parent in parents:
         below = data.get(parent)
         if parent == "method" and isinstance(below, str):
             below = {"name": below}
         data[parent] = data = dict(below) if isinstance(below, Mapping) else {}
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise FedeltaError(f"override {override!r}: {' '.join(str(error).split())}") from error
+    data[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """The first fault that a file of these settings has, in a line."""
     first, *others = error.errors()
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = _known_keys(settings, first["loc"][:-1])
         return f"unknown key {where!r}{nearest(str(first['loc'][-1]), known)}{more}"
     found = first.get("input")
     message = first["msg"].removeprefix("Value error, ")
@@ -183,8 +199,8 @@ def _explain(error: ValidationError) -> str:
     return f"{where + ': ' if where else ''}{message[0].lower()}{message[1:]}{shown}{more}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
+def _known_keys(settings: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    model: Any = settings
     for part in location:
         field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:

@@ -35,6 +35,10 @@ class TooFewUpdates(FedeltaError):
         self.skipped = skipped
 
 
+class Diverged(FedeltaError):
+    """Training that has left the finite numbers. It is a result, of these settings, and no fault of the input."""
+
+
 MOST_OF_A_REASON = 1000
 """Characters of somebody else's words that are kept."""
 

@@ -13,10 +13,11 @@ from fedelta.messages import Broadcast, ClientUpdate
 
 
 class Reply(NamedTuple):
-    """What a client was sent, and its update or why there is none."""
+    """What a client was sent, its update or why there is none, and its validation loss where the server measured it."""
 
     sent: Broadcast
     update: ClientUpdate | Exception
+    loss: float | None = None
 
 
 class Intake:
@@ -33,7 +34,7 @@ class Intake:
         contributors: clients whose updates were handed on.
         skipped: client → why its update was not.
         versions: client → base version that it is known to hold.
-        losses: client → validation loss, of those who were asked for it.
+        losses: client → validation loss, of those who were asked for it or judged by the server.
         pruned: client → rank, of those who sent a lower one than they were given.
     """
 
@@ -65,10 +66,12 @@ class Intake:
         Raises:
             BadUpdate: on the first bad one, if told to refuse.
         """
-        for sent, update in self._replies:
+        for sent, update, loss in self._replies:
             contribution = self._check(sent, update)
             if contribution is not None:
                 self._count(sent, contribution)
+                if loss is not None:
+                    self.losses[sent.client] = loss
                 yield contribution
 
     def _check(self, sent: Broadcast, update: ClientUpdate | Exception) -> Contribution | None:

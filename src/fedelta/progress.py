@@ -2,9 +2,11 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from fedelta.config import Config
 from fedelta.engines import Observer
+from fedelta.sweep.observer import SweepObserver
 
 
 class TimeLeft(ProgressColumn):
@@ -49,6 +53,75 @@ class Lines(Observer):
 
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+class GridProgress(SweepObserver):
+    """Shows a grid: a bar of its rounds where there is a terminal, a line for each cell where there is none."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeLeft(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._cells = self.progress.add_task("cells", total=None, note="", before=0)
+        self._rounds = self.progress.add_task("rounds", total=None, note="", before=0)
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._done = self._all = self._rounds_done = 0
+        self._begin = time.monotonic()
+        self._new = 0
+        self._running: Path | None = None
+
+    def __enter__(self) -> "GridProgress":
+        self.progress.start()
+        self._watcher.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._watcher.join()
+        self.progress.stop()
+
+    def planned(self, what: str, cells: Mapping[str, Config], left: Collection[str], running: Path) -> None:
+        self._running, self._all, self._done = running, len(cells), len(cells) - len(left)
+        self._rounds_done = sum(config.rounds for key, config in cells.items() if key not in left)
+        self._new, self._begin = 0, time.monotonic()
+        total = sum(config.rounds for config in cells.values())
+        self.progress.reset(self._cells, total=self._all, completed=self._done, before=self._done, description=what)
+        self.progress.reset(self._rounds, total=total, completed=self._rounds_done, before=self._rounds_done)
+        self.say(f"{what}: {len(left)} of {len(cells)} cells to run")
+
+    def cell_done(self, config: Config, row: Mapping[str, Any]) -> None:
+        self._done, self._new = self._done + 1, self._new + 1
+        self._rounds_done += config.rounds
+        self.progress.update(self._cells, completed=self._done)
+        score = f"{100 * row['test']['accuracy']:.2f} %" if row["test"] else "diverged"
+        if not self.console.is_terminal:
+            pace = (time.monotonic() - self._begin) / self._new
+            left = timedelta(seconds=round(pace * (self._all - self._done)))
+            self.say(
+                f"{self._done} of {self._all}: {row['cell']} {row['method']}, seed {row['seed']}: {score}; {left} left"
+            )
+
+    def say(self, message: str) -> None:
+        self.console.print(escape(message), highlight=False, soft_wrap=True)
+
+    def _watch(self) -> None:
+        """Finished rounds of the cells under way, from their files: they run in processes of their own."""
+        while not self._stop.wait(1.0):
+            if self._running is None:
+                continue
+            files = list(self._running.glob("*/rounds.jsonl"))
+            with suppress(OSError):
+                lines = sum(file.read_bytes().count(b"\n") for file in files)
+                self.progress.update(self._rounds, completed=self._rounds_done + lines, note=f"{len(files)} under way")
 
 
 class TerminalProgress(Lines):

@@ -1,8 +1,8 @@
 """Which client gets which rank.
 
 `uniform`: everyone the same. `fixed`: the first clients high, or a list of ranks. `random`: a seeded draw of
-high clients. `loss` (Byun & Lee, 2406.17477): everyone starts low; after its first local training a client
-reports the loss on its own held-out part, and the best share is promoted.
+high clients. `loss` (Byun & Lee, 2406.17477): everyone starts low, and is judged by the validation loss after its first
+local training; the best share is promoted. `reversed-loss` promotes the worst.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,26 @@ class RankSettings(Settings):
         allocation: how they are given out.
         low, high: the two ranks; `uniform` uses `high`.
         share: share of clients that get the high rank.
+        loss_on: whose rows the loss is measured on. `own`: a client reports that on its own held-out rows, on which
+            those with the most one-sided data do best. `server`: the server measures it on its validation split.
+        loss_rows: at most so many rows of the server's; None is all.
         per_client: with `fixed`, one rank for each client, in the order of their names.
     """
 
-    allocation: Literal["uniform", "fixed", "random", "loss"] = "uniform"
+    allocation: Literal["uniform", "fixed", "random", "loss", "reversed-loss"] = "uniform"
     low: int = Field(default=4, ge=1)
     high: int = Field(default=16, ge=1)
     share: float = Field(default=0.1, ge=0, le=1)
+    loss_on: Literal["own", "server"] = "own"
+    loss_rows: int | None = Field(default=None, ge=1)
     per_client: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "RankSettings":
         if self.low > self.high and self.allocation != "uniform":
             raise ValueError(f"low rank {self.low} is above high rank {self.high}")
+        if self.loss_rows is not None and self.loss_on != "server":
+            raise ValueError(f"loss_rows goes with loss_on: server, found {self.loss_on}")
         if self.per_client is not None:
             if self.allocation != "fixed":
                 raise ValueError(f"per_client goes with allocation: fixed, found {self.allocation}")
@@ -47,6 +54,11 @@ class RankSettings(Settings):
     def largest(self) -> int:
         """R, the rank of the server's adapter."""
         return max(self.per_client) if self.per_client else self.high
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether clients are asked for the loss after their first training."""
+        return self.allocation in ("loss", "reversed-loss")
 
     @property
     def mixed(self) -> bool:
@@ -64,7 +76,7 @@ def initial_ranks(clients: Sequence[str], settings: RankSettings, seed: int) -> 
     """
     if settings.allocation == "uniform":
         return dict.fromkeys(clients, settings.high)
-    if settings.allocation == "loss":
+    if settings.by_loss:
         return dict.fromkeys(clients, settings.low)
     if settings.per_client is not None:
         if len(settings.per_client) != len(clients):
@@ -104,9 +116,10 @@ def promote(
         first_losses: client → first reported loss, of all earlier rounds.
         newcomers: client → loss of those that report now for the first time.
     """
-    if settings.allocation != "loss" or not newcomers:
+    if not settings.by_loss or not newcomers:
         return dict(ranks)
     promoted = sum(ranks[client] == settings.high for client in first_losses)
     places = max(0, quota(settings.share, len(first_losses) + len(newcomers)) - promoted)
-    best = sorted(newcomers, key=lambda client: (newcomers[client], client))[:places]
+    sign = -1 if settings.allocation == "reversed-loss" else 1
+    best = sorted(newcomers, key=lambda client: (sign * newcomers[client], client))[:places]
     return {**ranks, **dict.fromkeys(best, settings.high)}

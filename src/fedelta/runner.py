@@ -63,7 +63,7 @@ def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
     return LoraModel(base, config.lora)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _corpus(key: str) -> tuple[Corpus, Any]:
     """Splits and tokens, read once for all seeds and methods of a comparison."""
     config = parse_config(json.loads(key))
@@ -185,7 +185,7 @@ def _run(
         stack=stack,
     )
     observer.run_started(_title(config), state.round, config.rounds)
-    state = rounds.run(state, config.rounds, config.evaluation.every)
+    state = rounds.run(state, config.rounds, config.evaluation.every, config.evaluation.clients)
     exported = _export(folder.adapter_folder, server, state, trainer.kept, model)
     records = folder.records()
     finished: Result = {

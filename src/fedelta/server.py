@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedelta.adapter import Adapter, ScaleRule, Shapes, lora_scale
 from fedelta.deviation import deviation
-from fedelta.errors import FedeltaError, TooFewUpdates
+from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.federation import FederationSettings
 from fedelta.intake import Intake, Reply
 from fedelta.messages import Broadcast, select_factors
@@ -65,6 +65,7 @@ class RoundOutcome:
         train_loss: mean over contributors by weight, None if none reported it.
         deviation: module → relative deviation of the mean factors from the mean of products; empty if not measured.
         patch_width: largest width of the round's base patch, 0 without one.
+        energy: of the new global adapter by rank index, see `Adapter.energy_by_rank`.
     """
 
     contributors: list[str]
@@ -74,6 +75,7 @@ class RoundOutcome:
     train_loss: float | None
     deviation: dict[str, float]
     patch_width: int
+    energy: list[float]
 
 
 class Server:
@@ -101,6 +103,8 @@ class Server:
                 f"method {method.name} needs equal ranks, but ranks are allocated {ranks.allocation!r} "
                 f"between {ranks.low} and {ranks.largest}; use one that takes mixed ranks (see `fedelta methods`)"
             )
+        if method.personal and ranks.by_loss and ranks.loss_on == "server":
+            raise FedeltaError(f"method {method.name} keeps factors at clients; ranks.loss_on: server can't judge them")
         self.method = method
         self.settings = settings
         self.ranks = ranks
@@ -175,10 +179,14 @@ class Server:
             indices=None if tailored.indices is None else tuple(tailored.indices.tolist()),
             heads=state.heads,
             patch=state.log.since(state.versions[client] if since is None else since),
-            wants_validation=self.ranks.allocation == "loss" and client not in state.first_losses,
+            wants_validation=self.ranks.loss_on == "own" and self.to_be_judged(state, client),
             precision=precision,
         )
         return message if precision == LOSSLESS else message.as_received()
+
+    def to_be_judged(self, state: ServerState, client: str) -> bool:
+        """Whether the loss after its training in this round decides about its rank."""
+        return self.ranks.by_loss and client not in state.first_losses
 
     def personal_adapters(self, state: ServerState, kept: Mapping[str, Adapter]) -> dict[str, Adapter]:
         """Client → the adapter that it would go on from: the common factors, and those it keeps."""
@@ -197,7 +205,7 @@ class Server:
 
         Raises:
             TooFewUpdates: if fewer than `min_clients` updates can be used.
-            FedeltaError: on the first bad one if the setting says refuse.
+            FedeltaError: on the first bad one if the setting says refuse, or a mean that is not finite.
         """
         refuse = self.settings.on_bad_update == "refuse"
         intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, refuse)
@@ -216,6 +224,7 @@ class Server:
             train_loss=intake.mean_loss(),
             deviation=deviation(moments) if measured else {},
             patch_width=max((product.width for product in patch.values()), default=0),
+            energy=method.adapter.energy_by_rank().tolist(),
         )
         # A client that failed may or may not have folded what it was sent; it skips what it already has.
         return ServerState(
@@ -240,9 +249,7 @@ class Server:
         for module, pair in moments.means().items():
             # A product of factors as large as this may overflow where the factors themselves do not.
             if not float(pair.A.abs().max()) * float(pair.B.abs().max()) < torch.finfo(pair.B.dtype).max:
-                raise FedeltaError(
-                    f"round {state.round}: the mean of module {module} is not finite; updates are too large"
-                )
+                raise Diverged(f"round {state.round}: the mean of module {module} is not finite; updates are too large")
 
     def _weights(self, state: ServerState) -> dict[str, float | None]:
         """w_i of each client, in the order of names; None is its number of examples."""

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from fedelta.adapter import Adapter
 from fedelta.atomic import write_file
 from fedelta.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedelta.errors import FedeltaError
+from fedelta.errors import Diverged, FedeltaError
 from fedelta.quantisation import Remainder
 from fedelta.server import ServerState
 
@@ -204,7 +204,7 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
     try:
         line = json.dumps(record, sort_keys=True, allow_nan=False)
     except ValueError as error:
-        raise FedeltaError(
+        raise Diverged(
             f"round {record['round']}: a score is not finite; the model diverged, try a lower learning_rate"
         ) from error
     with file.open("a") as stream:

@@ -1,17 +1,25 @@
 """The server's evaluation of the global model, its batches shared out to workers."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from fedelta.adapter import Adapter
 from fedelta.client import Trainer
+from fedelta.contribution import receive
 from fedelta.data import Examples
 from fedelta.engines.observer import Observer
 from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Result, Workers
 from fedelta.errors import FedeltaError
+from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.server import Server, ServerState
 from fedelta.stopwatch import Stopwatch
 from fedelta.training import predict, score
 from fedelta.training.flops import count_texts
+
+Scores = dict[str, float]
 
 
 class Evaluator:
@@ -34,9 +42,7 @@ class Evaluator:
         self.observer = observer
         self.prefixes = prefixes
 
-    def evaluate(
-        self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None) -> Scores:
         """Scores of the global model: base with all patches, adapter at rank R, heads.
 
         Where clients keep factors of their own there is no such model: the mean of the scores of each client's own.
@@ -47,6 +53,30 @@ class Evaluator:
             adapters = list(self.server.personal_adapters(state, self.trainer.kept).values())
         else:
             adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
+        return self._judge(adapters, state.heads, examples, split, watch)
+
+    def evaluate_client(self, state: ServerState, sent: Broadcast, update: ClientUpdate, examples: Examples) -> Scores:
+        """Scores of the model that one client has after its training: its own adapter, heads and tail.
+
+        Args:
+            state: that it was sent from, whose base this is.
+
+        Raises:
+            BadUpdate: if the update does not answer the broadcast.
+        """
+        own = receive(update, sent, state.log.shapes)
+        with self.trainer.with_tail(sent.tail):
+            return self._judge([own.adapter], own.heads, examples, own.client, None)
+
+    def _judge(
+        self,
+        adapters: Sequence[Adapter],
+        heads: Mapping[str, Tensor],
+        examples: Examples,
+        split: str,
+        watch: Stopwatch | None,
+    ) -> Scores:
+        """Mean scores of these adapters, each with the same heads, on the base as it is."""
         self.observer.evaluation_started(split, len(examples) * len(adapters))
         self.prefixes.fill([examples])
         batches = list(examples.evaluation_order(self.trainer.evaluation_batch))
@@ -56,7 +86,7 @@ class Evaluator:
         def judge(task: int) -> Result:
             which, batch = divmod(task, len(batches))
             if which != loaded[0]:
-                model.load(adapters[which], state.heads)
+                model.load(adapters[which], heads)
                 loaded[0] = which
             losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch], self.trainer.prefix)
             counted = count_texts([examples.length(row) for row in batches[batch]])
@@ -64,7 +94,7 @@ class Evaluator:
             return Result({"losses": losses, "predictions": predictions, "counts": counts})
 
         # Workers inherit what is loaded; with one adapter a side, nothing is left to load.
-        model.load(adapters[0], state.heads)
+        model.load(adapters[0], heads)
         costs = [float(len(rows) * max(examples.length(row) for row in rows)) for rows in batches] * len(adapters)
         found: list[tuple[list[float], list[int]]] = []
         for result in self.workers.map(judge, costs):

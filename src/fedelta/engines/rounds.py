@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from fedelta.client import Trainer
 from fedelta.data import Examples
 from fedelta.engines.evaluation import Evaluator
@@ -13,6 +15,7 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates,
 from fedelta.intake import Reply
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.packing import ByteCount
+from fedelta.seeds import derive_seed
 from fedelta.server import RoundOutcome, Server, ServerState
 from fedelta.stopwatch import Stopwatch
 from fedelta.tracking import RunFolder
@@ -123,6 +126,11 @@ class Engine(ABC):
         self.validation = validation
         self.folder = folder
         self.observer = observer
+        self.judge_clients = 0
+        self._judges = validation
+        if (rows := server.ranks.loss_rows) is not None:
+            order = np.random.default_rng(derive_seed(server.seed, "loss rows")).permutation(len(validation))
+            self._judges = validation.select(sorted(order[:rows].tolist()))
 
     spare: ClassVar[bool] = False
     """Whether clients beyond those that a round keeps are sampled."""
@@ -142,8 +150,15 @@ class Engine(ABC):
         """
         return {"late": {}, "bytes_late": 0, "caught_up": {}}
 
-    def run(self, state: ServerState, rounds: int, evaluate_every: int) -> ServerState:
-        """Go on from a state, fresh or from a checkpoint, to the end."""
+    def run(self, state: ServerState, rounds: int, evaluate_every: int, judge_clients: int = 0) -> ServerState:
+        """Go on from a state, fresh or from a checkpoint, to the end.
+
+        Args:
+            rounds: after which the run ends.
+            evaluate_every: so many of them the global model is evaluated.
+            judge_clients: in so many, from the first, each client's own model is too.
+        """
+        self.judge_clients = judge_clients
         # After a resume the shared base is blank; a client that was up to date needs the folded one.
         self.trainer.catch_up(state.log.since(self.trainer.base.version))
         while state.round < rounds:
@@ -156,8 +171,10 @@ class Engine(ABC):
         traffic = Traffic()
         failed: list[dict[str, str]] = []
         while True:
+            answered: list[Answer] = []
             try:
-                after, outcome = self.server.step(state, self._replies(state, len(failed), traffic, watch, inside))
+                replies = self._replies(state, len(failed), traffic, watch, inside, answered)
+                after, outcome = self.server.step(state, replies)
                 break
             except TooFewUpdates as error:
                 failed.append(error.skipped)
@@ -167,10 +184,16 @@ class Engine(ABC):
         for client, reason in outcome.skipped.items():
             self.observer.warn(f"round {state.round}: {client} skipped: {reason}")
         watch.lap("aggregation")
+        # Before the round's patch: on the base that they trained on.
+        own = {a.client: self._judge(state, a) for a in answered if a.client in outcome.contributors}
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
         scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
         watch.lap("evaluation")
-        record = _record(state, after, outcome, scores, traffic) | {"failed_attempts": failed} | self.events()
+        record = (
+            _record(state, after, outcome, scores, traffic)
+            | {"failed_attempts": failed, "clients_validation": own}
+            | self.events()
+        )
         timing = {
             "round": state.round,
             "seconds": dict(watch.seconds),
@@ -182,18 +205,44 @@ class Engine(ABC):
         return after
 
     def _replies(
-        self, state: ServerState, attempt: int, traffic: Traffic, watch: Stopwatch, inside: Stopwatch
+        self,
+        state: ServerState,
+        attempt: int,
+        traffic: Traffic,
+        watch: Stopwatch,
+        inside: Stopwatch,
+        answered: list[Answer],
     ) -> Iterator[Reply]:
         clients = self.server.sample(state, attempt, self.spare)
         absent = frozenset(client for client in clients if self.server.drops_out(state, client, attempt))
         self.observer.clients_started(state.round, len(clients))
         for answer in self.answers(state, Draw(clients, absent, attempt), watch, inside):
             traffic.count(answer)
+            # Where clients keep factors of their own, what they sent is no model.
+            if state.round < self.judge_clients and not self.server.method.personal:
+                answered.append(answer)
             watch.lap("messages")
             self.observer.client_done(answer.client)
-            yield Reply(answer.sent, answer.update)
+            yield Reply(answer.sent, answer.update, self._loss(state, answer))
             # Whatever ran since the reply was handed over is the server's folding it in.
             watch.lap("aggregation")
+
+    def _judge(self, state: ServerState, answer: Answer) -> dict[str, float]:
+        assert isinstance(answer.update, ClientUpdate)
+        scores = self.evaluator.evaluate_client(state, answer.sent, answer.update, self.validation)
+        return {"rank": answer.update.rank, **scores}
+
+    def _loss(self, state: ServerState, answer: Answer) -> float | None:
+        """On the server's own rows, where ranks are given out by that."""
+        ranks, update = self.server.ranks, answer.update
+        if ranks.loss_on == "own" or not self.server.to_be_judged(state, answer.client):
+            return None
+        if not isinstance(update, ClientUpdate):
+            return None
+        try:
+            return self.evaluator.evaluate_client(state, answer.sent, update, self._judges)["loss"]
+        except BadUpdate:
+            return None  # it will be refused
 
 
 def _record(
@@ -219,5 +268,6 @@ def _record(
         "deviation": outcome.deviation,
         "deviation_mean": sum(outcome.deviation.values()) / len(outcome.deviation) if outcome.deviation else None,
         "patch_width": outcome.patch_width,
+        "energy_by_rank": outcome.energy,
         "version": after.log.version,
     }

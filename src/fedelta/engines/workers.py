@@ -12,7 +12,8 @@ import signal
 import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -50,7 +51,18 @@ class Workers:
         self.threads = threads
 
     def map(self, work: Work, costs: Sequence[float]) -> Iterator[Result]:
-        """work(i) for each i, in order. A worker that dies is replaced, and its task done again, once.
+        """As `as_completed`, in order."""
+        done: dict[int, Result] = {}
+        turn = 0
+        with closing(self.as_completed(work, costs)) as results:
+            for i, result in results:
+                done[i] = result
+                while turn in done:
+                    yield done.pop(turn)
+                    turn += 1
+
+    def as_completed(self, work: Work, costs: Sequence[float]) -> Generator[tuple[int, Result]]:
+        """i and work(i) for each i. A worker that dies is replaced, and its task done again, once.
 
         Args:
             work: depends on nothing but i and on what this process holds now.
@@ -61,7 +73,7 @@ class Workers:
         """
         if self.count == 1 or len(costs) < 2:
             torch.set_num_threads(self.threads)
-            yield from map(work, range(len(costs)))
+            yield from ((i, work(i)) for i in range(len(costs)))
             return
         pool = _Pool(work, min(self.count, len(costs)))
         try:
@@ -101,40 +113,39 @@ class _Pool:
         its.close()
         return mine, process
 
-    def run(self, order: Sequence[int]) -> Iterator[Result]:
+    def run(self, order: Sequence[int]) -> Iterator[tuple[int, Result]]:
         waiting = deque(order)
-        done: dict[int, Result] = {}
         deaths: Counter[int] = Counter()
-        for turn in range(len(order)):
-            while turn not in done:
-                while self.idle and waiting:
-                    connection, process = self.idle.pop()
-                    try:
-                        connection.send_bytes(str(waiting[0]).encode())
-                    except OSError:
-                        # It died while it had nothing to do.
-                        self._bury(connection, process)
-                        self.idle.append(self._fork())
-                        continue
-                    self.busy[connection] = process, waiting.popleft()
-                for ready in wait(list(self.busy)):
-                    assert isinstance(ready, Connection)
-                    process, i = self.busy[ready]
-                    try:
-                        done[i] = _receive(ready)
-                        self.idle.append((ready, process))
-                    except (EOFError, OSError):
-                        self._bury(ready, process)
-                        deaths[i] += 1
-                        if deaths[i] > 1:
-                            raise FedeltaError(
-                                f"a worker process died twice at the same work ({_cause(process.exitcode)}); "
-                                "with workers=1 it runs in the main process"
-                            ) from None
-                        waiting.appendleft(i)
-                        self.idle.append(self._fork())
-                    del self.busy[ready]
-            yield done.pop(turn)
+        while waiting or self.busy:
+            while self.idle and waiting:
+                connection, process = self.idle.pop()
+                try:
+                    connection.send_bytes(str(waiting[0]).encode())
+                except OSError:
+                    # It died while it had nothing to do.
+                    self._bury(connection, process)
+                    self.idle.append(self._fork())
+                    continue
+                self.busy[connection] = process, waiting.popleft()
+            finished: list[tuple[int, Result]] = []
+            for ready in wait(list(self.busy)):
+                assert isinstance(ready, Connection)
+                process, i = self.busy[ready]
+                try:
+                    finished.append((i, _receive(ready)))
+                    self.idle.append((ready, process))
+                except (EOFError, OSError):
+                    self._bury(ready, process)
+                    deaths[i] += 1
+                    if deaths[i] > 1:
+                        raise FedeltaError(
+                            f"a worker process died twice at the same work ({_cause(process.exitcode)}); "
+                            "with workers=1 it runs in the main process"
+                        ) from None
+                    waiting.appendleft(i)
+                    self.idle.append(self._fork())
+                del self.busy[ready]
+            yield from finished
 
     def _bury(self, connection: Connection, process: Any) -> None:
         connection.close()

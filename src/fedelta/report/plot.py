@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any
 
 from fedelta.atomic import write_file
 from fedelta.runner import Run
@@ -25,33 +26,54 @@ def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
 
 def plot_accuracy(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write `accuracy.svg` and `accuracy.png` into the folder and return their paths."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, points in curves(runs).items():
+        draw_curve(axes, points, label=method)
+    majority = runs[0].result["majority"]
+    axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
+    axes.set(ylabel="validation accuracy", title=f"{runs[0].config.data.source}, {len(runs)} runs")
+    axes.legend(frameon=False)
+    return save(figure, folder, "accuracy")
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files: text stays text, and equal runs draw equal files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    # Text stays text, and equal runs draw equal files.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedelta"})
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_curve(axes: Any, points: Sequence[tuple[int, float, float]], **style: Any) -> None:
+    """A line with a band around it, over rounds.
+
+    Args:
+        points: (finished rounds, mean, standard deviation).
+    """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, points in curves(runs).items():
-        rounds, means, spreads = zip(*points, strict=True)
-        line = axes.plot(rounds, means, marker="o", markersize=3, label=method)[0]
-        low = [m - s for m, s in zip(means, spreads, strict=True)]
-        high = [m + s for m, s in zip(means, spreads, strict=True)]
-        axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-    majority = runs[0].result["majority"]
-    axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
-    axes.set(xlabel="round", ylabel="validation accuracy", title=f"{runs[0].config.data.source}, {len(runs)} runs")
+    rounds, means, spreads = zip(*points, strict=True)
+    line = axes.plot(rounds, means, marker="o", markersize=3, **style)[0]
+    low = [m - s for m, s in zip(means, spreads, strict=True)]
+    high = [m + s for m, s in zip(means, spreads, strict=True)]
+    axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+
+
+def save(figure: Any, folder: Path, name: str) -> list[Path]:
+    """Write `NAME.svg` and `NAME.png`, and close the figure."""
     paths = []
     for suffix in ("svg", "png"):
         buffer = io.BytesIO()
         metadata = {"Date": None} if suffix == "svg" else None
         figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
-        paths.append(folder / f"accuracy.{suffix}")
+        paths.append(folder / f"{name}.{suffix}")
         write_file(paths[-1], buffer.getvalue())
-    plt.close(figure)
+    pyplot().close(figure)
     return paths

@@ -1,0 +1,50 @@
+"""What a result was made on and with, and how much memory that took."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy")
+
+
+def machine_name() -> str:
+    """Processor and number of cores, and the accelerator if there is one."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    name = f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of what results depend on most, and of fedelta itself: with the commit, where it is a checkout."""
+    found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return found | {"fedelta": version("fedelta"), "commit": _commit()}
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in, marked if that has changes; empty elsewhere."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        # Whatever repository an installed package may lie in, it is not ours.
+        tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        return "" if tracked.returncode else subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def peak_mb() -> float:
+    """Peak memory of this process in MB; 0 where the system does not tell.
+
+    (`ru_maxrss` would also hold what its parent had before it.)
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)

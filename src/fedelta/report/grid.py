@@ -1,0 +1,116 @@
+"""A grid's results for people: tables, figures, and one page that holds them all, made from its Parquet file alone."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fedelta.atomic import write_file
+from fedelta.errors import FedeltaError
+from fedelta.report import grid_figures, grid_tables
+from fedelta.report.grid_results import Results, gather
+from fedelta.report.tables import TextTable
+from fedelta.sweep.cells import Expansion, choose_or_nothing
+from fedelta.sweep.grid import Grid, View, load_grid
+from fedelta.sweep.results import FILE, Row, late_accuracy, read_rows
+
+TABLES: Mapping[View, Callable[[Results], TextTable]] = {
+    "accuracy": grid_tables.accuracy,
+    "late-accuracy": grid_tables.late,
+    "rounds-to-target": grid_tables.rounds_to_target,
+    "traffic": grid_tables.traffic,
+    "energy": grid_tables.energy,
+    "first-aggregation": grid_tables.first_aggregation,
+}
+FIGURES: Mapping[View, Callable[[Results, Path], list[Path]]] = {
+    "curves": grid_figures.curves,
+    "energy": grid_figures.energy,
+    "deviation": grid_figures.deviation,
+}
+
+
+def open_grid(folder: Path) -> tuple[Grid, dict[str, Row]]:
+    """The grid that a folder of results is of, and the rows.
+
+    Raises:
+        FedeltaError: if there are none.
+    """
+    rows = read_rows(folder)
+    if not rows:
+        raise FedeltaError(f"{folder}: no {FILE} here")
+    return load_grid(folder / "grid.yaml"), rows
+
+
+def write_grid_report(grid: Grid, rows: Mapping[str, Row], folder: Path) -> tuple[list[TextTable], Path]:
+    """Write `tables/`, `figures/` and `report.md` into the folder.
+
+    Returns:
+        The tables, and the path of the page.
+    """
+    parts = [f"# {grid.name}{', ' + grid.size if grid.size else ''}", circumstances(rows)]
+    tables = []
+    if grid.tuning is not None:
+        tables.append(chosen_table(grid, rows))
+        tables[0].write(folder / "tables")
+        parts += ["## Tuning", tables[0].markdown(), tables[0].note]
+    for results in gather(grid, rows):
+        if not results.cells:
+            continue
+        parts.append(f"## {results.title}")
+        if results.missing:
+            parts.append(f"{results.missing} runs of this experiment are still missing.")
+        for view in results.experiment.show:
+            if view in TABLES:
+                table = TABLES[view](results)
+                tables.append(table)
+                table.write(folder / "tables")
+                parts += [f"**{table.title}**", table.markdown(), table.note]
+            if view in FIGURES:
+                paths = FIGURES[view](results, folder / "figures")
+                parts += [f"![{results.title}: {view}](figures/{p.name})" for p in paths if p.suffix == ".svg"]
+    write_file(folder / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    return tables, folder / "report.md"
+
+
+def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
+    """What tuning chose, and the validation accuracy of every candidate."""
+    assert grid.tuning is not None
+    _, trials = Expansion(grid).trials()
+    chosen = choose_or_nothing(grid, trials, rows)
+    names = [key.rpartition(".")[2].replace("_", " ") for key in grid.tuning.search]
+    candidates = list(dict.fromkeys(tuple(trial.choice.values()) for trial in trials))
+    head = [grid.tuning.axis]
+    head += [
+        ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in zip(names, c, strict=True))
+        for c in candidates
+    ]
+    lines: dict[str, list[str]] = {}
+    for trial in trials:
+        scores = [late_accuracy(rows[key], grid.tuning.last) for key in trial.keys if key in rows]
+        text = "–"
+        if scores:
+            text = "diverged" if None in scores else f"{100 * sum(s or 0 for s in scores) / len(scores):.2f}"
+        if chosen.get(trial.value) == trial.choice:
+            text = f"**{text}**"
+        lines.setdefault(trial.value, [trial.value]).append(text)
+    at = ", ".join(["", *map(grid.label, grid.tuning.at.values())])
+    seeds = ", ".join(map(str, grid.tuning.seeds))
+    note = (
+        f"Validation accuracy, %, mean of the last {grid.tuning.last:.0%} of evaluations{at}, seeds {seeds}; in bold "
+        "what was chosen, and is used everywhere."
+    )
+    return TextTable("tuning", "Candidates", head, list(lines.values()), note)
+
+
+def circumstances(rows: Mapping[str, Row]) -> str:
+    """How many runs, when, on what and with what, in a paragraph."""
+    machines = sorted({row["machine"] for row in rows.values()})
+    found = sorted({json.dumps(row["versions"], sort_keys=True) for row in rows.values()})
+    versions = [", ".join(f"{name} {v}" for name, v in json.loads(text).items() if v) for text in found]
+    hours = sum(row["seconds"] or 0 for row in rows.values()) / 3600
+    failed = sum(row["failed"] is not None for row in rows.values())
+    days = sorted({row["finished"][:10] for row in rows.values()})
+    return (
+        f"{len(rows)} runs{f', {failed} of which diverged' if failed else ''}, {hours:.2f} hours of rounds, "
+        f"{days[0]}{' to ' + days[-1] if days[-1] != days[0] else ''}, on {'; '.join(machines)}. "
+        f"Versions: {'; '.join(versions)}."
+    )

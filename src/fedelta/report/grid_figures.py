@@ -1,0 +1,102 @@
+"""Figures of a grid's experiments, as SVG and PNG."""
+
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+from fedelta.report.grid_results import Results, mean_by_round, mean_deviation, shares_of_energy
+from fedelta.report.plot import draw_curve, pyplot, save
+
+ACROSS = 2
+"""Panels beside each other."""
+
+
+def curves(results: Results, folder: Path) -> list[Path]:
+    """Validation accuracy by round: a panel for each column of the tables, a line for each row."""
+    figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
+    for axes, panel in zip(grid, results.panels, strict=False):
+        for i, row in enumerate(results.rows):
+            points = [(n, mean(v), pstdev(v)) for n, v in mean_by_round(list(results.trained(row, panel).values()))]
+            if points:
+                draw_curve(axes, points, label=row, **_style(i, len(results.rows)))
+        axes.set(title=panel.label, ylabel="validation accuracy")
+    _legend(figure, grid)
+    return save(_titled(figure, results), folder, f"{results.name}-curves")
+
+
+def energy(results: Results, folder: Path) -> list[Path]:
+    """The share of each rank index in the adapter's energy over the rounds; a panel for each row, first column."""
+    from matplotlib.colors import LogNorm
+
+    rows = [row for row in results.rows if results.trained(row, results.panels[0])]
+    if not rows:
+        return []
+    figure, grid = _panels(len(rows), 4, (3.1, 2.6))
+    for axes, row in zip(grid, rows, strict=False):
+        seeds = [shares_of_energy(cell) for cell in results.trained(row, results.panels[0]).values()]
+        width = max(len(shares) for seed in seeds for shares in seed)
+        image = [
+            [mean(seed[r][j] if j < len(seed[r]) else 0.0 for seed in seeds) for r in range(len(seeds[0]))]
+            for j in range(width)
+        ]
+        shown = axes.imshow(
+            image, aspect="auto", origin="lower", cmap="magma", norm=LogNorm(1e-5, 1), interpolation="nearest"
+        )
+        shown.set_extent((0.5, len(image[0]) + 0.5, 0.5, width + 0.5))
+        axes.set_facecolor("black")  # nothing at all
+        axes.set(title=row, xlabel="round", ylabel="rank index")
+    figure.colorbar(shown, ax=grid, label="share of energy")
+    return save(_titled(figure, results), folder, f"{results.name}-energy")
+
+
+def deviation(results: Results, folder: Path) -> list[Path]:
+    """What averaging the factors apart would lose, layer by layer: mean over rounds and seeds."""
+    figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
+    for axes, panel in zip(grid, results.panels, strict=False):
+        for i, row in enumerate(results.rows):
+            found = mean_deviation(list(results.trained(row, panel).values()))
+            if found:
+                style = _style(i, len(results.rows))
+                axes.plot(range(len(found)), list(found.values()), marker="o", markersize=3, label=row, **style)
+                axes.set_xticks(range(len(found)), [_short(module) for module in found], rotation=60, ha="right")
+                axes.tick_params(axis="x", labelsize=7)
+        axes.set(title=panel.label, ylabel="‖ΔW − B̄Ā‖ / ‖ΔW‖", ylim=(0, None))
+        axes.grid(alpha=0.25)
+    _legend(figure, grid)
+    return save(_titled(figure, results), folder, f"{results.name}-deviation")
+
+
+def _short(module: str) -> str:
+    """The number of the layer and the module's own name."""
+    parts = module.split(".")
+    numbers = [part for part in parts if part.isdigit()]
+    return " ".join([*numbers, parts[-1]])
+
+
+def _style(i: int, count: int) -> dict[str, Any]:
+    colours = pyplot().get_cmap("tab10" if count <= 10 else "tab20").colors
+    return {"color": colours[i % len(colours)], "linewidth": 1.3}
+
+
+def _panels(count: int, across: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    across = min(count, across)
+    down = -(-count // across)
+    figure, grid = pyplot().subplots(
+        down, across, figsize=(size[0] * across, size[1] * down), layout="constrained", squeeze=False
+    )
+    flat = list(grid.flat)
+    for empty in flat[count:]:
+        empty.set_visible(False)
+    return figure, flat[:count]
+
+
+def _legend(figure: Any, grid: list[Any]) -> None:
+    handles, labels = max((axes.get_legend_handles_labels() for axes in grid), key=lambda found: len(found[0]))
+    if handles:
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+
+
+def _titled(figure: Any, results: Results) -> Any:
+    left = f" ({results.missing} runs still missing)" if results.missing else ""
+    figure.suptitle(results.title + left, fontsize=11)
+    return figure

@@ -1,0 +1,165 @@
+"""The rows of a grid, laid out as its experiments ask for: what is compared, in which column, under which seeds."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from fedelta.report.table import REACH
+from fedelta.sweep.cells import Expansion, choose_or_nothing
+from fedelta.sweep.grid import Experiment, Grid
+from fedelta.sweep.results import Row, evaluations, late_accuracy
+
+LATE = 0.25
+"""Share of the evaluations, from the end, that «late accuracy» is the mean of."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One value of every axis but the compared one.
+
+    Args:
+        label: those values that differ between panels.
+    """
+
+    values: tuple[tuple[str, str], ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment and what is known of its cells.
+
+    Args:
+        seeds: asked for.
+        asked: number of cells.
+        panels: with at least one result.
+        cells: (row, panel) → seed → the cell's row; what has not run is not there.
+    """
+
+    name: str
+    experiment: Experiment
+    seeds: tuple[int, ...]
+    asked: int
+    panels: list[Panel]
+    cells: Mapping[tuple[str, Panel], Mapping[int, Row]]
+
+    @property
+    def title(self) -> str:
+        return self.experiment.title or self.name
+
+    @property
+    def rows(self) -> list[str]:
+        """The values that are compared, as far as there is something."""
+        return [row for row in self.experiment.axes[self.experiment.rows] if any(at[0] == row for at in self.cells)]
+
+    @property
+    def baseline(self) -> str:
+        return self.experiment.baseline or self.experiment.axes[self.experiment.rows][0]
+
+    @property
+    def missing(self) -> int:
+        """Cells that have not run."""
+        return self.asked - sum(len(found) for found in self.cells.values())
+
+    def trained(self, row: str, panel: Panel) -> dict[int, Row]:
+        """Seed → row, of those that did not diverge."""
+        return {seed: found for seed, found in self.cells.get((row, panel), {}).items() if found["failed"] is None}
+
+    def values(self, row: str, panel: Panel, measure: "Measure") -> dict[int, float]:
+        """Seed → measure, where there is one."""
+        found = {seed: measure(cell) for seed, cell in self.trained(row, panel).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def pairs(self, row: str, panels: Sequence[Panel], measure: "Measure") -> tuple[list[float], list[float]]:
+        """The measure of a row and of the baseline, in the same panels under the same seeds."""
+        ours: list[float] = []
+        theirs: list[float] = []
+        for panel in panels:
+            a, b = self.values(row, panel, measure), self.values(self.baseline, panel, measure)
+            for seed in a.keys() & b.keys():
+                ours.append(a[seed])
+                theirs.append(b[seed])
+        return ours, theirs
+
+    def target(self, panel: Panel) -> float | None:
+        """Validation accuracy for «rounds to target»."""
+        cells = [cell for row in self.rows for cell in self.trained(row, panel).values()]
+        if not cells:
+            return None
+        return REACH * max(cell["validation"]["accuracy"] for cell in cells)
+
+
+Measure = Callable[[Row], float | None]
+
+
+def final_accuracy(row: Row) -> float | None:
+    return row["test"]["accuracy"]
+
+
+def late_validation(row: Row) -> float | None:
+    """Less noisy than one evaluation, and not chosen: the mean of the last quarter of them."""
+    return late_accuracy(row, LATE)
+
+
+def rounds_to(target: float) -> Measure:
+    """Finished rounds when validation accuracy first was at the target; None if it never was."""
+    return lambda row: next((float(r) for r, accuracy in evaluations(row) if accuracy >= target), None)
+
+
+def gather(grid: Grid, rows: Mapping[str, Row]) -> list[Results]:
+    """The experiments of a grid with what has been run of them."""
+    expansion = Expansion(grid)
+    _, trials = expansion.trials()
+    places = expansion.cells(choose_or_nothing(grid, trials, rows)).places
+    found = []
+    for name, experiment in grid.experiments.items():
+        cells: dict[tuple[str, Panel], dict[int, Row]] = {}
+        panels = _panels(grid, experiment)
+        by_values = {panel.values: panel for panel in panels}
+        for place in places:
+            if place.experiment == name and place.key in rows:
+                others = tuple((axis, v) for axis, v in place.values.items() if axis != experiment.rows)
+                at = place.values[experiment.rows], by_values[others]
+                cells.setdefault(at, {})[place.seed] = rows[place.key]
+        asked = len(panels) * len(experiment.axes[experiment.rows]) * len(grid.seeds)
+        ran = [panel for panel in panels if any(at[1] == panel for at in cells)]
+        found.append(Results(name, experiment, grid.seeds, asked, ran, cells))
+    return found
+
+
+def _panels(grid: Grid, experiment: Experiment) -> list[Panel]:
+    others = {axis: values for axis, values in experiment.axes.items() if axis != experiment.rows}
+    panels = []
+    for values in itertools.product(*others.values()):
+        told = [grid.label(value) for axis, value in zip(others, values, strict=True) if len(others[axis]) > 1]
+        panels.append(Panel(tuple(zip(others, values, strict=True)), ", ".join(told)))
+    return panels
+
+
+def mean_by_round(rows: Sequence[Row]) -> list[tuple[int, list[float]]]:
+    """(finished rounds, validation accuracy under each seed)."""
+    by_round: dict[int, list[float]] = {}
+    for row in rows:
+        for number, accuracy in evaluations(row):
+            by_round.setdefault(number, []).append(accuracy)
+    return sorted(by_round.items())
+
+
+def mean_deviation(rows: Sequence[Row]) -> dict[str, float]:
+    """Module → deviation, mean over rounds and seeds."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for record in row["rounds"]:
+            for module, value in record["deviation"].items():
+                found.setdefault(module, []).append(value)
+    return {module: mean(values) for module, values in found.items()}
+
+
+def shares_of_energy(row: Row) -> list[list[float]]:
+    """For each round the share of the adapter's energy in each rank index; zeros where it has none."""
+    result = []
+    for record in row["rounds"]:
+        total = sum(record["energy"])
+        result.append([value / total if total > 0 else 0.0 for value in record["energy"]])
+    return result

@@ -1,0 +1,207 @@
+"""Tables of a grid's experiments."""
+
+import json
+from collections.abc import Callable
+from statistics import mean
+
+from fedelta.packing import ByteCount
+from fedelta.report.grid_results import (
+    LATE,
+    Measure,
+    Panel,
+    Results,
+    final_accuracy,
+    late_validation,
+    rounds_to,
+    shares_of_energy,
+)
+from fedelta.report.statistics import paired, spread
+from fedelta.report.tables import TextTable
+from fedelta.sweep.results import Row
+
+MB = 1e6
+
+
+def accuracy(results: Results) -> TextTable:
+    """Test accuracy of the final model."""
+    note = "Final model on the test split, %: mean ± standard deviation over seeds."
+    return _compared(results, "accuracy", final_accuracy, "test accuracy", note)
+
+
+def late(results: Results) -> TextTable:
+    """Validation accuracy, mean of the last evaluations."""
+    note = f"Validation accuracy, %, mean of the last {LATE:.0%} of evaluations: mean ± standard deviation over seeds."
+    return _compared(results, "late-accuracy", late_validation, "late validation accuracy", note)
+
+
+def _compared(results: Results, name: str, measure: Measure, title: str, note: str) -> TextTable:
+    """A column a panel, with the test against the baseline; last the differences of all panels together."""
+    head = [results.experiment.rows]
+    head += [panel.label or title for panel in results.panels]
+    several = len(results.panels) > 1
+    if several:
+        head += ["all: difference", "95 % interval", "p"]
+    lines = []
+    for row in results.rows:
+        line = [row]
+        for panel in results.panels:
+            line.append(_with_failures(results, row, panel, measure) + _p(results, row, panel, measure))
+        if several:
+            line += _difference(results, row, measure)
+        lines.append(line)
+    pairs = len(results.panels) * len(results.seeds)
+    note += f" In brackets p of a paired t-test against {results.baseline} over seeds, not corrected for their number"
+    note += f"; all: {pairs} pairs of column and seed taken as independent." if several else "."
+    return TextTable(f"{results.name}-{name}", f"{results.title}: {title}", head, lines, note)
+
+
+def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -> str:
+    text = spread(list(results.values(row, panel, measure).values()), 100)
+    failed = len(results.cells.get((row, panel), {})) - len(results.trained(row, panel))
+    return f"{text} ({failed} diverged)" if failed else text
+
+
+def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
+    found = None if row == results.baseline else paired(*results.pairs(row, [panel], measure))
+    return "" if found is None else f" ({found.p:.3f})"
+
+
+def _difference(results: Results, row: str, measure: Measure) -> list[str]:
+    found = None if row == results.baseline else paired(*results.pairs(row, results.panels, measure))
+    if found is None:
+        return ["", "", ""]
+    return [f"{100 * found.mean:+.2f}", f"{100 * found.low:+.2f} to {100 * found.high:+.2f}", f"{found.p:.3f}"]
+
+
+def rounds_to_target(results: Results) -> TextTable:
+    """Rounds until validation accuracy reached the target."""
+    targets = [results.target(panel) for panel in results.panels]
+    head = [results.experiment.rows]
+    for panel, target in zip(results.panels, targets, strict=True):
+        head.append(f"{panel.label} to {100 * (target or 0):.1f} %".strip())
+    lines = []
+    for row in results.rows:
+        line = [row]
+        for panel, target in zip(results.panels, targets, strict=True):
+            ran = results.trained(row, panel)
+            hits = list(results.values(row, panel, rounds_to(target or 0)).values())
+            missed = f" ({len(hits)} of {len(ran)})" if 0 < len(hits) < len(ran) else ""
+            line.append(spread(hits, digits=1) + missed if hits or not ran else "not reached")
+        lines.append(line)
+    note = "Finished rounds when validation accuracy first was at the target; in brackets how many seeds reached it."
+    return TextTable(f"{results.name}-rounds-to-target", f"{results.title}: rounds to target", head, lines, note)
+
+
+def traffic(results: Results) -> TextTable:
+    """Parameters and measured bytes of a client in a round."""
+    panels = _by_model(results)
+    head = [results.experiment.rows]
+    for label in panels:
+        head += [f"{label} LoRA parameters".strip(), "adapter down, MB", "adapter up, MB", "patch down, MB", "all, MB"]
+    lines = []
+    for row in results.rows:
+        line = [row]
+        for panel in panels.values():
+            cells = list(results.trained(row, panel).values())
+            line += [_averaged(cells, measure) for measure in _TRAFFIC] if cells else ["–"] * len(_TRAFFIC)
+        lines.append(line)
+    note = (
+        "A client in a round, mean over clients and rounds: LoRA parameters at the ranks of the last round, and 10⁶ "
+        "bytes as serialised. All: both directions, with heads and overhead."
+    )
+    return TextTable(f"{results.name}-traffic", f"{results.title}: parameters and bytes a client", head, lines, note)
+
+
+def _by_model(results: Results) -> dict[str, Panel]:
+    """The first panel of each model, by the value of the axis that tells them apart."""
+    found: dict[str, tuple[str, Panel]] = {}
+    for panel in results.panels:
+        cells = [cell for row in results.rows for cell in results.trained(row, panel).values()]
+        if cells:
+            name = json.loads(cells[0]["config"])["model"]["name"]
+            found.setdefault(name, (panel.label, panel))
+    return {label if len(found) > 1 else "": panel for label, panel in found.values()}
+
+
+def lora_parameters(row: Row) -> float:
+    """Of a client, mean over all clients at the end."""
+    ranks = row["rounds"][-1]["ranks"]
+    return sum(row["lora_parameters"][rank] * count for rank, count in ranks.items()) / sum(ranks.values())
+
+
+def _bytes(direction: str, part: str) -> Callable[[Row], float]:
+    def measure(row: Row) -> float:
+        return sum(r[direction][part] for r in row["rounds"]) / sum(r["clients"] for r in row["rounds"])
+
+    return measure
+
+
+def _all_bytes(row: Row) -> float:
+    return sum(_bytes(direction, part)(row) for direction in ("down", "up") for part in ByteCount._fields)
+
+
+_TRAFFIC: list[tuple[Callable[[Row], float], float, int]] = [
+    (lora_parameters, 1, 0),
+    (_bytes("down", "adapter"), MB, 3),
+    (_bytes("up", "adapter"), MB, 3),
+    (_bytes("down", "patch"), MB, 3),
+    (_all_bytes, MB, 3),
+]
+
+
+def _averaged(cells: list[Row], measure: tuple[Callable[[Row], float], float, int]) -> str:
+    function, unit, digits = measure
+    return f"{mean(function(cell) for cell in cells) / unit:,.{digits}f}"
+
+
+def energy(results: Results) -> TextTable:
+    """The energy that is left above the lowest rank."""
+    head = [results.experiment.rows]
+    head += [panel.label or "share, %" for panel in results.panels]
+    lines = []
+    for row in results.rows:
+        line = [row]
+        for panel in results.panels:
+            cells = results.trained(row, panel).values()
+            line.append(spread([_above_lowest(cell) for cell in cells], 100, 1))
+        lines.append(line)
+    note = (
+        "Share of the adapter's energy Σ‖b_j a_j‖² in the rank indices that only high-rank clients have, last round, %."
+    )
+    return TextTable(f"{results.name}-energy", f"{results.title}: energy above the lowest rank", head, lines, note)
+
+
+def _above_lowest(row: Row) -> float:
+    lowest = json.loads(row["config"])["ranks"]["low"]
+    return sum(shares_of_energy(row)[-1][lowest:])
+
+
+def first_aggregation(results: Results) -> TextTable:
+    """High-rank clients before and after the first aggregation."""
+    head = [results.experiment.rows]
+    for panel in results.panels:
+        head += [f"{panel.label} {when}".strip() for when in ("before", "after", "change")]
+    lines = []
+    for row in results.rows:
+        line = [row]
+        for panel in results.panels:
+            cells = results.trained(row, panel)
+            both = [found for cell in cells.values() if (found := _first_aggregation(cell)) is not None]
+            before, after = [own for own, _ in both], [mean for _, mean in both]
+            change = [b - a for a, b in zip(before, after, strict=True)]
+            line += [spread(values, 100) for values in (before, after, change)]
+        lines.append(line)
+    note = (
+        "Validation accuracy, %, mean ± standard deviation over seeds: of the models of the clients with the highest "
+        "rank after their first local training, and of the global model that they get back."
+    )
+    return TextTable(f"{results.name}-first-aggregation", f"{results.title}: first aggregation", head, lines, note)
+
+
+def _first_aggregation(row: Row) -> tuple[float, float] | None:
+    """Accuracy of the highest-rank clients' own models, and of the global one; None if one was not evaluated."""
+    own, after = row["rounds"][0]["own"], row["rounds"][0]["validation"]
+    if not own or after is None:
+        return None
+    high = max(client["rank"] for client in own)
+    return mean(client["accuracy"] for client in own if client["rank"] == high), after["accuracy"]

@@ -1,0 +1,51 @@
+"""Means over seeds, and tests of one method against another on the same seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One against another, pair by pair.
+
+    Args:
+        mean: of the differences.
+        low, high: its 95 % confidence interval by Student's t.
+        p: two-sided, that the mean of such differences is zero (paired t-test).
+        pairs: their number.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
+    """The paired t-test; None where there are fewer than two pairs, or all differences are the same.
+
+    Args:
+        ours, theirs: of the same seeds in the same order.
+    """
+    from scipy import stats
+
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(differences) < 2 or stdev(differences) == 0:
+        return None
+    test = stats.ttest_rel(ours, theirs)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Difference(
+        mean(differences), float(interval.low), float(interval.high), float(test.pvalue), len(differences)
+    )
+
+
+def spread(values: Sequence[float], factor: float = 1.0, digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds, as text; a dash for nothing."""
+    if not values:
+        return "–"
+    text = f"{factor * mean(values):.{digits}f}"
+    return f"{text} ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else text

@@ -1,0 +1,204 @@
+"""The runs that a grid stands for: which configuration each has, and where it belongs."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedelta.config import Config, parse_config, set_key
+from fedelta.errors import FedeltaError
+from fedelta.runner import make_server
+from fedelta.sweep.grid import Grid
+from fedelta.sweep.results import Row, late_accuracy, result_settings
+
+Choice = dict[str, Any]
+"""Key → value that tuning chose."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell's part in an experiment.
+
+    Args:
+        values: axis → value.
+        key: of the cell.
+    """
+
+    experiment: str
+    values: Mapping[str, str]
+    seed: int
+    key: str
+
+
+@dataclass
+class Plan:
+    """Cells by key, each once, in the order in which they are to run; and the places that they fill."""
+
+    cells: dict[str, Config] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+
+    def add(self, experiment: str, values: Mapping[str, str], seed: int, config: Config) -> None:
+        key = cell_key(config)
+        self.cells.setdefault(key, config)
+        self.places.append(Place(experiment, values, seed, key))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of a tuning, for one value of the axis."""
+
+    value: str
+    choice: Choice
+    keys: tuple[str, ...]
+
+
+def cell_key(config: Config) -> str:
+    """Names a cell by all that its result depends on: 16 hexadecimal digits.
+
+    Settings at their defaults are left out, so that results outlive a setting that comes to be.
+    """
+    said = _without(result_settings(config), result_settings(Config()))
+    said |= {"method": config.dump()["method"], "seed": config.seed}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults, level by level."""
+    found = {}
+    for key, value in data.items():
+        if key in defaults and value == defaults[key]:
+            continue
+        nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+        found[key] = _without(value, defaults[key]) if nested else value
+    return found
+
+
+class Expansion:
+    """A grid's cells.
+
+    Args:
+        only: names of experiments; none is all.
+        where: axis → values; cells with others are left out.
+
+    Raises:
+        FedeltaError: for a name that the grid lacks.
+    """
+
+    def __init__(self, grid: Grid, only: Sequence[str] = (), where: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.grid = grid
+        self.where = where or {}
+        for name in only:
+            if name not in grid.experiments:
+                raise FedeltaError(f"no experiment {name!r} in the grid, found {', '.join(grid.experiments)}")
+        self.experiments = {name: e for name, e in grid.experiments.items() if not only or name in only}
+        for axis, values in self.where.items():
+            for value in values:
+                if value not in grid.axes.get(axis, {}):
+                    raise FedeltaError(f"axis {axis!r} has no value {value!r} in the grid")
+
+    def trials(self) -> tuple[Plan, list[Trial]]:
+        """What has to run before anything can be chosen; only for what the experiments ask for."""
+        plan = Plan()
+        trials: list[Trial] = []
+        tuning = self.grid.tuning
+        if tuning is None:
+            return plan, trials
+        wanted = {place[tuning.axis]: None for name in self.experiments for place in self._crossed(name)}
+        for value in self.grid.axes[tuning.axis]:
+            if value not in wanted:
+                continue
+            for candidate in itertools.product(*tuning.search.values()):
+                choice = dict(zip(tuning.search, candidate, strict=True))
+                begin = len(plan.places)
+                for seed in tuning.seeds:
+                    config = self._config({**tuning.at, tuning.axis: value}, tuning.config, choice, seed)
+                    plan.add("tuning", {tuning.axis: value}, seed, config)
+                trials.append(Trial(value, choice, tuple(place.key for place in plan.places[begin:])))
+        return plan, trials
+
+    def cells(self, chosen: Mapping[str, Choice]) -> Plan:
+        """The experiments' cells.
+
+        Args:
+            chosen: value of the tuned axis → what was chosen for it; one without an entry keeps what the grid says.
+        """
+        plan = Plan()
+        tuned = self.grid.tuning.axis if self.grid.tuning else None
+        for name, experiment in self.experiments.items():
+            for seed in self.grid.seeds:
+                for values in self._crossed(name):
+                    choice = chosen.get(values[tuned], {}) if tuned else {}
+                    plan.add(name, values, seed, self._config(values, experiment.config, choice, seed))
+        return plan
+
+    def check(self) -> None:
+        """Whether every cell's configuration is valid, before the first one runs.
+
+        Raises:
+            FedeltaError: naming the cell.
+        """
+        for plan in (self.trials()[0], self.cells({})):
+            for key, config in plan.cells.items():
+                try:
+                    make_server(config)
+                except FedeltaError as error:
+                    place = next(place for place in plan.places if place.key == key)
+                    raise FedeltaError(f"{describe(place)}: {error}") from error
+
+    def _crossed(self, name: str) -> Iterator[dict[str, str]]:
+        axes = self.grid.experiments[name].axes
+        for values in itertools.product(*axes.values()):
+            point = dict(zip(axes, values, strict=True))
+            if all(point.get(axis) in allowed for axis, allowed in self.where.items() if axis in point):
+                yield point
+
+    def _config(self, values: Mapping[str, str], own: Mapping[str, Any], choice: Choice, seed: int) -> Config:
+        data: dict[str, Any] = {}
+        layers = [self.grid.config, *(self.grid.axes[a][values[a]] for a in self.grid.axes if a in values), own]
+        for layer in layers:
+            _apply(data, layer)
+        for key, value in [*choice.items(), *self.grid.overrides.items()]:
+            set_key(data, key, value)
+        data["seed"] = seed
+        label = ", ".join(f"{axis} {value}" for axis, value in values.items())
+        return parse_config(data, f"grid {self.grid.name}, {label}")
+
+
+def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> None:
+    """Set each key of a nested or dotted layer, leaving what is beside it."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and value:
+            _apply(data, value, f"{prefix}{key}.")
+        else:
+            set_key(data, prefix + key, deepcopy(value))
+
+
+def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[str, Choice] | None:
+    """The best candidate for each value, by mean validation accuracy over the last share of evaluations and the seeds.
+
+    Returns:
+        None while trials are missing. Among equals the candidate named first.
+    """
+    best: dict[str, tuple[float, Choice]] = {}
+    for trial in trials:
+        if any(key not in rows for key in trial.keys):
+            return None
+        scores = [late_accuracy(rows[key], last) for key in trial.keys]
+        # One that diverged under any seed is no choice.
+        score = sum(s for s in scores if s is not None) / len(scores) if None not in scores else -1.0
+        if trial.value not in best or score > best[trial.value][0]:
+            best[trial.value] = score, trial.choice
+    return {value: choice for value, (_, choice) in best.items()}
+
+
+def choose_or_nothing(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[str, Choice]:
+    """What the trials in these rows decide; nothing where some are missing, or nothing is tuned."""
+    return (choose(trials, rows, grid.tuning.last) or {}) if grid.tuning else {}
+
+
+def describe(place: Place) -> str:
+    """A cell in words."""
+    return f"{place.experiment}: {', '.join(place.values.values())}, seed {place.seed}"

@@ -1,0 +1,194 @@
+"""A grid: axes with named values, experiments that cross some of them, and what is chosen on validation data before.
+
+name: ranks
+config: {rounds: 20}                    # keys of `fedelta run`, for every cell
+axes:
+  method: {replication: {method: replication}, zero padding: {method: zero-padding}}
+  data: {AG News: {data.source: ag_news}, DBpedia: {data.source: fancyzhx/dbpedia_14}}
+tuning: {axis: method, at: {data: AG News}, search: {training.learning_rate: [1.0e-3, 3.0e-3]}}
+experiments:
+  accuracy: {axes: {data: all, method: all}, rows: method, baseline: zero padding}
+sizes:                                  # each laid over all of the above; the first is the default
+  small: {config: {rounds: 5}}
+  full: {}
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fedelta.config import explain
+from fedelta.errors import FedeltaError
+from fedelta.methods import nearest
+from fedelta.settings import Settings
+
+View = Literal[
+    "accuracy", "late-accuracy", "rounds-to-target", "curves", "traffic", "energy", "deviation", "first-aggregation"
+]
+
+
+class Tuning(Settings):
+    """Keys chosen for each value of one axis, by the best validation accuracy; the test split has no part in it.
+
+    Args:
+        axis: whose values are tuned, each with the same candidates.
+        at: the value of every other axis that is crossed meanwhile.
+        search: key → candidates; all combinations are tried.
+        seeds: of the trials; other than those of the experiments.
+        config: further keys of the trials alone.
+        last: share of a trial's evaluations, from its end, whose mean accuracy is compared: one of them is noisy.
+    """
+
+    axis: str
+    at: dict[str, str] = Field(default_factory=dict)
+    search: dict[str, tuple[Any, ...]]
+    seeds: tuple[int, ...] = (1000,)
+    config: dict[str, Any] = Field(default_factory=dict)
+    last: float = Field(default=0.5, gt=0, le=1)
+
+
+class Experiment(Settings):
+    """Some axes crossed, and how what comes of it is shown.
+
+    Args:
+        title: a line above its tables and in its plots.
+        axes: axis → its values, or all of them.
+        config: keys for its cells alone.
+        rows: the axis whose values are compared: rows of tables, lines of plots. The other axes make the columns.
+        baseline: the value of `rows` against which the others are tested; None is the first.
+        show: tables and plots to make.
+    """
+
+    title: str = ""
+    axes: dict[str, tuple[str, ...]]
+    config: dict[str, Any] = Field(default_factory=dict)
+    rows: str
+    baseline: str | None = None
+    show: tuple[View, ...] = ("accuracy", "curves")
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _one_value(cls, axes: Any) -> Any:
+        if not isinstance(axes, Mapping):
+            return axes
+        return {axis: (value,) if isinstance(value, str) else value for axis, value in axes.items()}
+
+
+class Grid(Settings):
+    """What a YAML file asks for, in one of its sizes.
+
+    Args:
+        name: of the folder that it leaves.
+        output: where that folder is.
+        size: which of the sizes this is; empty where there are none.
+        seeds: of every cell of every experiment.
+        config: of every cell.
+        axes: axis → value → keys of the configuration. Where two axes set the same key the later one wins, then an
+            experiment's own keys, then what was tuned.
+        overrides: key → value, stronger than all of these.
+        labels: value of an axis → what tables and plots call it.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = "runs"
+    size: str = ""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    config: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, dict[str, dict[str, Any]]]
+    tuning: Tuning | None = None
+    experiments: dict[str, Experiment] = Field(min_length=1)
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_values(cls, data: Any) -> Any:
+        """`all` stands for the values of an axis in their order."""
+        axes, experiments = data.get("axes"), data.get("experiments")
+        if not isinstance(axes, Mapping) or not isinstance(experiments, Mapping):
+            return data
+        spelled = {}
+        for name, experiment in experiments.items():
+            spelled[name] = experiment
+            if isinstance(experiment, Mapping) and isinstance(experiment.get("axes"), Mapping):
+                chosen = {a: tuple(axes.get(a, ())) if v == "all" else v for a, v in experiment["axes"].items()}
+                spelled[name] = {**experiment, "axes": chosen}
+        return {**data, "experiments": spelled}
+
+    @model_validator(mode="after")
+    def _known(self) -> "Grid":
+        for name, experiment in self.experiments.items():
+            for axis, values in experiment.axes.items():
+                self._check(f"experiments.{name}.axes", axis, values)
+            if experiment.rows not in experiment.axes:
+                raise ValueError(f"experiments.{name}.rows is {experiment.rows!r}, expected one of its axes")
+            if experiment.baseline not in (None, *experiment.axes[experiment.rows]):
+                raise ValueError(f"experiments.{name}.baseline {experiment.baseline!r} is none of its rows")
+            if self.tuning is not None and self.tuning.axis not in experiment.axes:
+                raise ValueError(f"experiments.{name} lacks the axis {self.tuning.axis!r}, which is tuned")
+        if self.tuning is not None:
+            self._check("tuning.axis", self.tuning.axis, ())
+            for axis, value in self.tuning.at.items():
+                self._check("tuning.at", axis, (value,))
+            if shared := set(self.tuning.seeds) & set(self.seeds):
+                raise ValueError(f"tuning.seeds: {min(shared)} is a seed of the experiments too")
+        return self
+
+    def _check(self, where: str, axis: str, values: tuple[str, ...]) -> None:
+        if axis not in self.axes:
+            raise ValueError(f"{where}: no axis {axis!r}{nearest(axis, list(self.axes))}")
+        for value in values:
+            if value not in self.axes[axis]:
+                raise ValueError(f"{where}: axis {axis} has no value {value!r}{nearest(value, list(self.axes[axis]))}")
+
+    def label(self, value: str) -> str:
+        """What people are shown for a value of an axis."""
+        return self.labels.get(value, value)
+
+    @property
+    def folder(self) -> Path:
+        """Where its results are."""
+        return Path(self.output).expanduser() / self.name / self.size
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data, in this size."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def load_grid(source: Path, size: str | None = None) -> Grid:
+    """Read a grid in one of its sizes.
+
+    Raises:
+        FedeltaError: one line that names the key, what was found and what was expected.
+    """
+    try:
+        data = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise FedeltaError(f"grid {source}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FedeltaError(f"grid {source}: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise FedeltaError(f"grid {source} holds a {type(data).__name__}, expected keys and values")
+    sizes = data.pop("sizes", None) or {}
+    if size is None and sizes:
+        size = next(iter(sizes))
+    if size is not None:
+        if size not in sizes:
+            raise FedeltaError(f"grid {source} has no size {size!r}, found {', '.join(sizes) or 'none'}")
+        data = _lay_over(data, sizes[size] or {}) | {"size": size}
+    try:
+        return Grid.model_validate(data)
+    except ValidationError as error:
+        raise FedeltaError(f"grid {source}: {explain(error, Grid)}") from error
+
+
+def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, level by level; where only one can be, that above."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _lay_over(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,192 @@
+"""The results of a grid: one Parquet file, one row a cell, its rounds in it."""
+
+import io
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedelta.atomic import write_file
+from fedelta.config import Config
+from fedelta.errors import FedeltaError
+from fedelta.machine import machine_name, peak_mb, versions
+from fedelta.packing import ByteCount
+from fedelta.runner import Run
+from fedelta.tracking import EXTENDABLE
+
+FILE = "cells.parquet"
+Row = dict[str, Any]
+
+_SCORES = pa.struct([(name, pa.float64()) for name in ("loss", "accuracy", "macro_f1")])
+_BYTES = pa.struct([(name, pa.int64()) for name in ByteCount._fields])
+_ROUND = pa.struct(
+    [
+        ("round", pa.int32()),  # finished rounds
+        ("clients", pa.int32()),
+        ("validation", _SCORES),  # null where the round was not evaluated
+        ("train_loss", pa.float64()),
+        ("down", _BYTES),  # of all clients
+        ("up", _BYTES),
+        ("ranks", pa.map_(pa.string(), pa.int32())),  # rank → clients that have it
+        ("promoted", pa.list_(pa.string())),
+        ("deviation", pa.map_(pa.string(), pa.float32())),  # module → deviation
+        ("energy", pa.list_(pa.float32())),  # by rank index
+        ("patch_width", pa.int32()),
+        # Each client's own model before it was averaged in, where evaluation.clients asks for it.
+        ("own", pa.list_(pa.struct([("client", pa.string()), ("rank", pa.int32()), ("accuracy", pa.float64())]))),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("cell", pa.string()),
+        ("method", pa.string()),
+        ("seed", pa.int64()),
+        ("failed", pa.string()),  # why training left the finite numbers; null where it did not
+        ("test", _SCORES),  # of the final model
+        ("validation", _SCORES),
+        ("majority", pa.float64()),
+        ("clients", pa.int32()),
+        ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
+        ("rounds", pa.list_(_ROUND)),
+        ("config", pa.string()),  # JSON
+        ("seconds", pa.float64()),  # in rounds
+        ("peak_mb", pa.float64()),
+        ("finished", pa.string()),
+        ("machine", pa.string()),
+        ("versions", pa.map_(pa.string(), pa.string())),
+    ]
+)
+CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
+"""What may differ between two runs of the same cell."""
+
+
+def row_of(key: str, config: Config, run: Run | None, failed: str | None = None) -> Row:
+    """A cell's line, as plain data.
+
+    Args:
+        run: as it ended; None if it failed.
+        failed: why it did.
+    """
+    row: Row = dict.fromkeys(SCHEMA.names)
+    row |= {
+        "cell": key,
+        "method": config.method.name,
+        "seed": config.seed,
+        "failed": failed,
+        "rounds": [],
+        "config": json.dumps(result_settings(config), sort_keys=True),
+        "peak_mb": round(peak_mb(), 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_name(),
+        "versions": versions(),
+    }
+    if run is not None:
+        result = run.result
+        timings = [json.loads(line) for line in run.folder.timings_file.read_text().splitlines()]
+        row |= {
+            **{name: result[name] for name in ("test", "validation", "majority", "lora_parameters")},
+            "clients": len(result["clients"]),
+            "rounds": [_round(record) for record in run.records],
+            "seconds": round(sum(sum(timing["seconds"].values()) for timing in timings), 2),
+        }
+    return row
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """All settings that a result depends on, as plain data: not where it is written, nor by how many processes."""
+    data = json.loads(json.dumps(config.dump()))
+    for key in (*EXTENDABLE, "compare"):
+        section, _, name = key.partition(".")
+        if name:
+            data[section].pop(name)
+        elif section != "rounds":
+            data.pop(section, None)
+    return data
+
+
+def is_result_of(row: Row, config: Config) -> bool:
+    """Whether a row was made under this configuration, as far as both know the same settings."""
+    return _agree(json.loads(row["config"]), result_settings(config))
+
+
+def _agree(before: Any, now: Any) -> bool:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return all(_agree(before[key], now[key]) for key in before.keys() & now.keys())
+    return bool(before == now)
+
+
+def _round(record: Mapping[str, Any]) -> dict[str, Any]:
+    named = ("train_loss", "validation", "ranks", "promoted", "deviation", "patch_width")
+    return {
+        **{name: record[name] for name in named},
+        "round": record["round"] + 1,
+        "clients": len(record["clients"]),
+        "down": {name: record["bytes_down"][name] for name in ByteCount._fields},
+        "up": {name: record["bytes_up"][name] for name in ByteCount._fields},
+        "energy": record["energy_by_rank"],
+        "own": [
+            {"client": client, "rank": scores["rank"], "accuracy": scores["accuracy"]}
+            for client, scores in record["clients_validation"].items()
+        ],
+    }
+
+
+def write_rows(folder: Path, rows: Mapping[str, Row]) -> Path:
+    """Replace the file by these rows."""
+    table = pa.Table.from_pylist(list(rows.values()), schema=SCHEMA)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", compression_level=15)
+    write_file(folder / FILE, buffer.getvalue())
+    return folder / FILE
+
+
+def read_rows(folder: Path) -> dict[str, Row]:
+    """Cell → row; empty where there is no file yet.
+
+    Raises:
+        FedeltaError: if the file is damaged, or of another shape.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    try:
+        table = pq.read_table(file, schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise FedeltaError(f"{file}: {' '.join(str(error).split())}") from error
+    return {row["cell"]: row for row in table.to_pylist(maps_as_pydicts="strict")}
+
+
+def as_stored(row: Row) -> Row:
+    """A row as it comes back from the file: with its precision."""
+    table = pa.Table.from_pylist([row], schema=SCHEMA)
+    return table.to_pylist(maps_as_pydicts="strict")[0]
+
+
+def first_difference(old: Row, new: Row) -> str | None:
+    """Where two rows of one cell differ in more than their circumstances; None where they do not."""
+    for name in SCHEMA.names:
+        if name not in CIRCUMSTANCES and old[name] != new[name]:
+            if name == "rounds":
+                pairs = enumerate(zip(old[name], new[name], strict=False), 1)
+                number = next((i for i, (a, b) in pairs if a != b), "number")
+                return f"rounds, first in round {number}"
+            return f"{name}: {old[name]} before, {new[name]} now"
+    return None
+
+
+def evaluations(row: Row) -> list[tuple[int, float]]:
+    """(finished rounds, validation accuracy) of each round that was evaluated."""
+    return [(r["round"], r["validation"]["accuracy"]) for r in row["rounds"] if r["validation"] is not None]
+
+
+def late_accuracy(row: Row, share: float) -> float | None:
+    """Mean validation accuracy over the last share of evaluations; None for a cell that failed."""
+    if row["failed"] is not None:
+        return None
+    found = [accuracy for _, accuracy in evaluations(row)]
+    return mean(found[-max(1, round(share * len(found))) :])
