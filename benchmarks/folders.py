@@ -10,7 +10,9 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from machine import Machine, forget, peak_mb, table
+from machine import Machine, forget, table
+
+from fedelta.machine import peak_mb
 
 MISTRAL = {
     "self_attn.q_proj": (4096, 4096),

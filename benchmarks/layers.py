@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from machine import Machine, forget_peak, peak_mb, seconds, table
+from machine import Machine, forget_peak, seconds, table
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.contribution import Contribution
+from fedelta.machine import peak_mb
 from fedelta.methods import Method, MethodState, make_method
 
 LAYERS = {

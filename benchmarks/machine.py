@@ -1,7 +1,6 @@
 """What this machine can do, measured in the same run as everything that is compared with it."""
 
 import os
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+from fedelta.machine import machine_name
 
 README = Path(__file__).parent / "README.md"
 
@@ -46,13 +47,8 @@ class Machine:
         return cls(rates[0], rates[1], 2 * X.nbytes / seconds(lambda: Y.copy_(X)))
 
     def describe(self) -> str:
-        name = platform.processor() or platform.machine()
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():
-            models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-            name = models[0] if models else name
         return (
-            f"{name}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, "
+            f"{machine_name()}, torch {torch.__version__} with {torch.get_num_threads()} threads, "
             f"{date.today().isoformat()}. Limits measured in the same run: GEMM {self.fp32 / 1e9:.0f} GFLOP/s in fp32, "
             f"{self.fp64 / 1e9:.0f} in fp64; memory {self.bandwidth / 1e9:.0f} GB/s."
         )
@@ -71,12 +67,6 @@ def forget(path: Path) -> None:
 def forget_peak() -> None:
     """Make this process's peak memory start from what it holds now."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb() -> float:
-    """Peak memory of this process in MB. (`ru_maxrss` would also hold what its parent had before it.)"""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -65,3 +65,15 @@ def test_byun_and_lees_mean_parameters() -> None:
     """
     ranks = initial_ranks([f"{i}" for i in range(100)], RankSettings(allocation="fixed", low=5, high=20, share=0.1), 0)
     assert sum(552_960 * r / 20 for r in ranks.values()) / 100 == pytest.approx(179_715, abs=4)
+
+
+def test_reversed_loss_promotes_the_worst_newcomer() -> None:
+    settings = RankSettings(allocation="reversed-loss", low=5, high=20, share=0.1)
+    newcomers = {c: 1.0 + i for i, c in enumerate(CLIENTS[:10])}
+    after = promote(initial_ranks(CLIENTS, settings, 0), {}, newcomers, settings)
+    assert [c for c in CLIENTS if after[c] == 20] == ["c09"]
+
+
+def test_rows_for_the_loss_are_the_servers() -> None:
+    with pytest.raises(ValueError, match="loss_rows goes with loss_on: server, found own"):
+        RankSettings(allocation="loss", loss_rows=10)

@@ -40,6 +40,22 @@ def test_results_come_in_order_whatever_takes_longest() -> None:
         assert len(elsewhere) == (0 if count == 1 else count)
 
 
+def test_results_as_completed_come_before_what_takes_longer(tmp_path: Path) -> None:
+    def work(i: int) -> Result:
+        while i == 0 and not (tmp_path / "others").exists():
+            time.sleep(0.01)
+        return Result({"i": i})
+
+    order = []
+    for i, result in Workers(2).as_completed(work, [1.0] * 5):
+        assert result.facts["i"] == i
+        order.append(i)
+        if len(order) == 4:
+            (tmp_path / "others").touch()
+    assert sorted(order) == list(range(5))
+    assert order[-1] == 0
+
+
 def test_expensive_tasks_start_first_within_a_window() -> None:
     assert _order([1, 3, 2, 9, 9, 1], 3) == [1, 2, 0, 3, 4, 5]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -109,8 +110,9 @@ def _partitioner(settings: PartitionSettings, seed: int) -> Any:
 
 def _shards(partitioner: Any, table: Any) -> list[list[int]]:
     partitioner.dataset = table
-    # Some partitioners draw a progress bar of their own for what takes milliseconds.
-    with contextlib.redirect_stderr(io.StringIO()):
+    # Some partitioners draw a progress bar of their own for what takes milliseconds, or warn of rows that nobody gets.
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return [sorted(partitioner.load_partition(i)[ROW][:]) for i in range(partitioner.num_partitions)]
 
 

@@ -127,11 +127,11 @@ class Sweep:
             return Result({"row": _run_cell(keys[i], configs[keys[i]])})
 
         for i, result in Workers(parallel).as_completed(work, [1.0] * len(keys)):
-            self.rows[keys[i]] = result.facts["row"]
+            self.rows[keys[i]] = as_stored(result.facts["row"])
             write_rows(self.folder, self.rows)
             if not self.keep:
                 shutil.rmtree(self.running / keys[i], ignore_errors=True)
-            self.observer.cell_done(cells[keys[i]], result.facts["row"])
+            self.observer.cell_done(cells[keys[i]], self.rows[keys[i]])
 
     def _placed(self, key: str, config: Config, parallel: int) -> Config:
         """The same with its folder; where cells share the cores, each has one process."""

@@ -1,0 +1,232 @@
+"""Tables and figures of a grid: what they say is what the rows say, and what is missing is said to be."""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+from fedelta.report.grid import write_grid_report
+from fedelta.report.grid_results import gather
+from fedelta.report.grid_tables import accuracy, first_aggregation, late, rounds_to_target, traffic
+from fedelta.report.statistics import paired, spread
+from fedelta.report.tables import TextTable
+from fedelta.sweep.cells import Expansion
+from fedelta.sweep.grid import Grid
+from fedelta.sweep.results import Row, result_settings
+
+SHOW = (
+    "accuracy",
+    "late-accuracy",
+    "rounds-to-target",
+    "curves",
+    "traffic",
+    "energy",
+    "deviation",
+    "first-aggregation",
+)
+GRID = Grid.model_validate(
+    {
+        "name": "grid",
+        "seeds": [0, 1, 2],
+        "config": {"rounds": 4, "ranks": {"allocation": "fixed", "low": 1, "high": 2, "share": 0.5}},
+        "axes": {
+            "method": {"zero padding": {"method": "zero-padding"}, "replication": {"method": "replication"}},
+            "data": {"first_set": {"lora.alpha": 1}, "second_set": {"lora.alpha": 2}},
+        },
+        "labels": {"first_set": "AG & News_4 %"},
+        "experiments": {
+            "main": {"axes": {"method": "all", "data": "all"}, "rows": "method", "show": SHOW, "title": "Main"}
+        },
+    }
+)
+ACCURACY = {
+    ("zero padding", "first_set"): (0.50, 0.52, 0.54),
+    ("replication", "first_set"): (0.60, 0.61, 0.66),
+    ("zero padding", "second_set"): (0.70, 0.70, 0.70),
+    ("replication", "second_set"): (0.69, 0.72, 0.71),
+}
+BYTES = {"adapter": 4_000_000, "heads": 1_000_000, "patch": 0, "overhead": 500_000}
+
+
+def made_up_rows() -> dict[str, Row]:
+    """Four rounds each; validation accuracy climbs by 0.1 a round to the test accuracy."""
+    plan, rows = Expansion(GRID).cells({}), {}
+    for place in plan.places:
+        final = ACCURACY[place.values["method"], place.values["data"]][place.seed]
+        config = plan.cells[place.key]
+        rounds = [
+            {
+                "round": r + 1,
+                "clients": 2,
+                "validation": {"accuracy": final - 0.1 * (3 - r), "loss": 1.0, "macro_f1": 0.5} if r != 1 else None,
+                "down": BYTES,
+                "up": {**BYTES, "adapter": 2_000_000},
+                "ranks": {"1": 3, "2": 1},
+                "deviation": {"layer.0.query": 0.1 * r, "layer.1.query": 0.2 * r},
+                "energy": [3.0, 1.0] if r else [0.0, 0.0],
+                "own": [
+                    {"client": "a", "rank": 2, "accuracy": 0.9},
+                    {"client": "b", "rank": 1, "accuracy": 0.1},
+                ]
+                if r == 0
+                else [],
+            }
+            for r in range(4)
+        ]
+        rows[place.key] = {
+            "cell": place.key,
+            "method": config.method.name,
+            "seed": place.seed,
+            "failed": None,
+            "test": {"accuracy": final},
+            "validation": {"accuracy": final},
+            "lora_parameters": {"1": 10, "2": 20},
+            "rounds": rounds,
+            "config": json.dumps(result_settings(config)),
+            "seconds": 3600.0,
+            "peak_mb": 100.0,
+            "finished": "2026-01-02T03:04:05+00:00",
+            "machine": "a machine",
+            "versions": {"torch": "2", "commit": "abc"},
+        }
+    return rows
+
+
+def rows_of(table: TextTable) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_the_paired_test_is_students() -> None:
+    ours, theirs = [0.60, 0.61, 0.66, 0.58], [0.50, 0.52, 0.54, 0.55]
+    found = paired(ours, theirs)
+    assert found is not None
+    d = [a - b for a, b in zip(ours, theirs, strict=True)]
+    t = mean(d) / (stdev(d) / math.sqrt(4))
+    # Student's distribution with three degrees of freedom, in closed form.
+    x = t / math.sqrt(3)
+    p = 1 - 2 / math.pi * (math.atan(x) + x / (1 + x * x))
+    assert found.p == pytest.approx(p, rel=1e-9)
+    assert found.mean == pytest.approx(mean(d))
+    # Its 97.5 % quantile is 3.18245.
+    assert found.high - found.mean == pytest.approx(3.18245 * stdev(d) / 2, rel=1e-5)
+    assert found.low + found.high == pytest.approx(2 * found.mean)
+    assert found.pairs == 4
+
+
+def test_what_can_not_be_tested_is_not() -> None:
+    assert paired([0.5], [0.4]) is None
+    assert paired([0.5, 0.6], [0.5, 0.6]) is None
+    assert (spread([]), spread([0.5], 100), spread([0.5, 0.6], 100)) == ("–", "50.00", "55.00 ± 7.07")
+
+
+def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:
+    (results,) = gather(GRID, made_up_rows())
+    table = accuracy(results)
+    assert table.head == ["method", "AG & News_4 %", "second_set", "all: difference", "95 % interval", "p"]
+    rows = rows_of(table)
+    assert rows["zero padding"] == ["52.00 ± 2.00", "70.00 ± 0.00", "", "", ""]
+    first, second = (
+        paired(ACCURACY["replication", s], ACCURACY["zero padding", s]) for s in ("first_set", "second_set")
+    )
+    both = paired(
+        [*ACCURACY["replication", "first_set"], *ACCURACY["replication", "second_set"]],
+        [*ACCURACY["zero padding", "first_set"], *ACCURACY["zero padding", "second_set"]],
+    )
+    assert first
+    assert second
+    assert both
+    assert rows["replication"] == [
+        f"62.33 ± 3.21 ({first.p:.3f})",
+        f"70.67 ± 1.53 ({second.p:.3f})",
+        f"{100 * both.mean:+.2f}",
+        f"{100 * both.low:+.2f} to {100 * both.high:+.2f}",
+        f"{both.p:.3f}",
+    ]
+    assert "against zero padding" in table.note
+    # The last quarter of three evaluations is one of them.
+    assert rows_of(late(results))["zero padding"][0] == "52.00 ± 2.00"
+
+
+def test_a_seed_that_is_missing_is_left_out_of_pairs_and_said_to_be_missing(tmp_path: Path) -> None:
+    rows = made_up_rows()
+    key = next(p.key for p in Expansion(GRID).cells({}).places if p.values["method"] == "replication" and p.seed == 1)
+    del rows[key]
+    (results,) = gather(GRID, rows)
+    assert results.missing == 1
+    found = paired([0.60, 0.66], [0.50, 0.54])
+    assert found is not None
+    assert rows_of(accuracy(results))["replication"][0] == f"63.00 ± 4.24 ({found.p:.3f})"
+    _, page = write_grid_report(GRID, rows, tmp_path)
+    assert "1 runs of this experiment are still missing" in page.read_text()
+
+
+def test_what_diverged_is_counted_and_enters_no_mean() -> None:
+    rows = made_up_rows()
+    place = next(
+        p for p in Expansion(GRID).cells({}).places if p.values == {"method": "replication", "data": "first_set"}
+    )
+    rows[place.key] |= {"failed": "not finite", "test": None, "validation": None, "rounds": []}
+    (results,) = gather(GRID, rows)
+    assert rows_of(accuracy(results))["replication"][0].startswith("63.50 ± 3.54 (1 diverged)")
+
+
+def test_rounds_to_target_counts_finished_rounds() -> None:
+    (results,) = gather(GRID, made_up_rows())
+    table = rounds_to_target(results)
+    # 95 % of the best: 0.627 and 0.684.
+    assert table.head[1:] == ["AG & News_4 % to 62.7 %", "second_set to 68.4 %"]
+    assert rows_of(table) == {
+        "zero padding": ["not reached", "4.0 ± 0.0"],
+        "replication": ["4.0 (1 of 3)", "4.0 ± 0.0"],
+    }
+
+
+def test_traffic_is_of_a_client_in_a_round() -> None:
+    (results,) = gather(GRID, made_up_rows())
+    # Three of four clients have 10 parameters, one has 20; two clients a round.
+    assert rows_of(traffic(results))["replication"] == ["12", "2.000", "1.000", "0.000", "4.500"]
+
+
+def test_the_first_aggregation_compares_high_rank_clients_with_what_they_get_back() -> None:
+    (results,) = gather(GRID, made_up_rows())
+    cells = rows_of(first_aggregation(results))["zero padding"]
+    assert cells[:3] == ["90.00 ± 0.00", "22.00 ± 2.00", "-68.00 ± 2.00"]
+
+
+def test_a_table_reads_well_in_markdown_and_is_escaped_in_latex(tmp_path: Path) -> None:
+    table = TextTable("t", "A & B", ["method", "share_%"], [["x_y", "1.50 ± 0.20"]], "A note.")
+    markdown, latex = table.write(tmp_path)
+    assert "| x_y" in markdown.read_text()
+    assert "1.50 ± 0.20 |" in markdown.read_text()
+    text = latex.read_text()
+    assert r"x\_y" in text
+    assert r"share\_\%" in text
+    assert text.splitlines()[0] == "% A & B"
+    assert r"\toprule" in text
+
+
+def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(tmp_path: Path) -> None:
+    rows = made_up_rows()
+    tables, page = write_grid_report(GRID, rows, tmp_path / "one")
+    text = page.read_text()
+    assert "12 runs, 12.00 hours of rounds, 2026-01-02, on a machine. Versions: commit abc, torch 2." in text
+    for table in tables:
+        assert table.markdown().strip() in text
+        assert (tmp_path / "one" / "tables" / f"{table.name}.tex").exists()
+    figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
+    assert figures == [f"main-{view}.{kind}" for view in ("curves", "deviation", "energy") for kind in ("png", "svg")]
+    for name in figures:
+        assert name.endswith("png") or f"(figures/{name})" in text
+    write_grid_report(GRID, dict(reversed(rows.items())), tmp_path / "two")
+    for path in (tmp_path / "one").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+
+
+def test_an_experiment_without_results_is_left_out(tmp_path: Path) -> None:
+    some: dict[str, Any] = {"other": {"lora_parameters": {}, **next(iter(made_up_rows().values()))}}
+    tables, page = write_grid_report(GRID, some, tmp_path)
+    assert tables == []
+    assert "Main" not in page.read_text()
