@@ -10,7 +10,7 @@ import pytest
 
 from fedelta.report.grid import write_grid_report
 from fedelta.report.grid_results import gather
-from fedelta.report.grid_tables import accuracy, first_aggregation, late, rounds_to_target, traffic
+from fedelta.report.grid_tables import accuracy, first_aggregation, high_rank_clients, late, rounds_to_target, traffic
 from fedelta.report.statistics import paired, spread
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion
@@ -65,6 +65,7 @@ def made_up_rows() -> dict[str, Row]:
                 "down": BYTES,
                 "up": {**BYTES, "adapter": 2_000_000},
                 "ranks": {"1": 3, "2": 1},
+                "promoted": ["client-009"] if r == 1 else [],
                 "deviation": {"layer.0.query": 0.1 * r, "layer.1.query": 0.2 * r},
                 "energy": [3.0, 1.0] if r else [0.0, 0.0],
                 "own": [
@@ -81,6 +82,7 @@ def made_up_rows() -> dict[str, Row]:
             "method": config.method.name,
             "seed": place.seed,
             "failed": None,
+            "clients": 10,
             "test": {"accuracy": final},
             "validation": {"accuracy": final},
             "lora_parameters": {"1": 10, "2": 20},
@@ -194,6 +196,12 @@ def test_the_first_aggregation_compares_high_rank_clients_with_what_they_get_bac
     (results,) = gather(GRID, made_up_rows())
     cells = rows_of(first_aggregation(results))["zero padding"]
     assert cells[:3] == ["90.00 ± 0.00", "22.00 ± 2.00", "-68.00 ± 2.00"]
+
+
+def test_who_has_the_high_rank_is_counted_from_the_start_and_from_promotions() -> None:
+    (results,) = gather(GRID, made_up_rows())
+    # The first five of ten from the start and one later; the partition's balanced tenth is client-000.
+    assert rows_of(high_rank_clients(results))["replication"][:2] == ["6.0 ± 0.0", "17 ± 0"]
 
 
 def test_a_table_reads_well_in_markdown_and_is_escaped_in_latex(tmp_path: Path) -> None:

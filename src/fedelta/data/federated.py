@@ -99,11 +99,15 @@ def build_data(corpus: Corpus, settings: DataSettings, sharing: PartitionSetting
     """
     shards = {}
     parts = partition(corpus.rows, list(corpus.train.labels), sharing, seed)
-    digits = max(3, len(str(len(parts) - 1)))
-    for i, rows in enumerate(parts):
-        client = f"client-{i:0{digits}d}"
+    for client, rows in zip(client_names(len(parts)), parts, strict=True):
         shards[client] = _shard(corpus.train, rows, client, settings.client_validation, seed)
     return FederatedData(shards, corpus.validation, corpus.test, corpus.classes)
+
+
+def client_names(clients: int) -> list[str]:
+    """Of so many clients, in the order of the partition, which is that of the alphabet."""
+    digits = max(3, len(str(clients - 1)))
+    return [f"client-{i:0{digits}d}" for i in range(clients)]
 
 
 def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, seed: int) -> Shard:

@@ -20,6 +20,7 @@ TABLES: Mapping[View, Callable[[Results], TextTable]] = {
     "traffic": grid_tables.traffic,
     "energy": grid_tables.energy,
     "first-aggregation": grid_tables.first_aggregation,
+    "high-rank-clients": grid_tables.high_rank_clients,
 }
 FIGURES: Mapping[View, Callable[[Results, Path], list[Path]]] = {
     "curves": grid_figures.curves,

@@ -4,7 +4,10 @@ import json
 from collections.abc import Callable
 from statistics import mean
 
+from fedelta.config import parse_config
+from fedelta.data.federated import client_names
 from fedelta.packing import ByteCount
+from fedelta.ranks import initial_ranks, quota
 from fedelta.report.grid_results import (
     LATE,
     Measure,
@@ -205,3 +208,31 @@ def _first_aggregation(row: Row) -> tuple[float, float] | None:
         return None
     high = max(client["rank"] for client in own)
     return mean(client["accuracy"] for client in own if client["rank"] == high), after["accuracy"]
+
+
+def high_rank_clients(results: Results) -> TextTable:
+    """How many of the clients that came to have the high rank hold balanced classes (partition `two-quality`)."""
+    head = [results.experiment.rows]
+    for panel in results.panels:
+        head += [f"{panel.label} {what}".strip() for what in ("with the high rank", "of them balanced, %")]
+    lines = []
+    for row in results.rows:
+        line = [row]
+        for panel in results.panels:
+            found = [_high_ranks(cell) for cell in results.trained(row, panel).values()]
+            line.append(spread([float(high) for high, _ in found], digits=1))
+            line.append(spread([balanced / high for high, balanced in found if high], 100, 0))
+        lines.append(line)
+    note = "Clients that had the high rank when the run ended, and the share of them whose classes are balanced."
+    return TextTable(f"{results.name}-high-rank-clients", f"{results.title}: who has the high rank", head, lines, note)
+
+
+def _high_ranks(row: Row) -> tuple[int, int]:
+    """Clients with the high rank at the end, and how many of them are among the balanced ones, which come first."""
+    config = parse_config(json.loads(row["config"]))
+    names = client_names(row["clients"])
+    first = initial_ranks(names, config.ranks, row["seed"])
+    high = {name for name in names if first[name] == config.ranks.high}
+    high |= {name for record in row["rounds"] for name in record["promoted"]}
+    balanced = set(names[: quota(config.partition.share, len(names))])
+    return len(high), len(high & balanced)

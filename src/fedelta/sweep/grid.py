@@ -26,7 +26,15 @@ from fedelta.methods import nearest
 from fedelta.settings import Settings
 
 View = Literal[
-    "accuracy", "late-accuracy", "rounds-to-target", "curves", "traffic", "energy", "deviation", "first-aggregation"
+    "accuracy",
+    "late-accuracy",
+    "rounds-to-target",
+    "curves",
+    "traffic",
+    "energy",
+    "deviation",
+    "first-aggregation",
+    "high-rank-clients",
 ]
 
 
