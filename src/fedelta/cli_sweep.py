@@ -16,14 +16,20 @@ def sweep(
     ] = None,
     size: Annotated[str | None, typer.Option(help="One of the grid's sizes; none: the first.")] = None,
     only: Annotated[str | None, typer.Option(help="Experiments, separated by commas.")] = None,
-    where: Annotated[list[str] | None, typer.Option(help="axis=value: cells with it alone; may be repeated.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="axis=value: of experiments with this axis, these cells alone; may be repeated."),
+    ] = None,
     tuning: Annotated[bool, typer.Option(help="Choose by the grid's trials first.")] = True,
     parallel: Annotated[int | None, typer.Option(help="Cells at once; none: as cores and memory allow.", min=1)] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the run folder of each cell.")] = False,
-    check: Annotated[str | None, typer.Option(help="Run this cell of the results again and compare.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run cells again that diverged.")] = False,
+    check: Annotated[
+        str | None, typer.Option(help="Run this cell (tables/cells.md names them) again and compare.")
+    ] = None,
 ) -> None:
-    """Run a grid of configurations, each cell once: one Parquet file, tables and figures."""
+    """Run a grid of configurations, each cell once: one Parquet file, tables and figures (docs/grids.md)."""
     from fedelta.config import read_override
     from fedelta.progress import GridProgress
     from fedelta.sweep.cells import Expansion
@@ -37,7 +43,7 @@ def sweep(
     grid = grid.model_copy(update=changes)
     expansion = Expansion(grid, names(only or ""), _wanted(where or []))
     with GridProgress(err) as progress:
-        sweep = Sweep(grid, expansion, output or grid.folder, parallel or "auto", keep, progress)
+        sweep = Sweep(grid, expansion, output or grid.folder, parallel or "auto", keep, retry, progress)
         if check is not None:
             difference = sweep.check(check)
             if difference is not None:

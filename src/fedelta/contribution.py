@@ -1,5 +1,6 @@
 """The door: an update is checked against the broadcast that it answers, once, and never again inside."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedelta.adapter import Adapter, LoraPair, Shapes, draw_basis
-from fedelta.errors import BadUpdate
+from fedelta.errors import BadUpdate, NotFinite
 from fedelta.messages import Broadcast, ClientUpdate
 
 MOST_EXAMPLES = 10**12
@@ -64,8 +65,8 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
         BadUpdate: naming the client, what was found and what was expected.
     """
 
-    def refuse(reason: str) -> BadUpdate:
-        return BadUpdate(sent.client, reason)
+    def refuse(reason: str, kind: type[BadUpdate] = BadUpdate) -> BadUpdate:
+        return kind(sent.client, reason)
 
     for name in ("client", "round", "scale"):
         found, expected = getattr(update, name), getattr(sent, name)
@@ -82,7 +83,8 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
         raise refuse(f"its metrics are a {type(update.metrics).__name__}, expected names and numbers")
     for name, value in update.metrics.items():
         if not isinstance(value, int | float) or not abs(value) <= MOST_METRIC:
-            raise refuse(f"it reports {name} {shown(value)}, expected a finite number")
+            kind = NotFinite if isinstance(value, float) and not math.isfinite(value) else BadUpdate
+            raise refuse(f"it reports {name} {shown(value)}, expected a finite number", kind)
     start = sent.adapter(shapes).truncate(update.rank)
     if set(update.factors) != sent.wire.up:
         found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.wire.up))
@@ -114,7 +116,7 @@ def _same_tensors(
     found: Mapping[str, Tensor],
     wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     what: str,
-    refuse: Callable[[str], BadUpdate],
+    refuse: Callable[..., BadUpdate],
 ) -> None:
     if set(found) != set(wanted):
         missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
@@ -124,4 +126,4 @@ def _same_tensors(
         if tensor.shape != shape or tensor.dtype != dtype:
             raise refuse(f"{what} {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
         if not finite(tensor):
-            raise refuse(f"{what} {name} holds NaN or infinite values")
+            raise refuse(f"{what} {name} holds NaN or infinite values", NotFinite)

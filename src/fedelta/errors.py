@@ -23,16 +23,22 @@ class BadUpdate(FedeltaError):
         self.reason = reason
 
 
+class NotFinite(BadUpdate):
+    """An update with NaN or infinity in it: its training has diverged."""
+
+
 class TooFewUpdates(FedeltaError):
     """A round with fewer usable updates than it needs; it is tried again, or the run stops.
 
     Args:
         skipped: client → why its update could not be used.
+        diverged: whether all of these were of training that diverged.
     """
 
-    def __init__(self, line: str, skipped: dict[str, str]) -> None:
+    def __init__(self, line: str, skipped: dict[str, str], diverged: bool = False) -> None:
         super().__init__(line)
         self.skipped = skipped
+        self.diverged = diverged
 
 
 class Diverged(FedeltaError):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedelta.adapter import Shapes
 from fedelta.contribution import Contribution, receive
-from fedelta.errors import BadUpdate, ClientFailed, one_line
+from fedelta.errors import BadUpdate, ClientFailed, NotFinite, one_line
 from fedelta.messages import Broadcast, ClientUpdate
 
 
@@ -33,6 +33,7 @@ class Intake:
     Attributes:
         contributors: clients whose updates were handed on.
         skipped: client → why its update was not.
+        diverged: those of them whose training left the finite numbers.
         versions: client → base version that it is known to hold.
         losses: client → validation loss, of those who were asked for it or judged by the server.
         pruned: client → rank, of those who sent a lower one than they were given.
@@ -56,6 +57,7 @@ class Intake:
         self._loss: list[tuple[float, float]] = []
         self.contributors: list[str] = []
         self.skipped: dict[str, str] = {}
+        self.diverged: set[str] = set()
         self.versions: dict[str, int] = {}
         self.losses: dict[str, float] = {}
         self.pruned: dict[str, int] = {}
@@ -84,6 +86,8 @@ class Intake:
             raise update
         reason = update.reason if isinstance(update, BadUpdate | ClientFailed) else f"{type(update).__name__}: {update}"
         self.skipped[sent.client] = one_line(reason)
+        if isinstance(update, NotFinite):
+            self.diverged.add(sent.client)
         return None
 
     def _count(self, sent: Broadcast, contribution: Contribution) -> None:

@@ -1,5 +1,6 @@
 """What a result was made on and with, and how much memory that took."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -28,16 +29,21 @@ def versions() -> dict[str, str]:
     return found | {"fedelta": version("fedelta"), "commit": _commit()}
 
 
+@functools.cache
 def _commit() -> str:
-    """Of the checkout that this file is in, marked if that has changes; empty elsewhere."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    """Of the checkout that this package was loaded from, marked if its code has changes; empty elsewhere."""
     try:
         # Whatever repository an installed package may lie in, it is not ours.
-        tracked = subprocess.run(["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True)
-        return "" if tracked.returncode else subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
+        _git("ls-files", "--error-unmatch", __file__)
+        changed = _git("status", "--porcelain", "--untracked-files=no", ".")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def peak_mb() -> float:

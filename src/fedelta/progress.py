@@ -56,7 +56,7 @@ class Lines(Observer):
 
 
 class GridProgress(SweepObserver):
-    """Shows a grid: a bar of its rounds where there is a terminal, a line for each cell where there is none."""
+    """Shows a grid: bars where there is a terminal, a line for each cell where there is none."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -74,10 +74,11 @@ class GridProgress(SweepObserver):
         self._rounds = self.progress.add_task("rounds", total=None, note="", before=0)
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._done = self._all = self._rounds_done = 0
+        self._lock = threading.Lock()
+        self._left: dict[str, int] = {}
+        self._all = self._finished = self._new = 0
         self._begin = time.monotonic()
-        self._new = 0
-        self._running: Path | None = None
+        self._running = Path()
 
     def __enter__(self) -> "GridProgress":
         self.progress.start()
@@ -90,38 +91,49 @@ class GridProgress(SweepObserver):
         self.progress.stop()
 
     def planned(self, what: str, cells: Mapping[str, Config], left: Collection[str], running: Path) -> None:
-        self._running, self._all, self._done = running, len(cells), len(cells) - len(left)
-        self._rounds_done = sum(config.rounds for key, config in cells.items() if key not in left)
-        self._new, self._begin = 0, time.monotonic()
-        total = sum(config.rounds for config in cells.values())
-        self.progress.reset(self._cells, total=self._all, completed=self._done, before=self._done, description=what)
-        self.progress.reset(self._rounds, total=total, completed=self._rounds_done, before=self._rounds_done)
+        with self._lock:
+            self._running, self._all = running, len(cells)
+            self._left = {key: cells[key].rounds for key in left}
+            self._finished = sum(config.rounds for key, config in cells.items() if key not in left)
+            self._new, self._begin = 0, time.monotonic()
+            total = sum(config.rounds for config in cells.values())
+            done = len(cells) - len(left)
+            # What an interrupted cell had done before is no pace of now.
+            before = self._finished + sum(self._under_way().values())
+            self.progress.reset(self._cells, total=len(cells), completed=done, before=done, note="", description=what)
+            self.progress.reset(self._rounds, total=total, completed=before, before=before, note="")
         self.say(f"{what}: {len(left)} of {len(cells)} cells to run")
 
-    def cell_done(self, config: Config, row: Mapping[str, Any]) -> None:
-        self._done, self._new = self._done + 1, self._new + 1
-        self._rounds_done += config.rounds
-        self.progress.update(self._cells, completed=self._done)
-        score = f"{100 * row['test']['accuracy']:.2f} %" if row["test"] else "diverged"
+    def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._finished += self._left.pop(key)
+            self._new += 1
+            done = self._all - len(self._left)
+            self.progress.update(self._cells, completed=done, note=name)
         if not self.console.is_terminal:
+            score = "diverged"
+            if row["validation"]:
+                score = f"validation accuracy {100 * row['validation']['accuracy']:.2f} %"
             pace = (time.monotonic() - self._begin) / self._new
-            left = timedelta(seconds=round(pace * (self._all - self._done)))
-            self.say(
-                f"{self._done} of {self._all}: {row['cell']} {row['method']}, seed {row['seed']}: {score}; {left} left"
-            )
+            left = timedelta(seconds=round(pace * len(self._left)))
+            self.say(f"{done} of {self._all}: {name}: {score}; {left} left")
 
     def say(self, message: str) -> None:
         self.console.print(escape(message), highlight=False, soft_wrap=True)
 
-    def _watch(self) -> None:
-        """Finished rounds of the cells under way, from their files: they run in processes of their own."""
-        while not self._stop.wait(1.0):
-            if self._running is None:
-                continue
-            files = list(self._running.glob("*/rounds.jsonl"))
+    def _under_way(self) -> dict[str, int]:
+        """Finished rounds of each cell that has begun, from its file: it runs in a process of its own."""
+        found = {}
+        for key in self._left:
             with suppress(OSError):
-                lines = sum(file.read_bytes().count(b"\n") for file in files)
-                self.progress.update(self._rounds, completed=self._rounds_done + lines, note=f"{len(files)} under way")
+                found[key] = (self._running / key / "rounds.jsonl").read_bytes().count(b"\n")
+        return found
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            with self._lock:
+                rounds = self._finished + sum(self._under_way().values())
+                self.progress.update(self._rounds, completed=rounds)
 
 
 class TerminalProgress(Lines):

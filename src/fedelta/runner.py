@@ -72,6 +72,15 @@ def _corpus(key: str) -> tuple[Corpus, Any]:
     return build_corpus(config.data, tokenizer, splits, values, names), tokenizer
 
 
+def warm(config: Config) -> None:
+    """Read and tokenise what a run needs, ahead of the runs of processes that are forked from this one.
+
+    Raises:
+        FedeltaError: if the data or the tokenizer are not there.
+    """
+    _corpus(_corpus_key(config))
+
+
 def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, FederatedData]:
     """A warm model and the rows of everyone, as a configuration has them.
 

@@ -245,6 +245,7 @@ class Server:
                 f"round {state.round}: {usable} usable updates, "
                 f"expected at least {self.settings.min_clients} ({reasons})",
                 dict(intake.skipped),
+                diverged=bool(intake.skipped) and intake.diverged == set(intake.skipped),
             )
         for module, pair in moments.means().items():
             # A product of factors as large as this may overflow where the factors themselves do not.

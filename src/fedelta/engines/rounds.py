@@ -1,5 +1,6 @@
 """The rounds of a run, whatever carries the messages: sample, step, evaluate, write down."""
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -227,10 +228,12 @@ class Engine(ABC):
             # Whatever ran since the reply was handed over is the server's folding it in.
             watch.lap("aggregation")
 
-    def _judge(self, state: ServerState, answer: Answer) -> dict[str, float]:
+    def _judge(self, state: ServerState, answer: Answer) -> dict[str, float | None]:
         assert isinstance(answer.update, ClientUpdate)
         scores = self.evaluator.evaluate_client(state, answer.sent, answer.update, self.validation)
-        return {"rank": answer.update.rank, **scores}
+        # To look at a client must not end the run: what is not finite is left out.
+        finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        return {"rank": answer.update.rank, **finite}
 
     def _loss(self, state: ServerState, answer: Answer) -> float | None:
         """On the server's own rows, where ranks are given out by that."""
@@ -240,9 +243,10 @@ class Engine(ABC):
         if not isinstance(update, ClientUpdate):
             return None
         try:
-            return self.evaluator.evaluate_client(state, answer.sent, update, self._judges)["loss"]
+            loss = self.evaluator.evaluate_client(state, answer.sent, update, self._judges)["loss"]
         except BadUpdate:
             return None  # it will be refused
+        return loss if math.isfinite(loss) else None
 
 
 def _record(

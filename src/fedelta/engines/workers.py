@@ -42,13 +42,15 @@ class Workers:
     Args:
         count: of processes; 1 is this one.
         threads: of torch in each. More than one needs `count` 1: a forked process can't use its parent's.
+        fresh: fork one for each task, for tasks so long that what a process gathers would outweigh its birth.
     """
 
-    def __init__(self, count: int, threads: int = 1) -> None:
+    def __init__(self, count: int, threads: int = 1, fresh: bool = False) -> None:
         if count > 1 and threads > 1:
             raise ValueError("forked workers have one thread each")
         self.count = count
         self.threads = threads
+        self.fresh = fresh
 
     def map(self, work: Work, costs: Sequence[float]) -> Iterator[Result]:
         """As `as_completed`, in order."""
@@ -75,7 +77,7 @@ class Workers:
             torch.set_num_threads(self.threads)
             yield from ((i, work(i)) for i in range(len(costs)))
             return
-        pool = _Pool(work, min(self.count, len(costs)))
+        pool = _Pool(work, min(self.count, len(costs)), self.fresh)
         try:
             yield from pool.run(_order(costs, WINDOW * self.count))
         finally:
@@ -96,8 +98,9 @@ def _order(costs: Sequence[float], window: int) -> list[int]:
 
 
 class _Pool:
-    def __init__(self, work: Work, count: int) -> None:
+    def __init__(self, work: Work, count: int, fresh: bool) -> None:
         self.work = work
+        self.fresh = fresh
         self.busy: dict[Connection, tuple[Any, int]] = {}
         self.idle = [self._fork() for _ in range(count)]
 
@@ -133,14 +136,18 @@ class _Pool:
                 process, i = self.busy[ready]
                 try:
                     finished.append((i, _receive(ready)))
-                    self.idle.append((ready, process))
+                    if self.fresh:
+                        self._bury(ready, process)
+                        self.idle.append(self._fork())
+                    else:
+                        self.idle.append((ready, process))
                 except (EOFError, OSError):
                     self._bury(ready, process)
                     deaths[i] += 1
                     if deaths[i] > 1:
                         raise FedeltaError(
                             f"a worker process died twice at the same work ({_cause(process.exitcode)}); "
-                            "with workers=1 it runs in the main process"
+                            "with workers=1, or --parallel 1 in a grid, it runs in the main process"
                         ) from None
                     waiting.appendleft(i)
                     self.idle.append(self._fork())

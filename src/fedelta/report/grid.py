@@ -1,15 +1,15 @@
 """A grid's results for people: tables, figures, and one page that holds them all, made from its Parquet file alone."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
 from fedelta.report import grid_figures, grid_tables
-from fedelta.report.grid_results import Results, gather
+from fedelta.report.grid_results import Results, gather, places
 from fedelta.report.tables import TextTable
-from fedelta.sweep.cells import Expansion, choose_or_nothing
+from fedelta.sweep.cells import Expansion, Place, chosen_by
 from fedelta.sweep.grid import Grid, View, load_grid
 from fedelta.sweep.results import FILE, Row, late_accuracy, read_rows
 
@@ -47,7 +47,9 @@ def write_grid_report(grid: Grid, rows: Mapping[str, Row], folder: Path) -> tupl
     Returns:
         The tables, and the path of the page.
     """
-    parts = [f"# {grid.name}{', ' + grid.size if grid.size else ''}", circumstances(rows)]
+    ran = places(grid, rows)
+    mine = {place.key: rows[place.key] for place in ran}
+    parts = [f"# {grid.name}{', ' + grid.size if grid.size else ''}", circumstances(mine, len(rows) - len(mine))]
     tables = []
     if grid.tuning is not None:
         tables.append(chosen_table(grid, rows))
@@ -68,6 +70,8 @@ def write_grid_report(grid: Grid, rows: Mapping[str, Row], folder: Path) -> tupl
             if view in FIGURES:
                 paths = FIGURES[view](results, folder / "figures")
                 parts += [f"![{results.title}: {view}](figures/{p.name})" for p in paths if p.suffix == ".svg"]
+    parts.append("[cells.md](cells.md) lists every run by the name that `fedelta sweep --check` takes.")
+    write_file(folder / "cells.md", _cells(grid, ran, rows))
     write_file(folder / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
     return tables, folder / "report.md"
 
@@ -76,7 +80,7 @@ def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
     """What tuning chose, and the validation accuracy of every candidate."""
     assert grid.tuning is not None
     _, trials = Expansion(grid).trials()
-    chosen = choose_or_nothing(grid, trials, rows)
+    chosen = chosen_by(grid, trials, rows) or {}
     names = [key.rpartition(".")[2].replace("_", " ") for key in grid.tuning.search]
     candidates = list(dict.fromkeys(tuple(trial.choice.values()) for trial in trials))
     head = [grid.tuning.axis]
@@ -91,27 +95,48 @@ def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
         if scores:
             text = "diverged" if None in scores else f"{100 * sum(s or 0 for s in scores) / len(scores):.2f}"
         if chosen.get(trial.value) == trial.choice:
-            text = f"**{text}**"
-        lines.setdefault(trial.value, [trial.value]).append(text)
+            text = f"{text} *"
+        lines.setdefault(trial.value, [grid.label(trial.value)]).append(text)
     at = ", ".join(["", *map(grid.label, grid.tuning.at.values())])
     seeds = ", ".join(map(str, grid.tuning.seeds))
     note = (
-        f"Validation accuracy, %, mean of the last {grid.tuning.last:.0%} of evaluations{at}, seeds {seeds}; in bold "
-        "what was chosen, and is used everywhere."
+        f"Validation accuracy, %, mean of the last {grid.tuning.last:.0%} of evaluations{at}, seeds {seeds}. "
+        "With a star what was chosen, and is used everywhere."
     )
     return TextTable("tuning", "Candidates", head, list(lines.values()), note)
 
 
-def circumstances(rows: Mapping[str, Row]) -> str:
-    """How many runs, when, on what and with what, in a paragraph."""
+def _cells(grid: Grid, ran: Sequence[Place], rows: Mapping[str, Row]) -> str:
+    """Every run: what it is part of, and what came of it."""
+    lines = []
+    for place in ran:
+        row = rows[place.key]
+        scores = [f"{100 * row[split]['accuracy']:.2f}" if row[split] else "–" for split in ("validation", "test")]
+        values = ", ".join(map(grid.label, place.values.values()))
+        lines.append([place.key, place.experiment, values, str(place.seed), *scores, row["failed"] or ""])
+    head = ["cell", "experiment", "values", "seed", "validation, %", "test, %", "diverged"]
+    return TextTable("cells", "Cells", head, lines).markdown()
+
+
+def circumstances(rows: Mapping[str, Row], others: int = 0) -> str:
+    """How many runs, when, on what and with what, in a paragraph.
+
+    Args:
+        rows: of the grid.
+        others: how many more the file holds, of an earlier form of it.
+    """
+    if not rows:
+        return f"None of the runs of this grid; the file holds {others} others."
     machines = sorted({row["machine"] for row in rows.values()})
     found = sorted({json.dumps(row["versions"], sort_keys=True) for row in rows.values()})
     versions = [", ".join(f"{name} {v}" for name, v in json.loads(text).items() if v) for text in found]
     hours = sum(row["seconds"] or 0 for row in rows.values()) / 3600
     failed = sum(row["failed"] is not None for row in rows.values())
     days = sorted({row["finished"][:10] for row in rows.values()})
+    lost = sum(r["sampled"] - r["clients"] for row in rows.values() for r in row["rounds"])
     return (
-        f"{len(rows)} runs{f', {failed} of which diverged' if failed else ''}, {hours:.2f} hours of rounds, "
+        f"{len(rows)} runs{f', {failed} of which diverged' if failed else ''}{f', {others} others' if others else ''}; "
+        f"{lost} updates of clients were lost or refused. {hours:.2f} hours of rounds, summed over runs side by side, "
         f"{days[0]}{' to ' + days[-1] if days[-1] != days[0] else ''}, on {'; '.join(machines)}. "
         f"Versions: {'; '.join(versions)}."
     )

@@ -1,9 +1,10 @@
 """Figures of a grid's experiments, as SVG and PNG."""
 
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any
 
+from fedelta.report import statistics
 from fedelta.report.grid_results import Results, mean_by_round, mean_deviation, shares_of_energy
 from fedelta.report.plot import draw_curve, pyplot, save
 
@@ -16,10 +17,11 @@ def curves(results: Results, folder: Path) -> list[Path]:
     figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
     for axes, panel in zip(grid, results.panels, strict=False):
         for i, row in enumerate(results.rows):
-            points = [(n, mean(v), pstdev(v)) for n, v in mean_by_round(list(results.trained(row, panel).values()))]
+            found = mean_by_round(list(results.trained(row, panel).values()))
+            points = [(number, mean(values), statistics.deviation(values)) for number, values in found]
             if points:
-                draw_curve(axes, points, label=row, **_style(i, len(results.rows)))
-        axes.set(title=panel.label, ylabel="validation accuracy")
+                draw_curve(axes, points, label=results.label(row), **_style(i, len(results.rows)))
+        axes.set(title=panel.label, ylabel="validation accuracy, ± s.d.")
     _legend(figure, grid)
     return save(_titled(figure, results), folder, f"{results.name}-curves")
 
@@ -44,9 +46,9 @@ def energy(results: Results, folder: Path) -> list[Path]:
         )
         shown.set_extent((0.5, len(image[0]) + 0.5, 0.5, width + 0.5))
         axes.set_facecolor("black")  # nothing at all
-        axes.set(title=row, xlabel="round", ylabel="rank index")
+        axes.set(title=results.label(row), xlabel="round", ylabel="rank index")
     figure.colorbar(shown, ax=grid, label="share of energy")
-    return save(_titled(figure, results), folder, f"{results.name}-energy")
+    return save(_titled(figure, results, results.panels[0].label), folder, f"{results.name}-energy")
 
 
 def deviation(results: Results, folder: Path) -> list[Path]:
@@ -56,8 +58,8 @@ def deviation(results: Results, folder: Path) -> list[Path]:
         for i, row in enumerate(results.rows):
             found = mean_deviation(list(results.trained(row, panel).values()))
             if found:
-                style = _style(i, len(results.rows))
-                axes.plot(range(len(found)), list(found.values()), marker="o", markersize=3, label=row, **style)
+                style = {"marker": "o", "markersize": 3, "label": results.label(row), **_style(i, len(results.rows))}
+                axes.plot(range(len(found)), list(found.values()), **style)
                 axes.set_xticks(range(len(found)), [_short(module) for module in found], rotation=60, ha="right")
                 axes.tick_params(axis="x", labelsize=7)
         axes.set(title=panel.label, ylabel="‖ΔW − B̄Ā‖ / ‖ΔW‖", ylim=(0, None))
@@ -96,7 +98,7 @@ def _legend(figure: Any, grid: list[Any]) -> None:
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
 
 
-def _titled(figure: Any, results: Results) -> Any:
+def _titled(figure: Any, results: Results, panel: str = "") -> Any:
     left = f" ({results.missing} runs still missing)" if results.missing else ""
-    figure.suptitle(results.title + left, fontsize=11)
+    figure.suptitle(results.title + (f": {panel}" if panel else "") + left, fontsize=11)
     return figure

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from fedelta.report.table import REACH
-from fedelta.sweep.cells import Expansion, choose_or_nothing
+from fedelta.sweep.cells import Expansion, Place, chosen_by
 from fedelta.sweep.grid import Experiment, Grid
 from fedelta.sweep.results import Row, evaluations, late_accuracy
 
@@ -35,6 +35,8 @@ class Results:
         asked: number of cells.
         panels: with at least one result.
         cells: (row, panel) → seed → the cell's row; what has not run is not there.
+        names: value of an axis → what people are shown for it, where that differs.
+        goals: panel → the configured target.
     """
 
     name: str
@@ -43,6 +45,12 @@ class Results:
     asked: int
     panels: list[Panel]
     cells: Mapping[tuple[str, Panel], Mapping[int, Row]]
+    names: Mapping[str, str]
+    goals: Mapping[Panel, float | None]
+
+    def label(self, row: str) -> str:
+        """What people are shown for a row."""
+        return self.names.get(row, row)
 
     @property
     def title(self) -> str:
@@ -83,11 +91,9 @@ class Results:
         return ours, theirs
 
     def target(self, panel: Panel) -> float | None:
-        """Validation accuracy for «rounds to target»."""
-        cells = [cell for row in self.rows for cell in self.trained(row, panel).values()]
-        if not cells:
-            return None
-        return REACH * max(cell["validation"]["accuracy"] for cell in cells)
+        """Validation accuracy for «rounds to target»: as configured, or a share of the best final one."""
+        finals = [cell["validation"]["accuracy"] for row in self.rows for cell in self.trained(row, panel).values()]
+        return self.goals.get(panel) or (REACH * max(finals) if finals else None)
 
 
 Measure = Callable[[Row], float | None]
@@ -111,21 +117,30 @@ def gather(grid: Grid, rows: Mapping[str, Row]) -> list[Results]:
     """The experiments of a grid with what has been run of them."""
     expansion = Expansion(grid)
     _, trials = expansion.trials()
-    places = expansion.cells(choose_or_nothing(grid, trials, rows)).places
+    plan = expansion.cells(chosen_by(grid, trials, rows))
     found = []
     for name, experiment in grid.experiments.items():
         cells: dict[tuple[str, Panel], dict[int, Row]] = {}
+        goals: dict[Panel, float | None] = {}
         panels = _panels(grid, experiment)
         by_values = {panel.values: panel for panel in panels}
-        for place in places:
-            if place.experiment == name and place.key in rows:
-                others = tuple((axis, v) for axis, v in place.values.items() if axis != experiment.rows)
-                at = place.values[experiment.rows], by_values[others]
-                cells.setdefault(at, {})[place.seed] = rows[place.key]
+        for place in (place for place in plan.places if place.experiment == name):
+            panel = by_values[tuple((axis, v) for axis, v in place.values.items() if axis != experiment.rows)]
+            goals[panel] = plan.cells[place.key].evaluation.target
+            if place.key in rows:
+                cells.setdefault((place.values[experiment.rows], panel), {})[place.seed] = rows[place.key]
         asked = len(panels) * len(experiment.axes[experiment.rows]) * len(grid.seeds)
         ran = [panel for panel in panels if any(at[1] == panel for at in cells)]
-        found.append(Results(name, experiment, grid.seeds, asked, ran, cells))
+        found.append(Results(name, experiment, grid.seeds, asked, ran, cells, grid.labels, goals))
     return found
+
+
+def places(grid: Grid, rows: Mapping[str, Row]) -> list[Place]:
+    """Trials and cells that have been run, in the order of the grid."""
+    expansion = Expansion(grid)
+    plan, trials = expansion.trials()
+    found = [*plan.places, *expansion.cells(chosen_by(grid, trials, rows)).places]
+    return [place for place in found if place.key in rows]
 
 
 def _panels(grid: Grid, experiment: Experiment) -> list[Panel]:

@@ -19,10 +19,9 @@ from fedelta.report.grid_results import (
     shares_of_energy,
 )
 from fedelta.report.statistics import paired, spread
+from fedelta.report.table import MB, REACH
 from fedelta.report.tables import TextTable
 from fedelta.sweep.results import Row
-
-MB = 1e6
 
 
 def accuracy(results: Results) -> TextTable:
@@ -43,25 +42,27 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
     head += [panel.label or title for panel in results.panels]
     several = len(results.panels) > 1
     if several:
-        head += ["all: difference", "95 % interval", "p"]
+        head += ["all: difference", "95 % interval", "p", "pairs"]
     lines = []
     for row in results.rows:
-        line = [row]
+        line = [results.label(row)]
         for panel in results.panels:
             line.append(_with_failures(results, row, panel, measure) + _p(results, row, panel, measure))
         if several:
             line += _difference(results, row, measure)
         lines.append(line)
-    pairs = len(results.panels) * len(results.seeds)
-    note += f" In brackets p of a paired t-test against {results.baseline} over seeds, not corrected for their number"
-    note += f"; all: {pairs} pairs of column and seed taken as independent." if several else "."
+    if len(results.seeds) > 1:
+        baseline = results.label(results.baseline)
+        note += f" In brackets p of a paired t-test against {baseline} over seeds, not corrected for their number"
+        note += "; all: pairs of column and seed, taken as independent." if several else "."
+        note += " What diverged is in no mean and no test."
     return TextTable(f"{results.name}-{name}", f"{results.title}: {title}", head, lines, note)
 
 
 def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -> str:
     text = spread(list(results.values(row, panel, measure).values()), 100)
     failed = len(results.cells.get((row, panel), {})) - len(results.trained(row, panel))
-    return f"{text} ({failed} diverged)" if failed else text
+    return f"{text}, {failed} diverged" if failed else text
 
 
 def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
@@ -70,28 +71,32 @@ def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
 
 
 def _difference(results: Results, row: str, measure: Measure) -> list[str]:
-    found = None if row == results.baseline else paired(*results.pairs(row, results.panels, measure))
+    ours, theirs = results.pairs(row, results.panels, measure)
+    found = None if row == results.baseline else paired(ours, theirs)
     if found is None:
-        return ["", "", ""]
-    return [f"{100 * found.mean:+.2f}", f"{100 * found.low:+.2f} to {100 * found.high:+.2f}", f"{found.p:.3f}"]
+        return ["", "", "", ""]
+    interval = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
+    return [f"{100 * found.mean:+.2f}", interval, f"{found.p:.3f}", str(found.pairs)]
 
 
 def rounds_to_target(results: Results) -> TextTable:
     """Rounds until validation accuracy reached the target."""
-    targets = [results.target(panel) for panel in results.panels]
+    targets = {panel: target for panel in results.panels if (target := results.target(panel)) is not None}
     head = [results.experiment.rows]
-    for panel, target in zip(results.panels, targets, strict=True):
-        head.append(f"{panel.label} to {100 * (target or 0):.1f} %".strip())
+    head += [f"{panel.label} to {100 * target:.1f} %".strip() for panel, target in targets.items()]
     lines = []
     for row in results.rows:
-        line = [row]
-        for panel, target in zip(results.panels, targets, strict=True):
-            ran = results.trained(row, panel)
-            hits = list(results.values(row, panel, rounds_to(target or 0)).values())
-            missed = f" ({len(hits)} of {len(ran)})" if 0 < len(hits) < len(ran) else ""
+        line = [results.label(row)]
+        for panel, target in targets.items():
+            ran = results.cells.get((row, panel), {})
+            hits = list(results.values(row, panel, rounds_to(target)).values())
+            missed = f", {len(hits)} of {len(ran)}" if 0 < len(hits) < len(ran) else ""
             line.append(spread(hits, digits=1) + missed if hits or not ran else "not reached")
         lines.append(line)
-    note = "Finished rounds when validation accuracy first was at the target; in brackets how many seeds reached it."
+    note = (
+        "Finished rounds when validation accuracy first was at the target, and how many of the seeds reached it where "
+        f"not all did. The target is evaluation.target, or else {100 * REACH:.0f} % of the column's best final accuracy."
+    )
     return TextTable(f"{results.name}-rounds-to-target", f"{results.title}: rounds to target", head, lines, note)
 
 
@@ -99,31 +104,33 @@ def traffic(results: Results) -> TextTable:
     """Parameters and measured bytes of a client in a round."""
     panels = _by_model(results)
     head = [results.experiment.rows]
-    for label in panels:
+    for panel in panels:
+        label = panel.label if len(results.panels) > 1 else ""
         head += [f"{label} LoRA parameters".strip(), "adapter down, MB", "adapter up, MB", "patch down, MB", "all, MB"]
     lines = []
     for row in results.rows:
-        line = [row]
-        for panel in panels.values():
+        line = [results.label(row)]
+        for panel in panels:
             cells = list(results.trained(row, panel).values())
             line += [_averaged(cells, measure) for measure in _TRAFFIC] if cells else ["–"] * len(_TRAFFIC)
         lines.append(line)
     note = (
-        "A client in a round, mean over clients and rounds: LoRA parameters at the ranks of the last round, and 10⁶ "
-        "bytes as serialised. All: both directions, with heads and overhead."
+        "A client in a round, mean over those that were sent something: LoRA parameters at the ranks of the last "
+        "round, and 10⁶ bytes as serialised. All: both directions, with heads and overhead."
     )
     return TextTable(f"{results.name}-traffic", f"{results.title}: parameters and bytes a client", head, lines, note)
 
 
-def _by_model(results: Results) -> dict[str, Panel]:
-    """The first panel of each model, by the value of the axis that tells them apart."""
-    found: dict[str, tuple[str, Panel]] = {}
+def _by_model(results: Results) -> list[Panel]:
+    """The first panel of each model and of each way in which ranks are given out: data change no bytes."""
+    found: dict[str, Panel] = {}
     for panel in results.panels:
         cells = [cell for row in results.rows for cell in results.trained(row, panel).values()]
         if cells:
-            name = json.loads(cells[0]["config"])["model"]["name"]
-            found.setdefault(name, (panel.label, panel))
-    return {label if len(found) > 1 else "": panel for label, panel in found.values()}
+            config = json.loads(cells[0]["config"])
+            differing = [config[name] for name in ("model", "lora", "ranks", "federation")]
+            found.setdefault(json.dumps(differing), panel)
+    return list(found.values())
 
 
 def lora_parameters(row: Row) -> float:
@@ -134,7 +141,7 @@ def lora_parameters(row: Row) -> float:
 
 def _bytes(direction: str, part: str) -> Callable[[Row], float]:
     def measure(row: Row) -> float:
-        return sum(r[direction][part] for r in row["rounds"]) / sum(r["clients"] for r in row["rounds"])
+        return sum(r[direction][part] for r in row["rounds"]) / sum(r["sampled"] for r in row["rounds"])
 
     return measure
 
@@ -163,20 +170,26 @@ def energy(results: Results) -> TextTable:
     head += [panel.label or "share, %" for panel in results.panels]
     lines = []
     for row in results.rows:
-        line = [row]
+        line = [results.label(row)]
         for panel in results.panels:
-            cells = results.trained(row, panel).values()
-            line.append(spread([_above_lowest(cell) for cell in cells], 100, 1))
+            found = [_above_lowest(cell) for cell in results.trained(row, panel).values()]
+            line.append(spread([share for share in found if share is not None], 100, 1))
         lines.append(line)
     note = (
-        "Share of the adapter's energy Σ‖b_j a_j‖² in the rank indices that only high-rank clients have, last round, %."
+        "Share of the adapter's energy Σ‖b_j a_j‖² in rank indices above the lowest rank of any client, last round, "
+        "%; a dash where all ranks are equal, or the adapter has just been merged into the base."
     )
     return TextTable(f"{results.name}-energy", f"{results.title}: energy above the lowest rank", head, lines, note)
 
 
-def _above_lowest(row: Row) -> float:
-    lowest = json.loads(row["config"])["ranks"]["low"]
-    return sum(shares_of_energy(row)[-1][lowest:])
+def _above_lowest(row: Row) -> float | None:
+    ranks = [int(rank) for record in row["rounds"] for rank in record["ranks"]]
+    shares = shares_of_energy(row)[-1]
+    if min(ranks) == max(ranks) or not any(shares):
+        return None
+    # HetLoRA's clients may prune themselves below the rank that they were given.
+    lowest = min(int(rank) for rank in row["rounds"][0]["ranks"])
+    return sum(shares[lowest:])
 
 
 def first_aggregation(results: Results) -> TextTable:
@@ -186,7 +199,7 @@ def first_aggregation(results: Results) -> TextTable:
         head += [f"{panel.label} {when}".strip() for when in ("before", "after", "change")]
     lines = []
     for row in results.rows:
-        line = [row]
+        line = [results.label(row)]
         for panel in results.panels:
             cells = results.trained(row, panel)
             both = [found for cell in cells.values() if (found := _first_aggregation(cell)) is not None]
@@ -217,19 +230,25 @@ def high_rank_clients(results: Results) -> TextTable:
         head += [f"{panel.label} {what}".strip() for what in ("with the high rank", "of them balanced, %")]
     lines = []
     for row in results.rows:
-        line = [row]
+        line = [results.label(row)]
         for panel in results.panels:
-            found = [_high_ranks(cell) for cell in results.trained(row, panel).values()]
+            ranked = [_high_ranks(cell) for cell in results.trained(row, panel).values()]
+            found = [pair for pair in ranked if pair is not None]
             line.append(spread([float(high) for high, _ in found], digits=1))
             line.append(spread([balanced / high for high, balanced in found if high], 100, 0))
         lines.append(line)
-    note = "Clients that had the high rank when the run ended, and the share of them whose classes are balanced."
+    note = (
+        "Clients that were given the high rank, and the share of them whose classes are balanced; a dash where the "
+        "partition is not two-quality."
+    )
     return TextTable(f"{results.name}-high-rank-clients", f"{results.title}: who has the high rank", head, lines, note)
 
 
-def _high_ranks(row: Row) -> tuple[int, int]:
-    """Clients with the high rank at the end, and how many of them are among the balanced ones, which come first."""
+def _high_ranks(row: Row) -> tuple[int, int] | None:
+    """Clients that were given the high rank, and how many of them are among the balanced ones, which come first."""
     config = parse_config(json.loads(row["config"]))
+    if config.partition.kind != "two-quality":
+        return None
     names = client_names(row["clients"])
     first = initial_ranks(names, config.ranks, row["seed"])
     high = {name for name in names if first[name] == config.ranks.high}

@@ -3,10 +3,11 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any
 
 from fedelta.atomic import write_file
+from fedelta.report.statistics import deviation
 from fedelta.runner import Run
 
 
@@ -20,7 +21,7 @@ def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
                 for record in run.records:
                     if record["validation"]:
                         by_round.setdefault(record["round"] + 1, []).append(record["validation"]["accuracy"])
-        result[method] = [(r, mean(values), pstdev(values)) for r, values in sorted(by_round.items())]
+        result[method] = [(r, mean(values), deviation(values)) for r, values in sorted(by_round.items())]
     return result
 
 

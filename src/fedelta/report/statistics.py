@@ -34,13 +34,19 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
     from scipy import stats
 
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if len(differences) < 2 or stdev(differences) == 0:
+    # Differences that are equal up to rounding have no spread to test against.
+    if len(differences) < 2 or stdev(differences) <= 1e-9 * max(map(abs, [*ours, *theirs])):
         return None
     test = stats.ttest_rel(ours, theirs)
     interval = test.confidence_interval(CONFIDENCE)
     return Difference(
         mean(differences), float(interval.low), float(interval.high), float(test.pvalue), len(differences)
     )
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 of a single one."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def spread(values: Sequence[float], factor: float = 1.0, digits: int = 2) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rich.table
+from rich.markup import escape
 from tabulate import tabulate
 
 from fedelta.atomic import write_file
@@ -29,19 +30,20 @@ class TextTable:
 
     def markdown(self) -> str:
         """The bare table."""
-        return self._format("pipe") + "\n"
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in [self.head, *self.rows]]
+        return self._format("pipe", rows) + "\n"
 
     def latex(self) -> str:
         """A booktabs tabular with title and note as comments."""
         comments = "".join(f"% {line}\n" for line in (self.title, self.note) if line)
-        return comments + self._format("latex_booktabs") + "\n"
+        return comments + self._format("latex_booktabs", [self.head, *self.rows]) + "\n"
 
     def console(self) -> rich.table.Table:
-        table = rich.table.Table(title=self.title, caption=self.note or None, caption_justify="left")
+        table = rich.table.Table(title=escape(self.title), caption=escape(self.note) or None, caption_justify="left")
         for i, name in enumerate(self.head):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(escape(name), justify="left" if i == 0 else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
     def write(self, folder: Path) -> list[Path]:
@@ -51,6 +53,6 @@ class TextTable:
         write_file(paths[1], self.latex())
         return paths
 
-    def _format(self, style: str) -> str:
+    def _format(self, style: str, rows: list[list[str]]) -> str:
         align = ["left"] + ["right"] * (len(self.head) - 1)
-        return tabulate(self.rows, self.head, tablefmt=style, colalign=align, disable_numparse=True)
+        return tabulate(rows[1:], rows[0], tablefmt=style, colalign=align, disable_numparse=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 from fedelta.config import Config, parse_config, set_key
@@ -62,7 +63,16 @@ def cell_key(config: Config) -> str:
     """
     said = _without(result_settings(config), result_settings(Config()))
     said |= {"method": config.dump()["method"], "seed": config.seed}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_plain(said), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """The same with whole numbers as such: 1.0 and 1 are one setting."""
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_plain(below) for below in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _without(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,34 +129,49 @@ class Expansion:
                 trials.append(Trial(value, choice, tuple(place.key for place in plan.places[begin:])))
         return plan, trials
 
-    def cells(self, chosen: Mapping[str, Choice]) -> Plan:
+    def cells(self, chosen: Mapping[str, Choice] | None) -> Plan:
         """The experiments' cells.
 
         Args:
-            chosen: value of the tuned axis → what was chosen for it; one without an entry keeps what the grid says.
+            chosen: value of the tuned axis → what was chosen for it. Cells of a value without a choice are left out;
+                None takes all, as they are without any tuning.
         """
         plan = Plan()
-        tuned = self.grid.tuning.axis if self.grid.tuning else None
+        tuned = self.grid.tuning.axis if self.grid.tuning and chosen is not None else None
         for name, experiment in self.experiments.items():
             for seed in self.grid.seeds:
                 for values in self._crossed(name):
-                    choice = chosen.get(values[tuned], {}) if tuned else {}
-                    plan.add(name, values, seed, self._config(values, experiment.config, choice, seed))
+                    choice = (chosen or {}).get(values[tuned]) if tuned else {}
+                    if choice is not None:
+                        plan.add(name, values, seed, self._config(values, experiment.config, choice, seed))
         return plan
 
     def check(self) -> None:
-        """Whether every cell's configuration is valid, before the first one runs.
+        """Whether there are cells, each with a valid configuration of its own, before the first one runs.
 
         Raises:
             FedeltaError: naming the cell.
         """
-        for plan in (self.trials()[0], self.cells({})):
-            for key, config in plan.cells.items():
+        cells = self.cells(None)
+        if not cells.places:
+            raise FedeltaError(f"grid {self.grid.name}: no cell of these experiments has these values")
+        for plan in (self.trials()[0], cells):
+            for place in plan.places:
+                config = plan.cells[place.key]
                 try:
                     make_server(config)
                 except FedeltaError as error:
-                    place = next(place for place in plan.places if place.key == key)
                     raise FedeltaError(f"{describe(place)}: {error}") from error
+                if config.training.stack == "auto":
+                    raise FedeltaError(f"{describe(place)}: training.stack: auto, expected a number: it changes bits")
+        seen: dict[tuple[str, int, str], Place] = {}
+        for place in cells.places:
+            other = seen.setdefault((place.experiment, place.seed, place.key), place)
+            if other is not place:
+                raise FedeltaError(f"{describe(other)} and {describe(place)} are the same configuration")
+            shown = self.grid.experiments[place.experiment].show
+            if "first-aggregation" in shown and not cells.cells[place.key].evaluation.clients:
+                raise FedeltaError(f"{describe(place)}: first-aggregation needs evaluation.clients: 1 or more")
 
     def _crossed(self, name: str) -> Iterator[dict[str, str]]:
         axes = self.grid.experiments[name].axes
@@ -176,27 +201,29 @@ def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> 
             set_key(data, prefix + key, deepcopy(value))
 
 
-def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[str, Choice] | None:
+def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[str, Choice]:
     """The best candidate for each value, by mean validation accuracy over the last share of evaluations and the seeds.
 
     Returns:
-        None while trials are missing. Among equals the candidate named first.
+        Nothing for a value of which a trial is missing, or all diverged. Among equals the candidate named first.
     """
+    missing = {trial.value for trial in trials if any(key not in rows for key in trial.keys)}
     best: dict[str, tuple[float, Choice]] = {}
     for trial in trials:
-        if any(key not in rows for key in trial.keys):
-            return None
+        if trial.value in missing:
+            continue
         scores = [late_accuracy(rows[key], last) for key in trial.keys]
-        # One that diverged under any seed is no choice.
-        score = sum(s for s in scores if s is not None) / len(scores) if None not in scores else -1.0
+        if None in scores:
+            continue  # one that diverged under any seed is no choice
+        score = mean(s for s in scores if s is not None)
         if trial.value not in best or score > best[trial.value][0]:
             best[trial.value] = score, trial.choice
     return {value: choice for value, (_, choice) in best.items()}
 
 
-def choose_or_nothing(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[str, Choice]:
-    """What the trials in these rows decide; nothing where some are missing, or nothing is tuned."""
-    return (choose(trials, rows, grid.tuning.last) or {}) if grid.tuning else {}
+def chosen_by(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[str, Choice] | None:
+    """What the trials in these rows decide; None where nothing is tuned."""
+    return choose(trials, rows, grid.tuning.last) if grid.tuning else None
 
 
 def describe(place: Place) -> str:

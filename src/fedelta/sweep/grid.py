@@ -15,7 +15,7 @@ sizes:                                  # each laid over all of the above; the f
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -37,6 +37,9 @@ View = Literal[
     "high-rank-clients",
 ]
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""What may become the name of a file."""
+
 
 class Tuning(Settings):
     """Keys chosen for each value of one axis, by the best validation accuracy; the test split has no part in it.
@@ -52,8 +55,8 @@ class Tuning(Settings):
 
     axis: str
     at: dict[str, str] = Field(default_factory=dict)
-    search: dict[str, tuple[Any, ...]]
-    seeds: tuple[int, ...] = (1000,)
+    search: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(1000,), min_length=1)
     config: dict[str, Any] = Field(default_factory=dict)
     last: float = Field(default=0.5, gt=0, le=1)
 
@@ -84,6 +87,14 @@ class Experiment(Settings):
             return axes
         return {axis: (value,) if isinstance(value, str) else value for axis, value in axes.items()}
 
+    @field_validator("axes")
+    @classmethod
+    def _each_once(cls, axes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for axis, values in axes.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{axis} has the values {list(values)}, expected some, each once")
+        return axes
+
 
 class Grid(Settings):
     """What a YAML file asks for, in one of its sizes.
@@ -100,34 +111,50 @@ class Grid(Settings):
         labels: value of an axis → what tables and plots call it.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     output: str = "runs"
-    size: str = ""
+    size: Name | Literal[""] = ""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     config: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, dict[str, dict[str, Any]]]
     tuning: Tuning | None = None
-    experiments: dict[str, Experiment] = Field(min_length=1)
+    experiments: dict[Name, Experiment] = Field(min_length=1)
     overrides: dict[str, Any] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _all_values(cls, data: Any) -> Any:
-        """`all` stands for the values of an axis in their order."""
+        """`all` stands for the values of an axis in their order, and a value with nothing after it for no keys."""
         axes, experiments = data.get("axes"), data.get("experiments")
         if not isinstance(axes, Mapping) or not isinstance(experiments, Mapping):
             return data
+        axes = {
+            axis: {name: {} if keys is None else keys for name, keys in values.items()}
+            if isinstance(values, Mapping)
+            else values
+            for axis, values in axes.items()
+        }
+        data = {**data, "axes": axes}
         spelled = {}
         for name, experiment in experiments.items():
             spelled[name] = experiment
             if isinstance(experiment, Mapping) and isinstance(experiment.get("axes"), Mapping):
-                chosen = {a: tuple(axes.get(a, ())) if v == "all" else v for a, v in experiment["axes"].items()}
+                chosen = {
+                    axis: tuple(axes[axis]) if values == "all" and isinstance(axes.get(axis), Mapping) else values
+                    for axis, values in experiment["axes"].items()
+                }
                 spelled[name] = {**experiment, "axes": chosen}
         return {**data, "experiments": spelled}
 
     @model_validator(mode="after")
     def _known(self) -> "Grid":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)}, expected each once")
+        layers = [self.config, *(keys for values in self.axes.values() for keys in values.values()), self.overrides]
+        for key in ("name", "output", "seed"):
+            if any(key in layer for layer in layers):
+                raise ValueError(f"{key} is the grid's own to give each cell")
         for name, experiment in self.experiments.items():
             for axis, values in experiment.axes.items():
                 self._check(f"experiments.{name}.axes", axis, values)
@@ -181,6 +208,8 @@ def load_grid(source: Path, size: str | None = None) -> Grid:
     if not isinstance(data, dict):
         raise FedeltaError(f"grid {source} holds a {type(data).__name__}, expected keys and values")
     sizes = data.pop("sizes", None) or {}
+    if not isinstance(sizes, Mapping) or not all(isinstance(keys, Mapping | None) for keys in sizes.values()):
+        raise FedeltaError(f"grid {source}: sizes holds {sizes!r:.60}, expected a name and keys for each")
     if size is None and sizes:
         size = next(iter(sizes))
     if size is not None:

@@ -20,8 +20,8 @@ class SweepObserver:
             running: the folder of those that are under way, by key.
         """
 
-    def cell_done(self, config: Config, row: Mapping[str, Any]) -> None:
-        """A cell is run and its row is written."""
+    def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
+        """A cell is run and its row is written; the name says in words which it is."""
 
     def say(self, message: str) -> None:
         """Something that is good to know."""

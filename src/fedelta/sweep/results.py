@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 from fedelta.atomic import write_file
 from fedelta.config import Config
 from fedelta.errors import FedeltaError
-from fedelta.machine import machine_name, peak_mb, versions
+from fedelta.machine import machine_name, peak_mb
 from fedelta.packing import ByteCount
 from fedelta.runner import Run
-from fedelta.tracking import EXTENDABLE
 
 FILE = "cells.parquet"
 Row = dict[str, Any]
@@ -27,7 +26,8 @@ _BYTES = pa.struct([(name, pa.int64()) for name in ByteCount._fields])
 _ROUND = pa.struct(
     [
         ("round", pa.int32()),  # finished rounds
-        ("clients", pa.int32()),
+        ("sampled", pa.int32()),  # clients that were sent something
+        ("clients", pa.int32()),  # whose updates were used
         ("validation", _SCORES),  # null where the round was not evaluated
         ("train_loss", pa.float64()),
         ("down", _BYTES),  # of all clients
@@ -65,10 +65,11 @@ CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
 """What may differ between two runs of the same cell."""
 
 
-def row_of(key: str, config: Config, run: Run | None, failed: str | None = None) -> Row:
+def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | None, failed: str | None = None) -> Row:
     """A cell's line, as plain data.
 
     Args:
+        made_with: versions, as `versions` gives them.
         run: as it ended; None if it failed.
         failed: why it did.
     """
@@ -83,7 +84,7 @@ def row_of(key: str, config: Config, run: Run | None, failed: str | None = None)
         "peak_mb": round(peak_mb(), 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_name(),
-        "versions": versions(),
+        "versions": dict(made_with),
     }
     if run is not None:
         result = run.result
@@ -100,12 +101,9 @@ def row_of(key: str, config: Config, run: Run | None, failed: str | None = None)
 def result_settings(config: Config) -> dict[str, Any]:
     """All settings that a result depends on, as plain data: not where it is written, nor by how many processes."""
     data = json.loads(json.dumps(config.dump()))
-    for key in (*EXTENDABLE, "compare"):
-        section, _, name = key.partition(".")
-        if name:
-            data[section].pop(name)
-        elif section != "rounds":
-            data.pop(section, None)
+    for key in ("name", "output", "workers", "compare"):
+        del data[key]
+    del data["evaluation"]["target"], data["federation"]["deadline"]
     return data
 
 
@@ -125,6 +123,7 @@ def _round(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: record[name] for name in named},
         "round": record["round"] + 1,
+        "sampled": len(record["bytes_by_client"]),
         "clients": len(record["clients"]),
         "down": {name: record["bytes_down"][name] for name in ByteCount._fields},
         "up": {name: record["bytes_up"][name] for name in ByteCount._fields},
@@ -170,7 +169,10 @@ def as_stored(row: Row) -> Row:
 def first_difference(old: Row, new: Row) -> str | None:
     """Where two rows of one cell differ in more than their circumstances; None where they do not."""
     for name in SCHEMA.names:
-        if name not in CIRCUMSTANCES and old[name] != new[name]:
+        if name == "config":
+            if not _agree(json.loads(old[name]), json.loads(new[name])):
+                return "config"
+        elif name not in CIRCUMSTANCES and old[name] != new[name]:
             if name == "rounds":
                 pairs = enumerate(zip(old[name], new[name], strict=False), 1)
                 number = next((i for i, (a, b) in pairs if a != b), "number")

@@ -1,6 +1,8 @@
 """Runs a grid's cells, each once: those in the Parquet file are done, one that was interrupted goes on."""
 
+import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +12,13 @@ import yaml
 
 from fedelta.atomic import write_file
 from fedelta.config import Config
+from fedelta.engines import Observer
 from fedelta.engines.workers import Result, Workers, can_fork
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
-from fedelta.runner import run
-from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, choose, choose_or_nothing
-from fedelta.sweep.grid import Grid
+from fedelta.machine import versions
+from fedelta.runner import run, warm
+from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, chosen_by, describe
+from fedelta.sweep.grid import Grid, load_grid
 from fedelta.sweep.observer import SweepObserver
 from fedelta.sweep.results import Row, as_stored, first_difference, is_result_of, read_rows, row_of, write_rows
 from fedelta.tracking import RunFolder
@@ -32,6 +36,7 @@ class Sweep:
         folder: of the results.
         parallel: cells at once; `auto` takes as many as there are cores and memory for.
         keep: leave each cell's run folder, adapter and checkpoint included.
+        retry: run cells again that diverged.
         observer: is told of progress.
     """
 
@@ -42,16 +47,20 @@ class Sweep:
         folder: Path,
         parallel: int | Literal["auto"] = "auto",
         keep: bool = False,
+        retry: bool = False,
         observer: SweepObserver | None = None,
     ) -> None:
         self.grid = grid
         self.expansion = expansion
         self.parallel = parallel
         self.keep = keep
+        self.retry = retry
         self.observer = observer or SweepObserver()
         self.folder = folder
         self.running = self.folder / "running"
         self.rows: dict[str, Row] = {}
+        # Of the code that is loaded now, whatever is written beside it before the last cell ends.
+        self.versions = versions()
 
     def run(self) -> dict[str, Row]:
         """Run what has not been run: the trials, then, with what they decide, the experiments.
@@ -63,21 +72,20 @@ class Sweep:
             FedeltaError: for bad input, naming the cell. Whatever had finished is kept.
         """
         self.expansion.check()
+        self._check_machine()
         with RunFolder(self.folder, {}).hold():
             self.rows = read_rows(self.folder)
-            write_file(self.folder / "grid.yaml", yaml.safe_dump(self.grid.dump(), sort_keys=False))
-            chosen: Mapping[str, Choice] = {}
-            if self.grid.tuning is not None:
-                plan, trials = self.expansion.trials()
+            self._keep_grid()
+            plan, trials = self.expansion.trials()
+            if plan.cells:
                 self._run_all("tuning", plan)
-                chosen = self._chosen(trials)
-            self._run_all("experiments", self.expansion.cells(chosen))
+            self._run_all("experiments", self.expansion.cells(self._chosen(trials)))
             if self.running.is_dir() and not any(self.running.iterdir()):
                 self.running.rmdir()
         return self.rows
 
     def check(self, key: str) -> str | None:
-        """Run a cell of the file again, from the beginning, and compare.
+        """Run a cell of the file again, from the beginning, and compare; nothing of it is kept.
 
         Returns:
             The first difference, None where the new row is the old one.
@@ -87,51 +95,87 @@ class Sweep:
         """
         self.rows = read_rows(self.folder)
         plan, trials = self.expansion.trials()
-        cells = plan.cells | self.expansion.cells(choose_or_nothing(self.grid, trials, self.rows)).cells
+        cells = plan.cells | self.expansion.cells(chosen_by(self.grid, trials, self.rows)).cells
         if key not in self.rows or key not in cells:
             raise FedeltaError(f"no cell {key!r} in {self.folder}{' as the grid is now' if key in self.rows else ''}")
-        shutil.rmtree(self.running / key, ignore_errors=True)
-        config = self._placed(key, cells[key], 1)
-        self.observer.planned(key, {key: config}, [key], self.running)
-        row = as_stored(_run_cell(key, config))
-        shutil.rmtree(self.running / key)
-        return first_difference(self.rows[key], row)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.running = Path(scratch)
+            self.observer.planned(key, {key: cells[key]}, [key], self.running)
+            result = _run_cell(key, self._placed(key, cells[key], 1), self.versions)
+        return first_difference(self.rows[key], as_stored(result.facts["row"]))
 
-    def _chosen(self, trials: Sequence[Trial]) -> Mapping[str, Choice]:
-        assert self.grid.tuning is not None
-        chosen = choose(trials, self.rows, self.grid.tuning.last)
-        assert chosen is not None, "all trials have run"
-        for value, choice in chosen.items():
-            self.observer.say(f"chosen for {value}: {', '.join(f'{k} {v}' for k, v in choice.items())}")
+    def _keep_grid(self) -> None:
+        """Leave the grid beside its results, from which reports are made."""
+        file = self.folder / "grid.yaml"
+        if file.exists() and self.rows:
+            before = load_grid(file).overrides
+            if before != self.grid.overrides:
+                raise FedeltaError(
+                    f"{self.folder} holds results with {_overrides(before)}, now {_overrides(self.grid.overrides)}; "
+                    "choose another folder by --output"
+                )
+        write_file(file, yaml.safe_dump(self.grid.dump(), sort_keys=False))
+
+    def _check_machine(self) -> None:
+        wanted = 1 if self.parallel == "auto" else self.parallel
+        if wanted > 1 and not can_fork():
+            raise FedeltaError(f"--parallel {wanted} needs Linux and a machine without a GPU, expected 1")
+        if wanted > 1 and self._threads() > 1:
+            raise FedeltaError(f"--parallel {wanted}: cells with threads: {self._threads()} run one by one, expected 1")
+
+    def _threads(self) -> int:
+        return max(config.threads for config in self.expansion.cells(None).cells.values())
+
+    def _chosen(self, trials: Sequence[Trial]) -> Mapping[str, Choice] | None:
+        chosen = chosen_by(self.grid, trials, self.rows)
+        for value in dict.fromkeys(trial.value for trial in trials):
+            choice = (chosen or {}).get(value)
+            if choice is None:
+                raise FedeltaError(f"tuning: every candidate of {value} diverged; add lower ones to tuning.search")
+            named = ", ".join(f"{key} {setting}" for key, setting in choice.items())
+            self.observer.say(f"chosen for {self.grid.label(value)}: {named}")
         return chosen
 
     def _run_all(self, what: str, plan: Plan) -> None:
-        left = {
-            key: config
-            for key, config in plan.cells.items()
-            if key not in self.rows or not is_result_of(self.rows[key], config)
-        }
+        left = {key: config for key, config in plan.cells.items() if not self._is_done(key, config)}
         self.observer.planned(what, plan.cells, list(left), self.running)
-        if left and self.parallel == "auto" and self._most() > 1 and not self._peaks(left):
+        if not left:
+            return
+        names = {place.key: describe(place) for place in reversed(plan.places)}
+        for model_and_data in {(c.model.name, c.data): key for key, c in reversed(left.items())}.values():
+            try:
+                warm(left[model_and_data])
+            except FedeltaError as error:
+                raise FedeltaError(f"{names[model_and_data]}: {error}") from error
+        while self.parallel == "auto" and self._most() > 1 and (new := self._first_of_unknown_memory(left)):
             # How much memory a cell needs is seen from the first one.
-            first = next(iter(left))
-            self._run_some({first: left.pop(first)}, 1)
+            self._run_some({new: left.pop(new)}, names, 1)
         if left:
-            self._run_some(left, self.parallel if self.parallel != "auto" else self._fitting(left))
+            self._run_some(left, names, self.parallel if self.parallel != "auto" else self._fitting(left))
 
-    def _run_some(self, cells: Mapping[str, Config], parallel: int) -> None:
+    def _is_done(self, key: str, config: Config) -> bool:
+        row = self.rows.get(key)
+        return row is not None and is_result_of(row, config) and not (self.retry and row["failed"])
+
+    def _run_some(self, cells: Mapping[str, Config], names: Mapping[str, str], parallel: int) -> None:
         keys = list(cells)
         configs = {key: self._placed(key, config, parallel) for key, config in cells.items()}
 
         def work(i: int) -> Result:
-            return Result({"row": _run_cell(keys[i], configs[keys[i]])})
+            try:
+                return _run_cell(keys[i], configs[keys[i]], self.versions)
+            except FedeltaError as error:
+                raise FedeltaError(f"{names[keys[i]]}: {error}") from error
 
-        for i, result in Workers(parallel).as_completed(work, [1.0] * len(keys)):
-            self.rows[keys[i]] = as_stored(result.facts["row"])
+        for i, result in Workers(parallel, fresh=True).as_completed(work, [1.0] * len(keys)):
+            key = keys[i]
+            self.rows[key] = as_stored(result.facts["row"])
             write_rows(self.folder, self.rows)
             if not self.keep:
-                shutil.rmtree(self.running / keys[i], ignore_errors=True)
-            self.observer.cell_done(cells[keys[i]], self.rows[keys[i]])
+                shutil.rmtree(self.running / key, ignore_errors=True)
+            for warning in result.facts["warnings"]:
+                self.observer.say(f"{names[key]}: {warning}")
+            self.observer.cell_done(key, names[key], self.rows[key])
 
     def _placed(self, key: str, config: Config, parallel: int) -> Config:
         """The same with its folder; where cells share the cores, each has one process."""
@@ -139,34 +183,52 @@ class Sweep:
         return config.model_copy(update={"name": key, "output": str(self.running), "workers": workers})
 
     def _most(self) -> int:
-        """Cells for which there are cores: a GPU serves one at a time."""
+        """Cells for which there are cores. A GPU serves one at a time, as do cores that a cell takes several of."""
         import joblib
 
-        return joblib.cpu_count(only_physical_cores=True) if can_fork() else 1
+        return joblib.cpu_count(only_physical_cores=True) if can_fork() and self._threads() == 1 else 1
 
-    def _peaks(self, cells: Mapping[str, Config]) -> list[float]:
-        """MB that cells of these models have been seen to take; empty where one of them has never run."""
+    def _peaks(self) -> dict[str, float]:
+        """Model → MB that its cells have been seen to take."""
         found: dict[str, float] = {}
         for row in self.rows.values():
-            name = yaml.safe_load(row["config"])["model"]["name"]
+            name = json.loads(row["config"])["model"]["name"]
             found[name] = max(found.get(name, 0.0), row["peak_mb"])
-        names = {config.model.name for config in cells.values()}
-        return [found[name] for name in names] if names <= set(found) else []
+        return found
+
+    def _first_of_unknown_memory(self, cells: Mapping[str, Config]) -> str | None:
+        known = self._peaks()
+        return next((key for key, config in cells.items() if config.model.name not in known), None)
 
     def _fitting(self, cells: Mapping[str, Config]) -> int:
-        peaks = self._peaks(cells)
-        if not peaks or not max(peaks):
-            return 1 if not peaks else self._most()
+        known = self._peaks()
+        peak = max(known.get(config.model.name, 0.0) for config in cells.values())
         room = SPARE * psutil.virtual_memory().available / 2**20
-        return max(1, min(self._most(), int(room / max(peaks))))
+        return max(1, min(self._most(), int(room / peak) if peak else self._most()))
 
 
-def _run_cell(key: str, config: Config) -> dict[str, Any]:
+def _overrides(overrides: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "no overrides"
+
+
+class _Warnings(Observer):
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.found.append(message)
+
+
+def _run_cell(key: str, config: Config, made_with: Mapping[str, str]) -> Result:
     """In whichever process: a cell to its end, from where it was left."""
+    told = _Warnings()
     try:
-        return row_of(key, config, run(config, resume=True))
-    except (Diverged, TooFewUpdates) as error:
-        # A result of these settings; anything else is wrong with the input, and ends the grid.
-        return row_of(key, config, None, str(error))
-    except FedeltaError as error:
-        raise FedeltaError(f"cell {key}: {error}") from error
+        row = row_of(key, config, made_with, run(config, resume=True, observer=told))
+    except Diverged as error:
+        row = row_of(key, config, made_with, None, str(error))
+    except TooFewUpdates as error:
+        # A result of these settings if training diverged; anything else has to be looked into, and ends the grid.
+        if not error.diverged:
+            raise
+        row = row_of(key, config, made_with, None, str(error))
+    return Result({"row": row, "warnings": told.found})
