@@ -95,7 +95,7 @@ def rounds_to_target(results: Results) -> TextTable:
         lines.append(line)
     note = (
         "Finished rounds when validation accuracy first was at the target, and how many of the seeds reached it where "
-        f"not all did. The target is evaluation.target, or else {100 * REACH:.0f} % of the column's best final accuracy."
+        f"not all did. The target is evaluation.target, or {100 * REACH:.0f} % of the column's best final accuracy."
     )
     return TextTable(f"{results.name}-rounds-to-target", f"{results.title}: rounds to target", head, lines, note)
 

@@ -142,11 +142,11 @@ class Sweep:
         if not left:
             return
         names = {place.key: describe(place) for place in reversed(plan.places)}
-        for model_and_data in {(c.model.name, c.data): key for key, c in reversed(left.items())}.values():
+        for key, config in left.items():
             try:
-                warm(left[model_and_data])
+                warm(config)
             except FedeltaError as error:
-                raise FedeltaError(f"{names[model_and_data]}: {error}") from error
+                raise FedeltaError(f"{names[key]}: {error}") from error
         while self.parallel == "auto" and self._most() > 1 and (new := self._first_of_unknown_memory(left)):
             # How much memory a cell needs is seen from the first one.
             self._run_some({new: left.pop(new)}, names, 1)
