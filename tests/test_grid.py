@@ -37,7 +37,7 @@ def load(tmp_path: Path, size: str | None = None, **changes: Any) -> Grid:
 
 
 def test_axes_are_crossed_and_a_cell_of_two_experiments_runs_once(tmp_path: Path) -> None:
-    plan = Expansion(load(tmp_path)).cells({})
+    plan = Expansion(load(tmp_path)).cells(None)
     assert [p.experiment for p in plan.places].count("all") == 2 * 2 * 2
     assert [p.experiment for p in plan.places].count("again") == 2 * 2
     # «exact, low» without a refresh belongs to both.
@@ -57,7 +57,7 @@ def test_a_size_is_laid_over_the_rest(tmp_path: Path) -> None:
     small, large = load(tmp_path), load(tmp_path, "large")
     assert (small.size, large.size) == ("small", "large")
     assert small.folder == Path("runs/grid/small")
-    configs = Expansion(large).cells({}).cells.values()
+    configs = Expansion(large).cells(None).cells.values()
     assert {config.rounds for config in configs} == {9}
     assert {config.ranks.high for config in configs} == {2, 32}
     assert load(tmp_path, sizes={}).folder == Path("runs/grid")
@@ -69,17 +69,17 @@ def test_a_grid_as_it_is_left_with_its_results_is_the_same_grid(tmp_path: Path) 
     grid = load(tmp_path, "large").model_copy(update={"overrides": {"rounds": 2}})
     (tmp_path / "left.yaml").write_text(yaml.safe_dump(grid.dump(), sort_keys=False))
     again = load_grid(tmp_path / "left.yaml")
-    assert Expansion(again).cells({}) == Expansion(grid).cells({})
-    assert {config.rounds for config in Expansion(again).cells({}).cells.values()} == {2}
+    assert Expansion(again).cells(None) == Expansion(grid).cells(None)
+    assert {config.rounds for config in Expansion(again).cells(None).cells.values()} == {2}
 
 
 def test_experiments_and_values_can_be_picked(tmp_path: Path) -> None:
     grid = load(tmp_path)
-    plan = Expansion(grid, ["all"], {"rank": ["low"], "method": ["mean", "exact"]}).cells({})
+    plan = Expansion(grid, ["all"], {"rank": ["low"], "method": ["mean", "exact"]}).cells(None)
     assert {(p.experiment, p.values["rank"]) for p in plan.places} == {("all", "low")}
     assert len(plan.cells) == 4
     # An axis that an experiment does not have leaves it alone.
-    assert len(Expansion(grid, (), {"refresh": ["often"]}).cells({}).places) == 8 + 2
+    assert len(Expansion(grid, (), {"refresh": ["often"]}).cells(None).places) == 8 + 2
     with pytest.raises(FedeltaError, match="no experiment 'some' in the grid, found all, again"):
         Expansion(grid, ["some"])
     with pytest.raises(FedeltaError, match="axis 'rank' has no value 'middle'"):
@@ -108,6 +108,8 @@ def test_every_value_is_tuned_with_the_same_candidates_and_keeps_its_own_choice(
     assert {(c.rounds, c.ranks.high, c.seed) for c in plan.cells.values()} == {(1, 2, 7), (1, 2, 8)}
     chosen = {"mean": {"training.learning_rate": 0.2}, "exact": {"lora.alpha": 8}}
     cells = expansion.cells(chosen)
+    assert not expansion.cells({}).places, "a value of which nothing was chosen is left out, never run untuned"
+    assert {p.values["method"] for p in expansion.cells({"mean": {}}).places} == {"mean"}
     for place in cells.places:
         config = cells.cells[place.key]
         expected = (0.2, 16.0) if place.values["method"] == "mean" else (0.5, 8.0)
@@ -139,9 +141,13 @@ def test_the_choice_is_the_best_mean_over_late_evaluations_and_seeds() -> None:
     assert choose(trials, rows, 0.5) == {"m": {"rate": 2}}
     assert choose(trials, rows, 1.0) == {"m": {"rate": 1}}
     del rows["4-8"]
-    assert choose(trials, rows, 0.5) is None, "nothing is chosen while a trial is missing"
+    assert choose(trials, rows, 0.5) == {}, "nothing is chosen while a trial is missing"
+    others = [Trial("n", {"rate": 5}, ("1-7",))]
+    assert choose([*trials, *others], rows, 0.5) == {"n": {"rate": 5}}, "but for a value that has all of its own"
     same = {key: row([0.5]) for trial in trials for key in trial.keys}
     assert choose(trials, same, 0.5) == {"m": {"rate": 1}}, "among equals the first"
+    none = {key: row([], "not finite") for trial in trials for key in trial.keys}
+    assert choose(trials, none, 0.5) == {}, "what always diverges is no choice"
 
 
 def test_a_cell_is_named_by_what_its_result_depends_on() -> None:
@@ -149,6 +155,8 @@ def test_a_cell_is_named_by_what_its_result_depends_on() -> None:
     same = {"name": "x", "output": "y", "workers": 2, "compare": {"seeds": 3}, "evaluation": {"target": 0.5}}
     key = cell_key(config)
     assert key == cell_key(parse_config({**config.dump(), **same}))
+    whole = parse_config({**config.dump(), "method": {"name": "hetlora", "gamma": 1}})
+    assert cell_key(whole) == cell_key(parse_config({**config.dump(), "method": {"name": "hetlora", "gamma": 1.0}}))
     others = [{"rounds": 4}, {"seed": 1}, {"method": "fedex"}, {"lora": {"alpha": 3}}, {"training": {"stack": 2}}]
     assert len({key, *(cell_key(parse_config({**config.dump(), **other})) for other in others)}) == len(others) + 1
     assert cell_key(Config()) != cell_key(parse_config({"method": "fedex"}))
@@ -193,6 +201,23 @@ def test_results_outlive_a_setting_that_comes_to_be_but_not_a_default_that_chang
         ({"tuning": TUNING | {"at": {"rank": "middle"}}}, "tuning.at: axis rank has no value 'middle'"),
         ({"tuning": TUNING | {"axis": "refresh"}}, "experiments.all lacks the axis 'refresh', which is tuned"),
         ({"tuning": TUNING | {"seeds": [1, 7]}}, "tuning.seeds: 1 is a seed of the experiments too"),
+        ({"tuning": TUNING | {"seeds": []}}, "tuning.seeds: tuple should have at least 1 item"),
+        (
+            {"tuning": TUNING | {"search": {"lora.alpha": []}}},
+            "tuning.search.lora.alpha: tuple should have at least 1 item",
+        ),
+        ({"axes": {"method": None}}, "axes.method: input should be a valid dictionary"),
+        ({"axes": ["method"]}, "axes: input should be a valid dictionary"),
+        ({"experiments": {"e": None}}, "experiments.e: input should be a valid dictionary"),
+        ({"experiments": {"../e": {"axes": {"method": "all"}, "rows": "method"}}}, "should match pattern"),
+        (
+            {"experiments": {"e": {"axes": {"method": ["mean", "mean"]}, "rows": "method"}}},
+            r"method has the values \['mean', 'mean'\], expected some, each once",
+        ),
+        ({"seeds": [1, 1]}, "seeds: .*expected each once"),
+        ({"config": {"seed": 3}}, "seed is the grid's own to give each cell"),
+        ({"sizes": ["small"]}, "sizes holds .*expected a name and keys for each"),
+        ({"sizes": {"small": [1]}}, "sizes holds .*expected a name and keys for each"),
     ],
 )
 def test_a_grid_that_can_not_be_run_is_refused_in_a_line(
@@ -210,6 +235,24 @@ def test_every_cell_is_checked_before_the_first_one_runs(tmp_path: Path) -> None
     axes = GRID["axes"] | {"rank": {"low": {}, "high": {"ranks": {"allocation": "fixed", "low": 1}}}}
     with pytest.raises(FedeltaError, match="all: mean, high, seed 0: method fedit needs equal ranks"):
         Expansion(load(tmp_path, axes=axes)).check()
+
+
+def test_a_value_with_nothing_after_it_has_no_keys(tmp_path: Path) -> None:
+    axes = GRID["axes"] | {"refresh": {"never": None, "often": {"method.refresh": 1}}}
+    assert Expansion(load(tmp_path, axes=axes)).cells(None) == Expansion(load(tmp_path)).cells(None)
+
+
+def test_two_names_for_one_configuration_are_refused(tmp_path: Path) -> None:
+    grid = load(tmp_path).model_copy(update={"overrides": {"method": "fedex"}})
+    with pytest.raises(FedeltaError, match="all: mean, low, seed 0 and all: exact, low, seed 0 are the same"):
+        Expansion(grid).check()
+    with pytest.raises(FedeltaError, match="no cell of these experiments has these values"):
+        Expansion(load(tmp_path), ["again"], {"method": ["mean"]}).check()
+    with pytest.raises(FedeltaError, match="training.stack: auto, expected a number"):
+        Expansion(load(tmp_path, config={"training": {"stack": "auto"}})).check()
+    shown = {"e": {"axes": {"method": "all"}, "rows": "method", "show": ["first-aggregation"]}}
+    with pytest.raises(FedeltaError, match="first-aggregation needs evaluation.clients: 1 or more"):
+        Expansion(load(tmp_path, experiments=shown)).check()
 
 
 def test_files_that_are_no_grids_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables and figures of a grid: what they say is what the rows say, and what is missing is said to be."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,10 +8,19 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fedelta.report.grid import write_grid_report
 from fedelta.report.grid_results import gather
-from fedelta.report.grid_tables import accuracy, first_aggregation, high_rank_clients, late, rounds_to_target, traffic
+from fedelta.report.grid_tables import (
+    accuracy,
+    energy,
+    first_aggregation,
+    high_rank_clients,
+    late,
+    rounds_to_target,
+    traffic,
+)
 from fedelta.report.statistics import paired, spread
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion
@@ -53,7 +63,7 @@ BYTES = {"adapter": 4_000_000, "heads": 1_000_000, "patch": 0, "overhead": 500_0
 
 def made_up_rows() -> dict[str, Row]:
     """Four rounds each; validation accuracy climbs by 0.1 a round to the test accuracy."""
-    plan, rows = Expansion(GRID).cells({}), {}
+    plan, rows = Expansion(GRID).cells(None), {}
     for place in plan.places:
         final = ACCURACY[place.values["method"], place.values["data"]][place.seed]
         config = plan.cells[place.key]
@@ -61,6 +71,7 @@ def made_up_rows() -> dict[str, Row]:
             {
                 "round": r + 1,
                 "clients": 2,
+                "sampled": 4,
                 "validation": {"accuracy": final - 0.1 * (3 - r), "loss": 1.0, "macro_f1": 0.5} if r != 1 else None,
                 "down": BYTES,
                 "up": {**BYTES, "adapter": 2_000_000},
@@ -121,15 +132,16 @@ def test_the_paired_test_is_students() -> None:
 def test_what_can_not_be_tested_is_not() -> None:
     assert paired([0.5], [0.4]) is None
     assert paired([0.5, 0.6], [0.5, 0.6]) is None
+    assert paired([0.3, 0.5, 0.9], [0.1, 0.3, 0.7]) is None, "equal up to rounding"
     assert (spread([]), spread([0.5], 100), spread([0.5, 0.6], 100)) == ("–", "50.00", "55.00 ± 7.07")
 
 
 def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:
     (results,) = gather(GRID, made_up_rows())
     table = accuracy(results)
-    assert table.head == ["method", "AG & News_4 %", "second_set", "all: difference", "95 % interval", "p"]
+    assert table.head == ["method", "AG & News_4 %", "second_set", "all: difference", "95 % interval", "p", "pairs"]
     rows = rows_of(table)
-    assert rows["zero padding"] == ["52.00 ± 2.00", "70.00 ± 0.00", "", "", ""]
+    assert rows["zero padding"] == ["52.00 ± 2.00", "70.00 ± 0.00", "", "", "", ""]
     first, second = (
         paired(ACCURACY["replication", s], ACCURACY["zero padding", s]) for s in ("first_set", "second_set")
     )
@@ -146,6 +158,7 @@ def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline(
         f"{100 * both.mean:+.2f}",
         f"{100 * both.low:+.2f} to {100 * both.high:+.2f}",
         f"{both.p:.3f}",
+        "6",
     ]
     assert "against zero padding" in table.note
     # The last quarter of three evaluations is one of them.
@@ -154,7 +167,7 @@ def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline(
 
 def test_a_seed_that_is_missing_is_left_out_of_pairs_and_said_to_be_missing(tmp_path: Path) -> None:
     rows = made_up_rows()
-    key = next(p.key for p in Expansion(GRID).cells({}).places if p.values["method"] == "replication" and p.seed == 1)
+    key = next(p.key for p in Expansion(GRID).cells(None).places if p.values["method"] == "replication" and p.seed == 1)
     del rows[key]
     (results,) = gather(GRID, rows)
     assert results.missing == 1
@@ -168,11 +181,11 @@ def test_a_seed_that_is_missing_is_left_out_of_pairs_and_said_to_be_missing(tmp_
 def test_what_diverged_is_counted_and_enters_no_mean() -> None:
     rows = made_up_rows()
     place = next(
-        p for p in Expansion(GRID).cells({}).places if p.values == {"method": "replication", "data": "first_set"}
+        p for p in Expansion(GRID).cells(None).places if p.values == {"method": "replication", "data": "first_set"}
     )
     rows[place.key] |= {"failed": "not finite", "test": None, "validation": None, "rounds": []}
     (results,) = gather(GRID, rows)
-    assert rows_of(accuracy(results))["replication"][0].startswith("63.50 ± 3.54 (1 diverged)")
+    assert rows_of(accuracy(results))["replication"][0].startswith("63.50 ± 3.54, 1 diverged")
 
 
 def test_rounds_to_target_counts_finished_rounds() -> None:
@@ -182,14 +195,39 @@ def test_rounds_to_target_counts_finished_rounds() -> None:
     assert table.head[1:] == ["AG & News_4 % to 62.7 %", "second_set to 68.4 %"]
     assert rows_of(table) == {
         "zero padding": ["not reached", "4.0 ± 0.0"],
-        "replication": ["4.0 (1 of 3)", "4.0 ± 0.0"],
+        "replication": ["4.0, 1 of 3", "4.0 ± 0.0"],
     }
 
 
 def test_traffic_is_of_a_client_in_a_round() -> None:
     (results,) = gather(GRID, made_up_rows())
-    # Three of four clients have 10 parameters, one has 20; two clients a round.
-    assert rows_of(traffic(results))["replication"] == ["12", "2.000", "1.000", "0.000", "4.500"]
+    # Three of four clients have 10 parameters, one has 20; four were sent something, though two answered.
+    table = traffic(results)
+    assert table.head[1] == "AG & News_4 % LoRA parameters"
+    assert rows_of(table)["replication"][:5] == ["12", "1.000", "0.500", "0.000", "2.250"]
+
+
+def test_a_configured_target_is_the_target() -> None:
+    grid = GRID.model_copy(update={"config": {**GRID.config, "evaluation": {"target": 0.55}}})
+    (results,) = gather(grid, made_up_rows())
+    table = rounds_to_target(results)
+    assert table.head[1] == "AG & News_4 % to 55.0 %"
+    assert rows_of(table)["replication"][0] == "4.0 ± 0.0"
+
+
+def test_energy_is_above_the_lowest_rank_and_a_dash_where_there_is_none() -> None:
+    rows = made_up_rows()
+    for row in rows.values():
+        if row["method"] == "replication":
+            row["rounds"][-1]["energy"] = [0.0, 0.0]
+    (results,) = gather(GRID, rows)
+    cells = rows_of(energy(results))
+    assert cells["zero padding"][0] == "25.0 ± 0.0"
+    assert cells["replication"][0] == "–", "merged into the base"
+    for row in rows.values():
+        for record in row["rounds"]:
+            record["ranks"] = {"2": 4}
+    assert rows_of(energy(gather(GRID, rows)[0]))["zero padding"][0] == "–"
 
 
 def test_the_first_aggregation_compares_high_rank_clients_with_what_they_get_back() -> None:
@@ -199,13 +237,23 @@ def test_the_first_aggregation_compares_high_rank_clients_with_what_they_get_bac
 
 
 def test_who_has_the_high_rank_is_counted_from_the_start_and_from_promotions() -> None:
-    (results,) = gather(GRID, made_up_rows())
+    rows = made_up_rows()
+    (results,) = gather(GRID, rows)
+    assert rows_of(high_rank_clients(results))["replication"][:2] == ["–", "–"], "nobody is balanced by design"
+    for row in rows.values():
+        config = json.loads(row["config"])
+        config["partition"]["kind"] = "two-quality"
+        row["config"] = json.dumps(config)
+    (results,) = gather(GRID, rows)
     # The first five of ten from the start and one later; the partition's balanced tenth is client-000.
     assert rows_of(high_rank_clients(results))["replication"][:2] == ["6.0 ± 0.0", "17 ± 0"]
 
 
 def test_a_table_reads_well_in_markdown_and_is_escaped_in_latex(tmp_path: Path) -> None:
-    table = TextTable("t", "A & B", ["method", "share_%"], [["x_y", "1.50 ± 0.20"]], "A note.")
+    table = TextTable("t", "A & B", ["method", "share_%"], [["x_y", "1.50 ± 0.20"], ["a|b [/] c", ""]], "A note.")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table.console())
+    assert "a|b [/] c" in console.file.getvalue()  # type: ignore[attr-defined]
     markdown, latex = table.write(tmp_path)
     assert "| x_y" in markdown.read_text()
     assert "1.50 ± 0.20 |" in markdown.read_text()
@@ -214,13 +262,17 @@ def test_a_table_reads_well_in_markdown_and_is_escaped_in_latex(tmp_path: Path) 
     assert r"share\_\%" in text
     assert text.splitlines()[0] == "% A & B"
     assert r"\toprule" in text
+    assert r"a\|b [/] c" in markdown.read_text()
 
 
 def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(tmp_path: Path) -> None:
     rows = made_up_rows()
     tables, page = write_grid_report(GRID, rows, tmp_path / "one")
     text = page.read_text()
-    assert "12 runs, 12.00 hours of rounds, 2026-01-02, on a machine. Versions: commit abc, torch 2." in text
+    assert "12.00 hours of rounds, summed over runs side by side, 2026-01-02, on a machine." in text
+    assert "12 runs; 96 updates of clients were lost or refused." in text
+    assert "Versions: commit abc, torch 2." in text
+    assert all(key in (tmp_path / "one" / "cells.md").read_text() for key in rows)
     for table in tables:
         assert table.markdown().strip() in text
         assert (tmp_path / "one" / "tables" / f"{table.name}.tex").exists()
@@ -238,3 +290,12 @@ def test_an_experiment_without_results_is_left_out(tmp_path: Path) -> None:
     tables, page = write_grid_report(GRID, some, tmp_path)
     assert tables == []
     assert "Main" not in page.read_text()
+
+
+def test_names_for_people_are_on_rows_and_columns() -> None:
+    labels = {"zero padding": "Zeros", "first_set": "First"}
+    (results,) = gather(GRID.model_copy(update={"labels": labels}), made_up_rows())
+    table = accuracy(results)
+    assert table.head[1] == "First"
+    assert "Zeros" in rows_of(table)
+    assert "against Zeros" in table.note

@@ -101,6 +101,23 @@ def test_rounds_tell_the_energy_of_each_rank_index_and_zero_padding_loses_that_a
     assert initial_adapter({"m": (3, 4)}, 2, 0).energy_by_rank().tolist() == [0.0, 0.0], "B is zero"
 
 
+def test_a_score_that_is_not_finite_neither_promotes_nor_ends_a_run(tiny_config: Any, monkeypatch: Any) -> None:
+    from fedelta.engines.evaluation import Evaluator
+
+    scores = Evaluator.evaluate_client
+
+    def broken(self: Evaluator, state: Any, sent: Any, update: Any, examples: Any) -> dict[str, float]:
+        found = scores(self, state, sent, update, examples)
+        return found | {"loss": float("nan")} if sent.client == "client-000" else found
+
+    monkeypatch.setattr(Evaluator, "evaluate_client", broken)
+    ranks = {"allocation": "loss", "loss_on": "server", "low": 2, "high": 4, "share": 0.25}
+    finished = run(tiny_config(ranks=ranks, evaluation={"clients": 1}, rounds=2))
+    assert finished.records[0]["clients_validation"]["client-000"]["loss"] is None
+    assert all(record["promoted"] != ["client-000"] for record in finished.records)
+    assert "client-000" not in load_checkpoint(finished.folder.checkpoint_file).state.first_losses
+
+
 def test_a_refused_update_is_judged_by_nobody(tiny_config: Any, monkeypatch: Any) -> None:
     from fedelta.client import Trainer
 

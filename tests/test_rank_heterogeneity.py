@@ -36,7 +36,7 @@ def test_both_sizes_have_the_papers_protocol(size: str) -> None:
     grid = load_grid(GRID, size)
     expansion = Expansion(grid)
     expansion.check()
-    plan = expansion.cells({})
+    plan = expansion.cells(None)
     mine = [place for place in plan.places if place.experiment == "figure-2"]
     assert {place.values["method"] for place in mine} == set(FIGURE_2)
     assert len(mine) == 12 * 2 * 2 * len(grid.seeds)
@@ -70,7 +70,7 @@ def test_lora_parameters_of_distilbert_are_those_of_the_paper() -> None:
     assert largest.parameters == 552_960
     assert largest.parameters * 4 / 2**20 == pytest.approx(2.11, abs=0.005)
     # Ten of a hundred clients have rank 20, the others 5. The paper says 179,715; 6.5 ranks of 27,648 are 179,712.
-    plan = Expansion(load_grid(GRID, "full"), ["figure-4"], {"allocation": ["oracle"]}).cells({})
+    plan = Expansion(load_grid(GRID, "full"), ["figure-4"], {"allocation": ["oracle"]}).cells(None)
     config = next(iter(plan.cells.values()))
     ranks = initial_ranks([f"client-{i:03d}" for i in range(100)], config.ranks, 0)
     average = sum(largest.truncate(rank).parameters for rank in ranks.values()) / 100

@@ -1,22 +1,28 @@
 """Grids as they run: each cell once, whatever happens in between, and the same results however they are run."""
 
+import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from fedelta.errors import FedeltaError
+from fedelta.progress import GridProgress
+from fedelta.report.grid_results import gather
 from fedelta.runner import run
 from fedelta.sweep.cells import Expansion
 from fedelta.sweep.grid import Grid, load_grid
+from fedelta.sweep.observer import SweepObserver
 from fedelta.sweep.results import CIRCUMSTANCES, first_difference, read_rows, write_rows
 from fedelta.sweep.runner import Sweep
 from test_cli import fedelta, refusal
@@ -113,7 +119,7 @@ def test_a_grid_ends_in_one_file_and_a_second_time_runs_nothing(
     assert "Everything: test accuracy" in printed.out
     assert not (folder / "running").exists()
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("cells.parquet", "figures", "grid.yaml", "report.md", "tables"),
+        *("cells.md", "cells.parquet", "figures", "grid.yaml", "report.md", "tables"),
     ]
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     assert fedelta(*command) == 0
@@ -124,6 +130,7 @@ def test_a_grid_ends_in_one_file_and_a_second_time_runs_nothing(
     for name in ("tables", "figures"):
         shutil.rmtree(folder / name)
     (folder / "report.md").unlink()
+    (folder / "cells.md").unlink()
     assert fedelta("report", str(folder)) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
@@ -158,8 +165,11 @@ def test_a_grid_that_is_killed_goes_on_from_its_last_finished_round(grid: Path, 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def rounds() -> int:
-        files = list(folder.glob("running/*/rounds.jsonl"))
-        return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+        found = 0
+        for file in folder.glob("running/*/rounds.jsonl"):
+            with suppress(FileNotFoundError):  # its cell has ended meanwhile
+                found += file.read_bytes().count(b"\n")
+        return found
 
     kills = 0
     for cells in (1, 5):
@@ -191,7 +201,7 @@ def test_a_cell_that_diverges_is_a_result_and_the_grid_goes_on(grid: Path, tmp_p
     assert {row["method"] for row in failed} == {"fedex"}
     assert all("finite" in row["failed"] for row in failed)
     assert fedelta("report", str(tmp_path / "some")) == 0
-    assert "– (2 diverged)" in (tmp_path / "some" / "tables" / "main-accuracy.md").read_text()
+    assert "–, 2 diverged" in (tmp_path / "some" / "tables" / "main-accuracy.md").read_text()
 
 
 def test_bad_input_ends_the_grid_in_a_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +210,8 @@ def test_bad_input_ends_the_grid_in_a_line(grid: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "little").exists(), "nothing half-written"
     assert "expected axis=value" in refusal(capsys, *command, "--where", "FedEx")
     assert fedelta(*command, "data.source=./nothing.csv", "--no-tuning") == 2
-    assert re.search(r"error: cell [0-9a-f]{16}: data source ./nothing.csv: no such file", capsys.readouterr().err)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1] == "error: main: zero padding, seed 0: data source ./nothing.csv: no such file or folder"
 
 
 def test_overrides_and_picks_are_of_the_command_line(grid: Path, tmp_path: Path) -> None:
@@ -251,7 +262,7 @@ def test_memory_decides_how_many_cells_run_side_by_side(grid: Path, monkeypatch:
 
     loaded: Grid = load_grid(grid)
     sweep = Sweep(loaded, Expansion(loaded), Path("unused"))
-    cells = Expansion(loaded).cells({}).cells
+    cells = Expansion(loaded).cells(None).cells
     monkeypatch.setattr(Sweep, "_most", lambda _: 4)
     name = next(iter(cells.values())).model.name
     sweep.rows = {"a": {"config": json.dumps({"model": {"name": name}}), "peak_mb": 1000.0}}
@@ -263,5 +274,124 @@ def test_memory_decides_how_many_cells_run_side_by_side(grid: Path, monkeypatch:
         Free.available = free * 2**20
         monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
         assert sweep._fitting(cells) == expected
+        assert sweep._first_of_unknown_memory(cells) is None
     sweep.rows = {"a": {"config": json.dumps({"model": {"name": "another"}}), "peak_mb": 1.0}}
-    assert sweep._peaks(cells) == [], "of this model nothing is known yet"
+    assert sweep._first_of_unknown_memory(cells) == next(iter(cells)), "of this model nothing is known yet"
+
+
+def test_a_part_of_a_tuned_grid_is_tuned_and_shown(grid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    options = ["--where", "method=FedEx", "--only", "main", "-o", str(folder), "--parallel", "2"]
+    assert fedelta("sweep", str(grid), *options) == 0
+    assert len(read_rows(folder)) == 2 + 2
+    page = (folder / "report.md").read_text()
+    assert "FedEx" in (folder / "tables" / "main-accuracy.md").read_text()
+    assert "2 runs of this experiment are still missing" in page
+    assert " *" in (folder / "tables" / "tuning.md").read_text()
+    key = list(read_rows(folder))[-1]
+    assert fedelta("sweep", str(grid), "--check", key, "-o", str(folder)) == 0
+
+
+def test_untuned_results_are_never_shown_as_tuned_ones(grid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "untuned"
+    assert fedelta("sweep", str(grid), "--no-tuning", "-o", str(folder)) == 0
+    loaded = load_grid(grid)
+    assert all(not results.cells for results in gather(loaded, read_rows(folder)))
+
+
+def test_results_of_other_overrides_are_not_mixed(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (done / "grid.yaml").read_bytes()
+    line = refusal(capsys, "sweep", str(grid), "rounds=2", "-o", str(done))
+    assert "holds results with no overrides, now rounds=2; choose another folder by --output" in line
+    assert (done / "grid.yaml").read_bytes() == before
+
+
+def test_a_failure_that_is_no_divergence_ends_the_grid(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from fedelta.client import Trainer
+
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Trainer, "answer", fail)
+    with pytest.raises(FedeltaError, match=r"main: .*seed 0: round 0: 0 usable updates.*out of memory"):
+        swept_untuned(grid, tmp_path / "some")
+    assert not read_rows(tmp_path / "some")
+
+
+def swept_untuned(source: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    grid = load_grid(source).model_copy(update={"tuning": None})
+    return Sweep(grid, Expansion(grid), folder, **options).run()
+
+
+def test_lost_updates_are_told_and_counted(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from fedelta.client import Trainer
+
+    answer = Trainer.answer
+
+    def sometimes(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        if b"client-002" in blob:
+            raise RuntimeError("out of memory")
+        return answer(self, blob, shard)
+
+    class Heard(SweepObserver):
+        said: list[str] = []
+
+        def say(self, message: str) -> None:
+            self.said.append(message)
+
+    monkeypatch.setattr(Trainer, "answer", sometimes)
+    rows = swept_untuned(grid, tmp_path / "some", parallel=2, observer=Heard())
+    assert {(r["sampled"], r["clients"]) for row in rows.values() for r in row["rounds"]} == {(4, 3)}
+    assert any("client-002 skipped: RuntimeError: out of memory" in line for line in Heard.said)
+    fedelta("report", str(tmp_path / "some"))
+    assert "18 updates of clients were lost or refused" in (tmp_path / "some" / "report.md").read_text()
+
+
+def test_what_always_diverges_can_not_be_tuned_and_may_be_tried_again(grid: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(grid.read_text())
+    data["tuning"]["search"] = {"training.learning_rate": [1e30]}
+    source, folder = tmp_path / "diverging.yaml", tmp_path / "some"
+    source.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(FedeltaError, match="tuning: every candidate of zero padding diverged"):
+        swept(source, folder, parallel=2)
+    rows = read_rows(folder)
+    assert len(rows) == 2
+    assert all(row["failed"] for row in rows.values())
+    loaded = load_grid(source)
+    for retry, left in ((False, 0), (True, 2)):
+        sweep = Sweep(loaded, Expansion(loaded), folder, 1, retry=retry)
+        sweep.rows = rows
+        plan = Expansion(loaded).trials()[0]
+        assert sum(not sweep._is_done(key, config) for key, config in plan.cells.items()) == left
+
+
+def test_cells_of_several_threads_run_one_by_one(grid: Path, tmp_path: Path) -> None:
+    loaded = load_grid(grid)
+    loaded = loaded.model_copy(update={"config": {**loaded.config, "threads": 2, "workers": 1}})
+    with pytest.raises(FedeltaError, match="cells with threads: 2 run one by one"):
+        Sweep(loaded, Expansion(loaded), tmp_path, 2).run()
+    assert Sweep(loaded, Expansion(loaded), tmp_path)._most() == 1
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
+    from fedelta.config import parse_config
+
+    console = Console(force_terminal=True, file=io.StringIO(), width=120)
+    cells = {key: parse_config({"rounds": 4}) for key in "abc"}
+    row = {"validation": {"accuracy": 0.5}}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "rounds.jsonl").write_text("{}\n{}\n")
+    with GridProgress(console) as progress:
+        progress.planned("experiments", cells, ["b", "c"], tmp_path)
+        bars = {task.description: task for task in progress.progress.tasks}
+        assert (bars["rounds"].completed, bars["rounds"].total) == (4 + 2, 12)
+        (tmp_path / "b" / "rounds.jsonl").write_text("{}\n{}\n{}\n")
+        deadline = time.monotonic() + 20
+        while bars["rounds"].completed != 4 + 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert bars["rounds"].completed == 4 + 3
+        # Kept folders of cells that are done count once.
+        progress.cell_done("b", "main: x", row)
+        progress.cell_done("c", "main: y", row)
+        assert bars["experiments"].completed == 3
+    assert "2 of 3 cells to run" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -56,6 +56,18 @@ def test_results_as_completed_come_before_what_takes_longer(tmp_path: Path) -> N
     assert order[-1] == 0
 
 
+def test_fresh_workers_are_born_for_each_task() -> None:
+    gathered: list[int] = []
+
+    def work(i: int) -> Result:
+        gathered.append(i)
+        return Result({"pid": os.getpid(), "gathered": len(gathered)})
+
+    found = list(Workers(2, fresh=True).map(work, [1.0] * 5))
+    assert [result.facts["gathered"] for result in found] == [1] * 5
+    assert len({result.facts["pid"] for result in found}) == 5
+
+
 def test_expensive_tasks_start_first_within_a_window() -> None:
     assert _order([1, 3, 2, 9, 9, 1], 3) == [1, 2, 0, 3, 4, 5]
 

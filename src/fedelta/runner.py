@@ -78,7 +78,7 @@ def warm(config: Config) -> None:
     Raises:
         FedeltaError: if the data or the tokenizer are not there.
     """
-    _corpus(_corpus_key(config))
+    _corpus(corpus_key(config))
 
 
 def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, FederatedData]:
@@ -90,7 +90,7 @@ def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, Federate
     Raises:
         FedeltaError: if the model or the data are not there, or do not fit each other.
     """
-    corpus, tokenizer = _corpus(_corpus_key(config))
+    corpus, tokenizer = _corpus(corpus_key(config))
     data = FederatedData({}, corpus.validation, corpus.test, corpus.classes)
     if partitioned:
         data = build_data(corpus, config.data, config.partition, config.seed)
@@ -156,7 +156,7 @@ def _run(
         checkpoint = None
     trainer, data = prepare(config, partitioned=sites is None)
     clients = sites or {client: len(shard.train) for client, shard in data.shards.items()}
-    corpus, model = _corpus(_corpus_key(config))[0], trainer.model
+    corpus, model = _corpus(corpus_key(config))[0], trainer.model
     if checkpoint is None:
         state = server.start(model.shapes, model.head_tensors(), clients, data.classes)
         if config.training.stack == "auto":
@@ -230,7 +230,8 @@ def _title(config: Config) -> str:
     return f"{config.method.name}, seed {config.seed}"
 
 
-def _corpus_key(config: Config) -> str:
+def corpus_key(config: Config) -> str:
+    """The same for configurations that read the same texts into the same tokens."""
     return json.dumps({"data": config.data.model_dump(), "model": config.model.model_dump()}, sort_keys=True)
 
 

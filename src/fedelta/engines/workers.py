@@ -137,6 +137,8 @@ class _Pool:
                 try:
                     finished.append((i, _receive(ready)))
                     if self.fresh:
+                        # It would not see its connection close: those born after it hold this end too.
+                        process.terminate()
                         self._bury(ready, process)
                         self.idle.append(self._fork())
                     else:

@@ -16,7 +16,7 @@ from fedelta.engines import Observer
 from fedelta.engines.workers import Result, Workers, can_fork
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.machine import versions
-from fedelta.runner import run, warm
+from fedelta.runner import corpus_key, run, warm
 from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, chosen_by, describe
 from fedelta.sweep.grid import Grid, load_grid
 from fedelta.sweep.observer import SweepObserver
@@ -142,7 +142,8 @@ class Sweep:
         if not left:
             return
         names = {place.key: describe(place) for place in reversed(plan.places)}
-        for key, config in left.items():
+        # All, before the first cell: bad input must not show after an hour.
+        for key, config in {corpus_key(config): (key, config) for key, config in left.items()}.values():
             try:
                 warm(config)
             except FedeltaError as error:
