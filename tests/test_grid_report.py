@@ -212,7 +212,8 @@ def test_a_configured_target_is_the_target() -> None:
     (results,) = gather(grid, made_up_rows())
     table = rounds_to_target(results)
     assert table.head[1] == "AG & News_4 % to 55.0 %"
-    assert rows_of(table)["replication"][0] == "4.0 ± 0.0"
+    # Validation accuracies 0.1 below the last in the third round: 0.50, 0.51 and 0.56.
+    assert rows_of(table)["replication"][0] == "3.7 ± 0.6"
 
 
 def test_energy_is_above_the_lowest_rank_and_a_dash_where_there_is_none() -> None:

@@ -143,7 +143,7 @@ class Sweep:
             return
         names = {place.key: describe(place) for place in reversed(plan.places)}
         # All, before the first cell: bad input must not show after an hour.
-        for key, config in {corpus_key(config): (key, config) for key, config in left.items()}.values():
+        for key, config in {corpus_key(config): (key, config) for key, config in reversed(left.items())}.values():
             try:
                 warm(config)
             except FedeltaError as error:
