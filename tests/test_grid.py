@@ -266,3 +266,13 @@ def test_files_that_are_no_grids_are_refused(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(FedeltaError, match=complaint):
             load_grid(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/grids.md"])
+def test_grids_in_the_documents_are_grids(document: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / document).read_text()
+    begin = text.index("```yaml\nname: ranks") + len("```yaml\n")
+    (tmp_path / "grid.yaml").write_text(text[begin : text.index("```", begin)])
+    expansion = Expansion(load_grid(tmp_path / "grid.yaml"))
+    expansion.check()
+    assert len(expansion.cells(None).cells) == 2 * 2 * 3

@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -334,7 +334,7 @@ def test_lost_updates_are_told_and_counted(grid: Path, tmp_path: Path, monkeypat
         return answer(self, blob, shard)
 
     class Heard(SweepObserver):
-        said: list[str] = []
+        said: ClassVar[list[str]] = []
 
         def say(self, message: str) -> None:
             self.said.append(message)
