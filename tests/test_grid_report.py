@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
@@ -27,21 +27,16 @@ from fedelta.sweep.cells import Expansion
 from fedelta.sweep.grid import Grid
 from fedelta.sweep.results import Row, result_settings
 
-SHOW = (
-    "accuracy",
-    "late-accuracy",
-    "rounds-to-target",
-    "curves",
-    "traffic",
-    "energy",
-    "deviation",
-    "first-aggregation",
-)
+SHOW = get_args(View)
 GRID = Grid.model_validate(
     {
         "name": "grid",
         "seeds": [0, 1, 2],
-        "config": {"rounds": 4, "ranks": {"allocation": "fixed", "low": 1, "high": 2, "share": 0.5}},
+        "config": {
+            "rounds": 4,
+            "ranks": {"allocation": "fixed", "low": 1, "high": 2, "share": 0.5},
+            "evaluation": {"clients": 1},
+        },
         "axes": {
             "method": {"zero padding": {"method": "zero-padding"}, "replication": {"method": "replication"}},
             "data": {"first_set": {"lora.alpha": 1}, "second_set": {"lora.alpha": 2}},
@@ -208,7 +203,7 @@ def test_traffic_is_of_a_client_in_a_round() -> None:
 
 
 def test_a_configured_target_is_the_target() -> None:
-    grid = GRID.model_copy(update={"config": {**GRID.config, "evaluation": {"target": 0.55}}})
+    grid = GRID.model_copy(update={"config": {**GRID.config, "evaluation": {"target": 0.55, "clients": 1}}})
     (results,) = gather(grid, made_up_rows())
     table = rounds_to_target(results)
     assert table.head[1] == "AG & News_4 % to 55.0 %"

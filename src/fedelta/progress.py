@@ -42,6 +42,13 @@ def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+def _bars(console: Console) -> Progress:
+    """Bars that appear only on a terminal, each with the fields `note` and `before`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    note = TextColumn("{task.fields[note]}")
+    return Progress(*columns, note, console=console, disable=not console.is_terminal, transient=True)
+
+
 class Lines(Observer):
     """Shows what is said, and nothing else."""
 
@@ -60,16 +67,7 @@ class GridProgress(SweepObserver):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeLeft(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.progress = _bars(console)
         self._cells = self.progress.add_task("cells", total=None, note="", before=0)
         self._rounds = self.progress.add_task("rounds", total=None, note="", before=0)
         self._stop = threading.Event()
@@ -146,16 +144,7 @@ class TerminalProgress(Lines):
 
     def __init__(self, console: Console, all_rounds: int | None = None) -> None:
         super().__init__(console)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeLeft(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.progress = _bars(console)
         self.all = self._task("all runs", all_rounds) if all_rounds is not None else None
         self.rounds = self._task("rounds", None)
         self.clients = self._task("clients", None)
