@@ -24,7 +24,7 @@ from fedelta.report.grid_tables import (
 from fedelta.report.statistics import paired, spread
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion
-from fedelta.sweep.grid import Grid
+from fedelta.sweep.grid import Grid, View
 from fedelta.sweep.results import Row, result_settings
 
 SHOW = get_args(View)
