@@ -87,7 +87,7 @@ def test_experiments_and_values_can_be_picked(tmp_path: Path) -> None:
 
 
 TUNING = {
-    "axis": "method",
+    "axes": ["method"],
     "at": {"rank": "low"},
     "search": {"training.learning_rate": [0.1, 0.2], "lora.alpha": [8, 16]},
     "seeds": [7, 8],
@@ -101,22 +101,31 @@ def test_every_value_is_tuned_with_the_same_candidates_and_keeps_its_own_choice(
     assert len(trials) == 2 * 4
     assert len(plan.cells) == 2 * 4 * 2
     for method in ("mean", "exact"):
-        mine = [trial.choice for trial in trials if trial.value == method]
+        mine = [trial.choice for trial in trials if trial.values == (method,)]
         assert mine == [
             {"training.learning_rate": rate, "lora.alpha": alpha} for rate in (0.1, 0.2) for alpha in (8, 16)
         ]
     assert {(c.rounds, c.ranks.high, c.seed) for c in plan.cells.values()} == {(1, 2, 7), (1, 2, 8)}
-    chosen = {"mean": {"training.learning_rate": 0.2}, "exact": {"lora.alpha": 8}}
+    chosen = {("mean",): {"training.learning_rate": 0.2}, ("exact",): {"lora.alpha": 8}}
     cells = expansion.cells(chosen)
     assert not expansion.cells({}).places, "a value of which nothing was chosen is left out, never run untuned"
-    assert {p.values["method"] for p in expansion.cells({"mean": {}}).places} == {"mean"}
+    assert {p.values["method"] for p in expansion.cells({("mean",): {}}).places} == {"mean"}
     for place in cells.places:
         config = cells.cells[place.key]
         expected = (0.2, 16.0) if place.values["method"] == "mean" else (0.5, 8.0)
         assert (config.training.learning_rate, config.lora.alpha) == expected
         assert config.rounds == 3
     only = Expansion(load(tmp_path, tuning=TUNING), (), {"method": ["mean"]})
-    assert {trial.value for trial in only.trials()[1]} == {"mean"}, "nothing is tuned that does not run"
+    assert {trial.values for trial in only.trials()[1]} == {("mean",)}, "nothing is tuned that does not run"
+
+
+def test_combinations_of_axes_are_tuned_apart(tmp_path: Path) -> None:
+    grid = load(tmp_path, tuning=TUNING | {"axes": ["method", "rank"], "at": {}})
+    expansion = Expansion(grid, (), {"rank": ["low"]})
+    assert {trial.values for trial in expansion.trials()[1]} == {("mean", "low"), ("exact", "low")}
+    plan = Expansion(grid, ["all"]).cells({("mean", "high"): {"lora.alpha": 8}, ("exact", "low"): {"lora.alpha": 16}})
+    found = {(p.values["method"], p.values["rank"], plan.cells[p.key].lora.alpha) for p in plan.places}
+    assert found == {("mean", "high", 8.0), ("exact", "low", 16.0)}
 
 
 def row(accuracies: list[float], failed: str | None = None) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def row(accuracies: list[float], failed: str | None = None) -> dict[str, Any]:
 
 
 def test_the_choice_is_the_best_mean_over_late_evaluations_and_seeds() -> None:
-    trials = [Trial("m", {"rate": rate}, (f"{rate}-7", f"{rate}-8")) for rate in (1, 2, 3, 4)]
+    trials = [Trial(("m",), {"rate": rate}, (f"{rate}-7", f"{rate}-8")) for rate in (1, 2, 3, 4)]
     rows = {
         # One lucky evaluation, or one lucky seed, is not the best.
         "1-7": row([0.9, 0.9, 0.5, 0.5]),
@@ -138,14 +147,14 @@ def test_the_choice_is_the_best_mean_over_late_evaluations_and_seeds() -> None:
         "4-7": row([0.99, 0.99, 0.99, 0.99]),
         "4-8": row([], "not finite"),
     }
-    assert choose(trials, rows, 0.5) == {"m": {"rate": 2}}
-    assert choose(trials, rows, 1.0) == {"m": {"rate": 1}}
+    assert choose(trials, rows, 0.5) == {("m",): {"rate": 2}}
+    assert choose(trials, rows, 1.0) == {("m",): {"rate": 1}}
     del rows["4-8"]
     assert choose(trials, rows, 0.5) == {}, "nothing is chosen while a trial is missing"
-    others = [Trial("n", {"rate": 5}, ("1-7",))]
-    assert choose([*trials, *others], rows, 0.5) == {"n": {"rate": 5}}, "but for a value that has all of its own"
+    others = [Trial(("n",), {"rate": 5}, ("1-7",))]
+    assert choose([*trials, *others], rows, 0.5) == {("n",): {"rate": 5}}, "but for a value that has all of its own"
     same = {key: row([0.5]) for trial in trials for key in trial.keys}
-    assert choose(trials, same, 0.5) == {"m": {"rate": 1}}, "among equals the first"
+    assert choose(trials, same, 0.5) == {("m",): {"rate": 1}}, "among equals the first"
     none = {key: row([], "not finite") for trial in trials for key in trial.keys}
     assert choose(trials, none, 0.5) == {}, "what always diverges is no choice"
 
@@ -199,7 +208,7 @@ def test_results_outlive_a_setting_that_comes_to_be_but_not_a_default_that_chang
             "experiments.e.show.0: input should be 'accuracy'",
         ),
         ({"tuning": TUNING | {"at": {"rank": "middle"}}}, "tuning.at: axis rank has no value 'middle'"),
-        ({"tuning": TUNING | {"axis": "refresh"}}, "experiments.all lacks the axis 'refresh', which is tuned"),
+        ({"tuning": TUNING | {"axes": ["refresh"]}}, "experiments.all lacks the axis 'refresh', which is tuned"),
         ({"tuning": TUNING | {"seeds": [1, 7]}}, "tuning.seeds: 1 is a seed of the experiments too"),
         ({"tuning": TUNING | {"seeds": []}}, "tuning.seeds: tuple should have at least 1 item"),
         (

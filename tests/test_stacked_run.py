@@ -186,7 +186,7 @@ def test_the_fastest_stack_is_found(
 
     config = calm_config(1)
     trainer, _ = runner.prepare(config)
-    corpus, _ = runner._corpus(runner._corpus_key(config))
+    corpus, _ = runner._corpus(runner.corpus_key(config))
     assert measure.fastest_stack(trainer, corpus.train, [2, 4, 2]) in (1, 2, 3)  # by the true clock
     monkeypatch.setattr(measure, "train", alone)
     monkeypatch.setattr(measure, "train_stacked", stacked)

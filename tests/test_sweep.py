@@ -49,7 +49,7 @@ def grid(tiny_bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
             "refresh": {"never": {}, "often": {"method.refresh": 1}},
         },
         "tuning": {
-            "axis": "method",
+            "axes": ["method"],
             "search": {"training.learning_rate": [0.01, 0.02]},
             "seeds": [9],
             "config": {"rounds": 1},

@@ -9,7 +9,7 @@ from fedelta.errors import FedeltaError
 from fedelta.report import grid_figures, grid_tables
 from fedelta.report.grid_results import Results, gather, places
 from fedelta.report.tables import TextTable
-from fedelta.sweep.cells import Expansion, Place, chosen_by
+from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
 from fedelta.sweep.grid import Grid, View, load_grid
 from fedelta.sweep.results import FILE, Row, late_accuracy, read_rows
 
@@ -83,21 +83,21 @@ def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
     chosen = chosen_by(grid, trials, rows) or {}
     names = [key.rpartition(".")[2].replace("_", " ") for key in grid.tuning.search]
     candidates = list(dict.fromkeys(tuple(trial.choice.values()) for trial in trials))
-    head = [grid.tuning.axis]
+    head = [", ".join(grid.tuning.axes)]
     head += [
         ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in zip(names, c, strict=True))
         for c in candidates
     ]
-    lines: dict[str, list[str]] = {}
+    lines: dict[Tuned, list[str]] = {}
     for trial in trials:
         scores = [late_accuracy(rows[key], grid.tuning.last) for key in trial.keys if key in rows]
         text = "–"
         if scores:
             text = "diverged" if None in scores else f"{100 * sum(s or 0 for s in scores) / len(scores):.2f}"
-        if chosen.get(trial.value) == trial.choice:
+        if chosen.get(trial.values) == trial.choice:
             text = f"{text} *"
-        lines.setdefault(trial.value, [grid.label(trial.value)]).append(text)
-    at = ", ".join(["", *map(grid.label, grid.tuning.at.values())])
+        lines.setdefault(trial.values, [grid.labels_of(trial.values)]).append(text)
+    at = f", {grid.labels_of(grid.tuning.at.values())}" if grid.tuning.at else ""
     seeds = ", ".join(map(str, grid.tuning.seeds))
     note = (
         f"Validation accuracy, %, mean of the last {grid.tuning.last:.0%} of evaluations{at}, seeds {seeds}. "
@@ -112,7 +112,7 @@ def _cells(grid: Grid, ran: Sequence[Place], rows: Mapping[str, Row]) -> str:
     for place in ran:
         row = rows[place.key]
         scores = [f"{100 * row[split]['accuracy']:.2f}" if row[split] else "–" for split in ("validation", "test")]
-        values = ", ".join(map(grid.label, place.values.values()))
+        values = grid.labels_of(place.values.values())
         lines.append([place.key, place.experiment, values, str(place.seed), *scores, row["failed"] or ""])
     head = ["cell", "experiment", "values", "seed", "validation, %", "test, %", "diverged"]
     return TextTable("cells", "Cells", head, lines).markdown()

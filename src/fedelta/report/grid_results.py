@@ -147,8 +147,8 @@ def _panels(grid: Grid, experiment: Experiment) -> list[Panel]:
     others = {axis: values for axis, values in experiment.axes.items() if axis != experiment.rows}
     panels = []
     for values in itertools.product(*others.values()):
-        told = [grid.label(value) for axis, value in zip(others, values, strict=True) if len(others[axis]) > 1]
-        panels.append(Panel(tuple(zip(others, values, strict=True)), ", ".join(told)))
+        told = [value for axis, value in zip(others, values, strict=True) if len(others[axis]) > 1]
+        panels.append(Panel(tuple(zip(others, values, strict=True)), grid.labels_of(told)))
     return panels
 
 

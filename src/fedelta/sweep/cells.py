@@ -18,6 +18,9 @@ from fedelta.sweep.results import Row, late_accuracy, result_settings
 Choice = dict[str, Any]
 """Key → value that tuning chose."""
 
+Tuned = tuple[str, ...]
+"""One value of each tuned axis."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -49,9 +52,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate of a tuning, for one value of the axis."""
+    """One candidate of a tuning, for one combination of values."""
 
-    value: str
+    values: Tuned
     choice: Choice
     keys: tuple[str, ...]
 
@@ -116,32 +119,33 @@ class Expansion:
         tuning = self.grid.tuning
         if tuning is None:
             return plan, trials
-        wanted = {place[tuning.axis]: None for name in self.experiments for place in self._crossed(name)}
-        for value in self.grid.axes[tuning.axis]:
-            if value not in wanted:
+        wanted = {tuple(at[a] for a in tuning.axes) for name in self.experiments for at in self._crossed(name)}
+        for values in itertools.product(*(self.grid.axes[axis] for axis in tuning.axes)):
+            if values not in wanted:
                 continue
+            at = dict(zip(tuning.axes, values, strict=True))
             for candidate in itertools.product(*tuning.search.values()):
                 choice = dict(zip(tuning.search, candidate, strict=True))
                 begin = len(plan.places)
                 for seed in tuning.seeds:
-                    config = self._config({**tuning.at, tuning.axis: value}, tuning.config, choice, seed)
-                    plan.add("tuning", {tuning.axis: value}, seed, config)
-                trials.append(Trial(value, choice, tuple(place.key for place in plan.places[begin:])))
+                    config = self._config(tuning.at | at, tuning.config, choice, seed)
+                    plan.add("tuning", at, seed, config)
+                trials.append(Trial(values, choice, tuple(place.key for place in plan.places[begin:])))
         return plan, trials
 
-    def cells(self, chosen: Mapping[str, Choice] | None) -> Plan:
+    def cells(self, chosen: Mapping[Tuned, Choice] | None) -> Plan:
         """The experiments' cells.
 
         Args:
-            chosen: value of the tuned axis → what was chosen for it. Cells of a value without a choice are left out;
-                None takes all, as they are without any tuning.
+            chosen: values of the tuned axes → what was chosen for them. Cells without a choice are left out; None takes
+                all, as they are without any tuning.
         """
         plan = Plan()
-        tuned = self.grid.tuning.axis if self.grid.tuning and chosen is not None else None
+        tuned = self.grid.tuning.axes if self.grid.tuning and chosen is not None else None
         for name, experiment in self.experiments.items():
             for seed in self.grid.seeds:
                 for values in self._crossed(name):
-                    choice = (chosen or {}).get(values[tuned]) if tuned else {}
+                    choice = (chosen or {}).get(tuple(values[axis] for axis in tuned)) if tuned else {}
                     if choice is not None:
                         plan.add(name, values, seed, self._config(values, experiment.config, choice, seed))
         return plan
@@ -201,27 +205,30 @@ def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> 
             set_key(data, prefix + key, deepcopy(value))
 
 
-def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[str, Choice]:
-    """The best candidate for each value, by mean validation accuracy over the last share of evaluations and the seeds.
+def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[Tuned, Choice]:
+    """The best candidate for each combination, by validation accuracy.
+
+    Args:
+        last: share of evaluations, from the end, over which and over the seeds the mean is taken.
 
     Returns:
-        Nothing for a value of which a trial is missing, or all diverged. Among equals the candidate named first.
+        Nothing for one of which a trial is missing, or all diverged. Among equals the candidate named first.
     """
-    missing = {trial.value for trial in trials if any(key not in rows for key in trial.keys)}
-    best: dict[str, tuple[float, Choice]] = {}
+    missing = {trial.values for trial in trials if any(key not in rows for key in trial.keys)}
+    best: dict[Tuned, tuple[float, Choice]] = {}
     for trial in trials:
-        if trial.value in missing:
+        if trial.values in missing:
             continue
         scores = [late_accuracy(rows[key], last) for key in trial.keys]
         if None in scores:
             continue  # one that diverged under any seed is no choice
         score = mean(s for s in scores if s is not None)
-        if trial.value not in best or score > best[trial.value][0]:
-            best[trial.value] = score, trial.choice
-    return {value: choice for value, (_, choice) in best.items()}
+        if trial.values not in best or score > best[trial.values][0]:
+            best[trial.values] = score, trial.choice
+    return {values: choice for values, (_, choice) in best.items()}
 
 
-def chosen_by(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[str, Choice] | None:
+def chosen_by(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[Tuned, Choice] | None:
     """What the trials in these rows decide; None where nothing is tuned."""
     return choose(trials, rows, grid.tuning.last) if grid.tuning else None
 

@@ -5,7 +5,7 @@ config: {rounds: 20}                    # keys of `fedelta run`, for every cell
 axes:
   method: {replication: {method: replication}, zero padding: {method: zero-padding}}
   data: {AG News: {data.source: ag_news}, DBpedia: {data.source: fancyzhx/dbpedia_14}}
-tuning: {axis: method, at: {data: AG News}, search: {training.learning_rate: [1.0e-3, 3.0e-3]}}
+tuning: {axes: [method, data], search: {training.learning_rate: [1.0e-3, 3.0e-3]}}
 experiments:
   accuracy: {axes: {data: all, method: all}, rows: method, baseline: zero padding}
 sizes:                                  # each laid over all of the above; the first is the default
@@ -13,7 +13,7 @@ sizes:                                  # each laid over all of the above; the f
   full: {}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,10 +42,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Tuning(Settings):
-    """Keys chosen for each value of one axis, by the best validation accuracy; the test split has no part in it.
+    """Keys chosen by the best validation accuracy; the test split has no part in it.
 
     Args:
-        axis: whose values are tuned, each with the same candidates.
+        axes: each combination of their values is tuned for itself, with the same candidates.
         at: the value of every other axis that is crossed meanwhile.
         search: key → candidates; all combinations are tried.
         seeds: of the trials; other than those of the experiments.
@@ -53,7 +53,7 @@ class Tuning(Settings):
         last: share of a trial's evaluations, from its end, whose mean accuracy is compared: one of them is noisy.
     """
 
-    axis: str
+    axes: tuple[str, ...] = Field(min_length=1)
     at: dict[str, str] = Field(default_factory=dict)
     search: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(1000,), min_length=1)
@@ -162,10 +162,12 @@ class Grid(Settings):
                 raise ValueError(f"experiments.{name}.rows is {experiment.rows!r}, expected one of its axes")
             if experiment.baseline not in (None, *experiment.axes[experiment.rows]):
                 raise ValueError(f"experiments.{name}.baseline {experiment.baseline!r} is none of its rows")
-            if self.tuning is not None and self.tuning.axis not in experiment.axes:
-                raise ValueError(f"experiments.{name} lacks the axis {self.tuning.axis!r}, which is tuned")
+            for axis in self.tuning.axes if self.tuning is not None else ():
+                if axis not in experiment.axes:
+                    raise ValueError(f"experiments.{name} lacks the axis {axis!r}, which is tuned")
         if self.tuning is not None:
-            self._check("tuning.axis", self.tuning.axis, ())
+            for axis in self.tuning.axes:
+                self._check("tuning.axes", axis, ())
             for axis, value in self.tuning.at.items():
                 self._check("tuning.at", axis, (value,))
             if shared := set(self.tuning.seeds) & set(self.seeds):
@@ -182,6 +184,10 @@ class Grid(Settings):
     def label(self, value: str) -> str:
         """What people are shown for a value of an axis."""
         return self.labels.get(value, value)
+
+    def labels_of(self, values: Iterable[str]) -> str:
+        """The same for several, in a line."""
+        return ", ".join(map(self.label, values))
 
     @property
     def folder(self) -> Path:

@@ -17,7 +17,7 @@ from fedelta.engines.workers import Result, Workers, can_fork
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.machine import versions
 from fedelta.runner import corpus_key, run, warm
-from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, chosen_by, describe
+from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, Tuned, chosen_by, describe
 from fedelta.sweep.grid import Grid, load_grid
 from fedelta.sweep.observer import SweepObserver
 from fedelta.sweep.results import Row, as_stored, first_difference, is_result_of, read_rows, row_of, write_rows
@@ -126,14 +126,14 @@ class Sweep:
     def _threads(self) -> int:
         return max(config.threads for config in self.expansion.cells(None).cells.values())
 
-    def _chosen(self, trials: Sequence[Trial]) -> Mapping[str, Choice] | None:
+    def _chosen(self, trials: Sequence[Trial]) -> Mapping[Tuned, Choice] | None:
         chosen = chosen_by(self.grid, trials, self.rows)
-        for value in dict.fromkeys(trial.value for trial in trials):
-            choice = (chosen or {}).get(value)
+        for values in dict.fromkeys(trial.values for trial in trials):
+            name, choice = self.grid.labels_of(values), (chosen or {}).get(values)
             if choice is None:
-                raise FedeltaError(f"tuning: every candidate of {value} diverged; add lower ones to tuning.search")
+                raise FedeltaError(f"tuning: every candidate of {name} diverged; add lower ones to tuning.search")
             named = ", ".join(f"{key} {setting}" for key, setting in choice.items())
-            self.observer.say(f"chosen for {self.grid.label(value)}: {named}")
+            self.observer.say(f"chosen for {name}: {named}")
         return chosen
 
     def _run_all(self, what: str, plan: Plan) -> None:
