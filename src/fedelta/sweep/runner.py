@@ -18,7 +18,7 @@ from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.machine import versions
 from fedelta.runner import corpus_key, run, warm
 from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, Tuned, chosen_by, describe
-from fedelta.sweep.grid import Grid, load_grid
+from fedelta.sweep.grid import Grid
 from fedelta.sweep.observer import SweepObserver
 from fedelta.sweep.results import Row, as_stored, first_difference, is_result_of, read_rows, row_of, write_rows
 from fedelta.tracking import RunFolder
@@ -108,7 +108,8 @@ class Sweep:
         """Leave the grid beside its results, from which reports are made."""
         file = self.folder / "grid.yaml"
         if file.exists() and self.rows:
-            before = load_grid(file).overrides
+            # No more than this: the grid itself may have come to have another form.
+            before = (yaml.safe_load(file.read_text()) or {}).get("overrides", {})
             if before != self.grid.overrides:
                 raise FedeltaError(
                     f"{self.folder} holds results with {_overrides(before)}, now {_overrides(self.grid.overrides)}; "
