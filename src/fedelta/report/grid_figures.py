@@ -27,15 +27,19 @@ def curves(results: Results, folder: Path) -> list[Path]:
 
 
 def energy(results: Results, folder: Path) -> list[Path]:
-    """The share of each rank index in the adapter's energy over the rounds; a panel for each row, first column."""
+    """The share of each rank index in the adapter's energy over the rounds; a panel for each row, first column.
+
+    Methods that merge the adapter every round have none to show.
+    """
     from matplotlib.colors import LogNorm
 
-    rows = [row for row in results.rows if results.trained(row, results.panels[0])]
+    cells = {row: results.trained(row, results.panels[0]).values() for row in results.rows}
+    rows = [row for row, found in cells.items() if any(any(r["energy"]) for cell in found for r in cell["rounds"])]
     if not rows:
         return []
     figure, grid = _panels(len(rows), 4, (3.1, 2.6))
     for axes, row in zip(grid, rows, strict=False):
-        seeds = [shares_of_energy(cell) for cell in results.trained(row, results.panels[0]).values()]
+        seeds = [shares_of_energy(cell) for cell in cells[row]]
         width = max(len(shares) for seed in seeds for shares in seed)
         image = [
             [mean(seed[r][j] if j < len(seed[r]) else 0.0 for seed in seeds) for r in range(len(seeds[0]))]
