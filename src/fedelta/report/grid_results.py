@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from fedelta.report.table import REACH
-from fedelta.sweep.cells import Expansion, Place, chosen_by
+from fedelta.sweep.cells import Expansion, Place
 from fedelta.sweep.grid import Experiment, Grid
 from fedelta.sweep.results import Row, evaluations, late_accuracy
 
@@ -115,9 +115,7 @@ def rounds_to(target: float) -> Measure:
 
 def gather(grid: Grid, rows: Mapping[str, Row]) -> list[Results]:
     """The experiments of a grid with what has been run of them."""
-    expansion = Expansion(grid)
-    _, trials = expansion.trials()
-    plan = expansion.cells(chosen_by(grid, trials, rows))
+    _, plan = Expansion(grid).decided(rows)
     found = []
     for name, experiment in grid.experiments.items():
         cells: dict[tuple[str, Panel], dict[int, Row]] = {}
@@ -137,10 +135,8 @@ def gather(grid: Grid, rows: Mapping[str, Row]) -> list[Results]:
 
 def places(grid: Grid, rows: Mapping[str, Row]) -> list[Place]:
     """Trials and cells that have been run, in the order of the grid."""
-    expansion = Expansion(grid)
-    plan, trials = expansion.trials()
-    found = [*plan.places, *expansion.cells(chosen_by(grid, trials, rows)).places]
-    return [place for place in found if place.key in rows]
+    trials, cells = Expansion(grid).decided(rows)
+    return [place for place in [*trials.places, *cells.places] if place.key in rows]
 
 
 def _panels(grid: Grid, experiment: Experiment) -> list[Panel]:

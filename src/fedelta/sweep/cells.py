@@ -150,6 +150,11 @@ class Expansion:
                         plan.add(name, values, seed, self._config(values, experiment.config, choice, seed))
         return plan
 
+    def decided(self, rows: Mapping[str, Row]) -> tuple[Plan, Plan]:
+        """The trials, and the cells that those of them that have run decide."""
+        plan, trials = self.trials()
+        return plan, self.cells(chosen_by(self.grid, trials, rows))
+
     def check(self) -> None:
         """Whether there are cells, each with a valid configuration of its own, before the first one runs.
 

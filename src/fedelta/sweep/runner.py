@@ -94,8 +94,8 @@ class Sweep:
             FedeltaError: for a cell that is not in the file, or not in the grid any more.
         """
         self.rows = read_rows(self.folder)
-        plan, trials = self.expansion.trials()
-        cells = plan.cells | self.expansion.cells(chosen_by(self.grid, trials, self.rows)).cells
+        trials, decided = self.expansion.decided(self.rows)
+        cells = trials.cells | decided.cells
         if key not in self.rows or key not in cells:
             raise FedeltaError(f"no cell {key!r} in {self.folder}{' as the grid is now' if key in self.rows else ''}")
         with tempfile.TemporaryDirectory() as scratch:
