@@ -33,12 +33,12 @@ def work() -> Any:
     from fedelta import runner
     from fedelta.adapter import initial_adapter
     from fedelta.config import load_config
-    from fedelta.data import build_data
+    from fedelta.corpus import build_data
 
     torch.set_num_threads(1)
     os.chdir(CONFIG.parents[1])
     config = load_config(CONFIG, [*SAME, "model.class_token_alone=false"])
-    corpus, tokenizer = runner._corpus(runner._corpus_key(config))
+    corpus, tokenizer = runner._corpus(runner.corpus_key(config))
     data = build_data(corpus, config.data, config.partition, config.seed)
     model = runner.make_model(config, len(data.classes), tokenizer)
     model.load(initial_adapter(model.shapes, 8, 0).with_scale(2.0), model.head_tensors())

@@ -25,7 +25,8 @@ from fedelta.data import Examples
 from fedelta.engines.measure import total_gemm_rate
 from fedelta.engines.workers import Result, Workers
 from fedelta.model import LoraModel, LoraSettings
-from fedelta.training import TrainingSettings, evaluate, predict, train
+from fedelta.tasks import Classification, Unit, evaluate
+from fedelta.training import TrainingSettings, train
 from fedelta.training.flops import count_texts, text_cost
 from fedelta.training.stacked import StackedClient, train_stacked
 
@@ -212,10 +213,12 @@ def evaluation(names: list[str], rates: dict[int, float]) -> str:
         def unsorted(work: Round = work, examples: Examples = examples) -> None:
             for begin in range(0, len(examples), 64):
                 rows = list(range(begin, min(begin + 64, len(examples))))
-                predict(work.plain, work.tokenizer, examples, rows)
+                Classification().judge(work.plain, work.tokenizer, examples, Unit("answer", rows))
 
         plain = seconds(unsorted, repeats=2, enough=20)
-        ours = seconds(partial(evaluate, work.model, work.tokenizer, examples, 64), repeats=2, enough=20)
+        ours = seconds(
+            partial(evaluate, Classification(), work.model, work.tokenizer, examples, 64), repeats=2, enough=20
+        )
         cost = text_cost(work.model, work.tokenizer, training=False)
         limit = cost.of(count_texts(examples.lengths)) / rates[1]
         rows.append([name, f"{plain:.2f}", f"{plain / ours:.2f}×", f"{limit / ours:.0%}"])

@@ -44,7 +44,7 @@ class Federation:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump(config.dump()))
-        rows = load_splits(config.data)["train"]
+        rows = load_splits(config.data, config.task.columns(config.data))["train"]
         names = sorted(set(rows.unique(config.data.label)))
         labels = [names.index(label) for label in rows[config.data.label]]
         parts = partition(rows, labels, config.partition, config.seed)

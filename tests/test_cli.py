@@ -54,10 +54,10 @@ def test_run_ends_with_a_table_a_plot_a_page_and_an_adapter(
     printed = capsys.readouterr().out
     assert "fedex" in printed
     folder = tmp_path / "runs" / "tiny"
-    for name in ("accuracy.png", "accuracy.svg", "report.html", "table.json", "adapter/adapter_model.safetensors"):
+    for name in ("score.png", "score.svg", "report.html", "table.json", "adapter/adapter_model.safetensors"):
         assert (folder / name).stat().st_size > 0
     assert str(folder / "report.html") in printed
-    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "score.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob(".*")), "no temporary file is left"
 
 
@@ -71,7 +71,7 @@ def test_compare_shares_data_and_weights_and_reports_the_spread(
     folder = tmp_path / "runs" / "tiny-compare"
     rows = json.loads((folder / "table.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["zero-padding", "replication", "fedex"]
-    assert all(row["seeds"] == 2 and row["accuracy_std"] is not None for row in rows)
+    assert all(row["seeds"] == 2 and row["score_std"] is not None for row in rows)
     first = [json.loads((folder / f"{m}-seed1" / "rounds.jsonl").read_text().splitlines()[0]) for m in
              ("zero-padding", "replication", "fedex")]  # fmt: skip
     assert len({record["train_loss"] for record in first}) == 1, "same data, same initial weights"

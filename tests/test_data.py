@@ -6,12 +6,18 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from fedelta.data import DataSettings, PartitionSettings, build_corpus, build_data, label_classes
+from fedelta.corpus import build_corpus, build_data, read_splits
+from fedelta.data import DataSettings, PartitionSettings
 from fedelta.data.examples import Examples
 from fedelta.data.partition import partition
 from fedelta.data.pydoc import CHAPTERS, read_pydoc
 from fedelta.data.sources import load_splits
 from fedelta.errors import FedeltaError
+from fedelta.tasks import Classification
+
+
+def splits_of(settings: DataSettings) -> dict[str, datasets.Dataset]:
+    return load_splits(settings, Classification().columns(settings))
 
 
 def rows_of(splits: dict) -> dict[str, list[str]]:
@@ -37,7 +43,7 @@ def test_every_module_of_pydoc_has_one_chapter() -> None:
 
 
 def test_splits_are_disjoint_and_the_same_every_time(texts: Path) -> None:
-    one, two = (load_splits(DataSettings(source=str(texts))) for _ in range(2))
+    one, two = (splits_of(DataSettings(source=str(texts))) for _ in range(2))
     assert rows_of(one) == rows_of(two)
     assert {name: split.num_rows for name, split in one.items()} == {"train": 172, "validation": 20, "test": 48}
 
@@ -56,7 +62,7 @@ def test_every_file_format_gives_the_same_rows(ending: str, texts: Path, tmp_pat
         table.to_json(file)
     else:
         file.write_text(json.dumps(table.to_list()))
-    assert rows_of(load_splits(DataSettings(source=str(file)))) == rows_of(load_splits(DataSettings(source=str(texts))))
+    assert rows_of(splits_of(DataSettings(source=str(file)))) == rows_of(splits_of(DataSettings(source=str(texts))))
 
 
 def test_a_folders_own_test_split_is_used(texts: Path, tmp_path: Path) -> None:
@@ -66,13 +72,13 @@ def test_a_folders_own_test_split_is_used(texts: Path, tmp_path: Path) -> None:
     # As real folders do: the test split lacks one column of the training split.
     table.select(range(200, 240)).remove_columns("author").to_parquet(tmp_path / "test.parquet")
     (tmp_path / "README.md").write_text("# texts")
-    splits = load_splits(DataSettings(source=str(tmp_path)))
+    splits = splits_of(DataSettings(source=str(tmp_path)))
     assert splits["test"]["text"][:] == table["text"][200:]
     assert splits["train"].num_rows + splits["validation"].num_rows == 200
 
 
 def test_limits_draw_by_seed(texts: Path) -> None:
-    splits = load_splits(DataSettings(source=str(texts), limit=50, evaluation_limit=10))
+    splits = splits_of(DataSettings(source=str(texts), limit=50, evaluation_limit=10))
     assert {name: split.num_rows for name, split in splits.items()} == {"train": 50, "validation": 10, "test": 10}
 
 
@@ -87,7 +93,7 @@ def test_limits_draw_by_seed(texts: Path) -> None:
 )
 def test_bad_sources_are_refused(settings: dict, reason: str, texts: Path) -> None:
     with pytest.raises(FedeltaError, match=reason):
-        load_splits(DataSettings(**({"source": str(texts)} | settings)))
+        splits_of(DataSettings(**({"source": str(texts)} | settings)))
 
 
 @pytest.mark.parametrize(
@@ -103,14 +109,14 @@ def test_bad_labels_are_refused(content: str, reason: str, tmp_path: Path) -> No
     file = tmp_path / "x.csv"
     file.write_text(content)
     with pytest.raises(FedeltaError, match=reason):
-        label_classes(DataSettings(source=str(file)))
+        read_splits(DataSettings(source=str(file)), Classification())
 
 
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     file.write_bytes(b"PAR1 this is not parquet")
     with pytest.raises(FedeltaError, match="data source .*x.parquet: ") as refusal:
-        load_splits(DataSettings(source=str(file)))
+        splits_of(DataSettings(source=str(file)))
     assert "\n" not in str(refusal.value)
 
 
@@ -190,8 +196,8 @@ def test_partitions_that_cannot_be_made_are_refused(settings: dict, reason: str)
 
 def test_a_client_too_small_to_hold_rows_out_is_named(texts: Path, tiny_bert: Path) -> None:
     settings = DataSettings(source=str(texts), limit=10)
-    splits, values, names = label_classes(settings)
-    corpus = build_corpus(settings, AutoTokenizer.from_pretrained(tiny_bert), splits, values, names)
+    splits, classes = read_splits(settings, Classification())
+    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
     with pytest.raises(FedeltaError, match="client-000 has 1 rows, too few to hold out 1"):
         build_data(corpus, settings, PartitionSettings(clients=10), seed=0)
 
@@ -200,8 +206,8 @@ def test_pairs_of_texts_are_tokenised_together(tmp_path: Path, tiny_bert: Path) 
     file = tmp_path / "x.csv"
     file.write_text("a,b,label\n" + "".join(f"the ship,old moon,{'xy'[i % 2]}\n" for i in range(10)))
     settings = DataSettings(source=str(file), text=("a", "b"))
-    splits, values, names = label_classes(settings)
-    corpus = build_corpus(settings, AutoTokenizer.from_pretrained(tiny_bert), splits, values, names)
+    splits, classes = read_splits(settings, Classification())
+    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
     assert corpus.classes == ["x", "y"]
     feature = corpus.train.features[0]
     assert len(feature["input_ids"]) == 7
@@ -234,8 +240,8 @@ def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(text
         "text,label\n" + "".join(f"{'the ' * (i // 60)}{'old ' * (i % 60)}sea,{'xy'[i % 2]}\n" for i in range(240))
     )
     settings = DataSettings(source=str(file), client_validation=0.25, max_length=100)
-    splits, values, names = label_classes(settings)
-    corpus = build_corpus(settings, AutoTokenizer.from_pretrained(tiny_bert), splits, values, names)
+    splits, classes = read_splits(settings, Classification())
+    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
     data = build_data(corpus, settings, PartitionSettings(clients=5), seed=0)
     parts = [part for shard in data.shards.values() for part in (shard.train, shard.validation)]
     texts_of = [[tuple(f["input_ids"]) for f in part.features] for part in (*parts, data.validation, data.test)]
@@ -247,8 +253,8 @@ def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(text
 
 
 def test_a_limit_is_a_draw_and_not_the_first_rows(texts: Path) -> None:
-    full = rows_of(load_splits(DataSettings(source=str(texts))))["train"]
-    drawn = rows_of(load_splits(DataSettings(source=str(texts), limit=50)))["train"]
+    full = rows_of(splits_of(DataSettings(source=str(texts))))["train"]
+    drawn = rows_of(splits_of(DataSettings(source=str(texts), limit=50)))["train"]
     assert set(drawn) <= set(full)
     assert drawn != full[:50]
 
@@ -259,9 +265,9 @@ def test_glues_secret_test_labels_can_be_left_out(texts: Path, tmp_path: Path) -
     table.select(range(150, 200)).to_parquet(tmp_path / "validation.parquet")
     table.select(range(200, 240)).remove_columns("label").to_parquet(tmp_path / "test.parquet")
     with pytest.raises(FedeltaError, match="no column 'label' in split test"):
-        load_splits(DataSettings(source=str(tmp_path)))
+        splits_of(DataSettings(source=str(tmp_path)))
     with pytest.raises(FedeltaError, match="'validation' would serve twice"):
-        load_splits(DataSettings(source=str(tmp_path), splits={"test": "validation"}))
-    splits = load_splits(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
+        splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation"}))
+    splits = splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
     assert splits["test"]["text"][:] == table["text"][150:200]
     assert splits["train"].num_rows == 135

@@ -26,7 +26,7 @@ def test_plain_peft_reproduces_the_demos_accuracy(name: str, tmp_path: Path) -> 
     config = load_config(None, [f"method={name}", f"output={tmp_path}", *ranks, *small])
     finished = run(config)
     classes = finished.result["classes"]
-    split = load_splits(config.data)["test"]
+    split = load_splits(config.data, config.task.columns(config.data))["test"]
     rows = tmp_path / "rows.jsonl"
     with rows.open("w") as file:
         for text, label in zip(split["text"][:], split["label"][:], strict=True):

@@ -21,7 +21,7 @@ from fedelta.packing import count_bytes
 from fedelta.patch_log import PatchedBase, PatchLog
 from fedelta.runner import Run, run
 from fedelta.server import Server, ServerState
-from fedelta.training import evaluate
+from fedelta.tasks import Classification, evaluate
 
 CHURN = {"participation": 0.5}
 HARD = {"epochs": 4, "batch_size": 8, "learning_rate": 0.01}
@@ -400,7 +400,11 @@ def test_where_clients_keep_factors_each_is_judged_with_its_own(workers: int, ti
     scores = []
     for adapter in server.personal_adapters(checkpoint.state, checkpoint.kept).values():
         trainer.model.load(adapter, checkpoint.state.heads)
-        scores.append(evaluate(trainer.model, trainer.tokenizer, data.test, finished.config.evaluation.batch_size))
+        scores.append(
+            evaluate(
+                Classification(), trainer.model, trainer.tokenizer, data.test, finished.config.evaluation.batch_size
+            )
+        )
     assert len({score["loss"] for score in scores}) == len(scores) == 4
     mean = sum(score["loss"] for score in scores) / len(scores)
     assert finished.result["test"]["loss"] == pytest.approx(mean, rel=1e-6)
@@ -439,7 +443,8 @@ def test_clients_report_the_loss_on_rows_that_they_do_not_train_on(
         reply = answer(self, blob, shard)
         found = ClientUpdate.from_bytes(reply, "sender").metrics["validation_loss"]
         on_held_out, on_trained = (
-            evaluate(self.model, self.tokenizer, rows, 64)["loss"] for rows in (shard.validation, shard.train)
+            evaluate(Classification(), self.model, self.tokenizer, rows, 64)["loss"]
+            for rows in (shard.validation, shard.train)
         )
         assert found == pytest.approx(on_held_out, rel=1e-6)
         compared.append(abs(found - on_trained))

@@ -28,7 +28,7 @@ def test_rows(config: Any, finished: Run) -> list[tuple[str, int]]:
     from fedelta.data.sources import load_splits
 
     classes = finished.result["classes"]
-    split = load_splits(config.data)["test"]
+    split = load_splits(config.data, config.task.columns(config.data))["test"]
     return [(text, classes.index(label)) for text, label in zip(split["text"][:], split["label"][:], strict=True)]
 
 

@@ -130,7 +130,7 @@ def test_combinations_of_axes_are_tuned_apart(tmp_path: Path) -> None:
 
 def row(accuracies: list[float], failed: str | None = None) -> dict[str, Any]:
     rounds = [{"round": i + 1, "validation": {"accuracy": a}} for i, a in enumerate(accuracies)]
-    return {"rounds": rounds, "failed": failed}
+    return {"rounds": rounds, "failed": failed, "metric": "accuracy"}
 
 
 def test_the_choice_is_the_best_mean_over_late_evaluations_and_seeds() -> None:
@@ -205,7 +205,7 @@ def test_results_outlive_a_setting_that_comes_to_be_but_not_a_default_that_chang
         ),
         (
             {"experiments": {"e": {"axes": {"method": "all"}, "rows": "method", "show": ["everything"]}}},
-            "experiments.e.show.0: input should be 'accuracy'",
+            "experiments.e.show.0: input should be 'score'",
         ),
         ({"tuning": TUNING | {"at": {"rank": "middle"}}}, "tuning.at: axis rank has no value 'middle'"),
         ({"tuning": TUNING | {"axes": ["refresh"]}}, "experiments.all lacks the axis 'refresh', which is tuned"),

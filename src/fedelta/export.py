@@ -53,6 +53,7 @@ def _write(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel)
         state.heads,
         base_model=model.base_name,
         modules_to_save=model.head_modules,
+        task_type=model.task_type,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
     )
 
@@ -63,7 +64,7 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
     Args:
         folder: appears whole, or not at all.
         adapter_folder: as written by `export_adapter`.
-        base: a fresh `AutoModelForSequenceClassification`.
+        base: the fresh model that it was trained on.
     """
     import peft
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedelta.adapter import Adapter, LoraPair, ScaleRule, draw_basis
-from fedelta.base_model import find_heads
+from fedelta.base_model import modules_to_train
 from fedelta.dropout import quicken
 from fedelta.errors import FedeltaError
 from fedelta.settings import Settings
@@ -32,7 +32,8 @@ class LoraSettings(Settings):
         dropout: on the input of the LoRA branch.
         target_modules: names or endings of layers, or `all-linear`; None takes PEFT's choice for the model.
         modules_to_save: modules trained whole besides LoRA, by name or ending; None finds all that lies between the
-            backbone and the label. PEFT always adds the last layer (`classifier` or `score`).
+            backbone and the label. PEFT always adds the last layer (`classifier` or `score`). A causal language model
+            has none unless they are named.
     """
 
     alpha: float = Field(default=16, gt=0)
@@ -47,15 +48,16 @@ def peft_name(rank: int) -> str:
 
 
 class LoraModel:
-    """A classification model with LoRA, its adapter and base patch swapped in place.
+    """A model with LoRA, its adapter and base patch swapped in place.
 
     Args:
-        base: an `AutoModelForSequenceClassification`.
+        base: a model that classifies, or a causal language model.
         settings: where LoRA goes and what is trained whole.
 
     Attributes:
         shapes: module → (m, n) of each adapted layer, out×in.
         head_modules: names of the modules trained whole.
+        task_type: PEFT's name for what the model does.
     """
 
     def __init__(self, base: Any, settings: LoraSettings) -> None:
@@ -66,8 +68,9 @@ class LoraModel:
 
         self.settings = settings
         self._conv1d = any(isinstance(module, Conv1D) for module in base.modules())
+        self.task_type = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
         self.base_name = str(base.config._name_or_path)
-        self.head_modules = _named_modules(base, settings.modules_to_save)
+        self.head_modules = modules_to_train(base, settings.modules_to_save)
         try:
             self.peft: Any = peft.get_peft_model(base, self._config(1), adapter_name=peft_name(1))
         except ValueError as error:
@@ -116,7 +119,7 @@ class LoraModel:
             target_modules=list(targets) if isinstance(targets, tuple) else targets,
             modules_to_save=list(self.head_modules),  # PEFT extends the list that it is given
             fan_in_fan_out=self._conv1d,
-            task_type="SEQ_CLS",
+            task_type=self.task_type,
         )
 
     def _prepare_heads(self) -> None:
@@ -244,7 +247,8 @@ class LoraModel:
                 original = self._original.setdefault(module, weight.detach().clone())
                 weight.copy_(original + (C.T if layer.fan_in_fan_out else C))
             elif module in total:
-                self._rounded[module] = C.T.to(weight.dtype)
+                # Of the type that the layer computes in: a quantised weight's own is none.
+                self._rounded[module] = C.T.to(weight.dtype if weight.is_floating_point() else self.dtype)
                 if module not in self._hooked:
                     layer.get_base_layer().register_forward_hook(self._patch_hook(module))
                     self._hooked.add(module)
@@ -269,20 +273,6 @@ class _Basis(nn.Module):
 
     def right_inverse(self, B: Tensor) -> Tensor:
         return self.Q.T @ B
-
-
-def _named_modules(base: Any, names: tuple[str, ...] | None) -> list[str]:
-    """Full names of the modules to be trained whole."""
-    if names is None:
-        return find_heads(base)
-    known = [name for name, _ in base.named_modules()]
-    found = []
-    for name in names:
-        matches = [full for full in known if full == name or full.endswith(f".{name}")]
-        if not matches:
-            raise FedeltaError(f"lora.modules_to_save: the model has no module {name!r}")
-        found += matches
-    return sorted(set(found))
 
 
 def _inputs_to_float32(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:  # noqa: ARG001

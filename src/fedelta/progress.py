@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fedelta.config import Config
 from fedelta.engines import Observer
+from fedelta.metrics import METRICS
 from fedelta.sweep.observer import SweepObserver
 
 
@@ -111,7 +112,8 @@ class GridProgress(SweepObserver):
         if not self.console.is_terminal:
             score = "diverged"
             if row["validation"]:
-                score = f"validation accuracy {100 * row['validation']['accuracy']:.2f} %"
+                metric = METRICS[row["metric"]]
+                score = f"validation {metric.title} {metric.show(row['validation'][metric.name])}"
             pace = (time.monotonic() - self._begin) / self._new
             left = timedelta(seconds=round(pace * len(self._left)))
             self.say(f"{done} of {self._all}: {name}: {score}; {left} left")
@@ -201,5 +203,6 @@ class TerminalProgress(Lines):
         if self.all is not None:
             self.progress.update(self.all, advance=1)
         if record["validation"]:
-            accuracy = 100 * record["validation"]["accuracy"]
-            self.progress.update(self.clients, note=f"validation accuracy {accuracy:.2f} %")
+            metric = METRICS[record["metric"]]
+            score = metric.show(record["validation"][metric.name])
+            self.progress.update(self.clients, note=f"validation {metric.title} {score}")

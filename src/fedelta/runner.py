@@ -16,7 +16,7 @@ from fedelta.base_model import load_base, load_tokenizer, longest_text
 from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
 from fedelta.config import Config, load_config, parse_config
-from fedelta.data import Corpus, FederatedData, build_corpus, build_data, label_classes
+from fedelta.corpus import Corpus, FederatedData, build_corpus, build_data, read_splits
 from fedelta.engines import Observer
 from fedelta.engines.evaluation import Evaluator
 from fedelta.engines.local import LocalEngine
@@ -59,7 +59,8 @@ def make_server(config: Config) -> Server:
 
 def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
     """The base model with LoRA; its new head depends on the run's seed, not on the method."""
-    base = load_base(config.model, classes, tokenizer, derive_seed(config.seed, "head") % 2**32)
+    seed = derive_seed(config.seed, "head") % 2**32
+    base = load_base(config.model, classes, tokenizer, seed, config.task.kind)
     return LoraModel(base, config.lora)
 
 
@@ -67,9 +68,10 @@ def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
 def _corpus(key: str) -> tuple[Corpus, Any]:
     """Splits and tokens, read once for all seeds and methods of a comparison."""
     config = parse_config(json.loads(key))
-    splits, values, names = label_classes(config.data)
+    config.task.check_installed()
+    splits, classes = read_splits(config.data, config.task)
     tokenizer = load_tokenizer(config.model)
-    return build_corpus(config.data, tokenizer, splits, values, names), tokenizer
+    return build_corpus(config.data, config.task, splits, classes, tokenizer), tokenizer
 
 
 def warm(config: Config) -> None:
@@ -107,7 +109,7 @@ def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
     model = make_model(config, classes, tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
-    return Trainer(model, tokenizer, config.training, config.evaluation.batch_size, config.seed)
+    return Trainer(model, tokenizer, config.task, config.training, config.evaluation.batch_size, config.seed)
 
 
 def run(
@@ -203,7 +205,7 @@ def _run(
         "rounds": state.round,
         "classes": data.classes,
         "clients": dict(clients),
-        "majority": _majority(corpus),
+        "majority": config.task.constant_score(corpus.train, corpus.test),
         "validation": records[-1]["validation"] or evaluator.evaluate(state, data.validation, "validation"),
         "test": evaluator.evaluate(state, data.test, "test"),
         "adapter_rank": exported.rank,
@@ -232,13 +234,8 @@ def _title(config: Config) -> str:
 
 def corpus_key(config: Config) -> str:
     """The same for configurations that read the same texts into the same tokens."""
-    return json.dumps({"data": config.data.model_dump(), "model": config.model.model_dump()}, sort_keys=True)
-
-
-def _majority(corpus: Corpus) -> float:
-    """Test accuracy of always answering the most frequent training label."""
-    most = max(set(corpus.train.labels), key=list(corpus.train.labels).count)
-    return list(corpus.test.labels).count(most) / len(corpus.test)
+    parts = {"data": config.data, "model": config.model, "task": config.task}
+    return json.dumps({name: part.model_dump() for name, part in parts.items()}, sort_keys=True)
 
 
 def open_run(folder: Path) -> Run:
@@ -291,10 +288,11 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[
             lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters")
         if merged:
             # In fp32 whatever the base was trained in: rounding to bf16 would lose most of a small update.
-            whole = config.model.model_copy(update={"dtype": "float32"})
-            base = load_base(whole, len(state.classes), tokenizer, seed=0)
-            base.config.id2label = dict(enumerate(state.classes))
-            base.config.label2id = {label: i for i, label in enumerate(state.classes)}
+            whole = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
+            base = load_base(whole, len(state.classes), tokenizer, 0, config.task.kind)
+            if state.classes:
+                base.config.id2label = dict(enumerate(state.classes))
+                base.config.label2id = {label: i for i, label in enumerate(state.classes)}
             export_merged(merged, target, base, tokenizer)
             lines.append(f"merged    {merged}")
     return lines

@@ -43,11 +43,11 @@ def read_config(arguments: list[str] | None) -> Any:
 def finish(runs: list[Any], folder: Path) -> None:
     """Table on the terminal; plot, table and page in the folder."""
     from fedelta.report.page import write_page
-    from fedelta.report.plot import plot_accuracy
+    from fedelta.report.plot import plot_scores
     from fedelta.report.table import console_table, write_table
 
     write_table(runs, folder)
-    plots = plot_accuracy(runs, folder)
+    plots = plot_scores(runs, folder)
     page = write_page(runs, folder)
     out.print(console_table(runs))
     # soft_wrap: a path that is cut in two can't be copied.

@@ -42,7 +42,7 @@ class Result(TypedDict):
     rounds: int
     classes: list[str]
     clients: dict[str, int]
-    majority: float
+    majority: float | None
     validation: dict[str, float]
     test: dict[str, float]
     adapter_rank: int

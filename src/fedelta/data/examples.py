@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+IGNORED = -100
+"""Label of a token that has no part in the loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,11 +18,11 @@ class Examples:
 
     Args:
         features: one dict for each text with `input_ids` and, where the model uses them, `token_type_ids`.
-        labels: class index of each text.
+        labels: of each text: a class index, a number, or a label for each of its tokens.
     """
 
     features: Sequence[dict[str, list[int]]]
-    labels: Sequence[int]
+    labels: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,10 +38,19 @@ class Examples:
     def lengths(self) -> list[int]:
         return [self.length(i) for i in range(len(self))]
 
+    def weight(self, indices: Sequence[int]) -> int:
+        """What the loss of these texts is a mean over: texts, or those tokens that are predicted."""
+        if not indices or not isinstance(self.labels[indices[0]], list):
+            return len(indices)
+        # The first token of a text is predicted from nothing.
+        return sum(label != IGNORED for i in indices for label in self.labels[i][1:])
+
     def batch(self, indices: Sequence[int], tokenizer: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """These texts, padded to the longest of them."""
         rows = [{**self.features[i], "labels": self.labels[i]} for i in indices]
-        return {key: tensor.to(device) for key, tensor in DataCollatorWithPadding(tokenizer)(rows).items()}
+        by_token = bool(rows) and isinstance(rows[0]["labels"], list)
+        collate = DataCollatorForSeq2Seq(tokenizer) if by_token else DataCollatorWithPadding(tokenizer)
+        return {key: tensor.to(device) for key, tensor in collate(rows).items()}
 
     def training_order(self, batch_size: int, seed: int) -> Iterator[list[int]]:
         """One epoch of batches, shuffled."""
@@ -53,12 +65,40 @@ class Examples:
             yield order[start : start + batch_size]
 
 
-def tokenise(
-    split: Any, columns: Sequence[str], label: str, classes: Sequence[Any], tokenizer: Any, length: int
-) -> Examples:
-    """A `datasets.Dataset` as `Examples`; labels become their index in `classes`."""
-    index = {value: i for i, value in enumerate(classes)}
+@dataclass(frozen=True, eq=False)
+class Completions(Examples):
+    """Prompts that are to be completed.
+
+    Args:
+        labels: for each token itself where it is of the completion, else `IGNORED`.
+        references: the completion of each text, as text.
+        groups: texts of one group share their prompt: one answer to it is compared with all their references.
+    """
+
+    references: Sequence[str]
+    groups: Sequence[Any]
+
+    def select(self, indices: Sequence[int]) -> "Completions":
+        plain = super().select(indices)
+        references, groups = ([values[i] for i in indices] for values in (self.references, self.groups))
+        return Completions(plain.features, plain.labels, references, groups)
+
+    def prompt(self, index: int) -> list[int]:
+        """The tokens before the completion."""
+        tokens, labels = self.features[index]["input_ids"], self.labels[index]
+        return tokens[: next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))]
+
+    @property
+    def by_group(self) -> list[list[int]]:
+        """The rows of each group, in the order in which groups first come."""
+        found: dict[Any, list[int]] = {}
+        for row, group in enumerate(self.groups):
+            found.setdefault(group, []).append(row)
+        return list(found.values())
+
+
+def tokenise(split: Any, columns: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+    """The texts, or pairs of texts, of a `datasets.Dataset` as features, cut to a length."""
     texts = [split[column][:] for column in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=False)
-    features = [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
-    return Examples(features, [index[value] for value in split[label][:]])
+    return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]

@@ -4,6 +4,7 @@ Everything goes through `datasets.load_dataset`, which knows CSV, JSONL and Parq
 local folder are loaded split by split, because real folders hold splits with different columns.
 """
 
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,9 @@ BUILT_IN = "pydoc"
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SplitName = Literal["train", "validation", "test"]
 TEXT = ("string", "large_string", "null")
+Columns = Mapping[str, bool]
+"""Column → whether it must hold text."""
+
 SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("valid", "val", "dev"),
@@ -62,13 +66,16 @@ class DataSettings(Settings):
         return (self.text,) if isinstance(self.text, str) else self.text
 
 
-def load_splits(settings: DataSettings) -> dict[str, Any]:
+def load_splits(settings: DataSettings, columns: Columns) -> dict[str, Any]:
     """`train`, `validation` and `test` as `datasets.Dataset`, disjoint, the same in every run.
+
+    Args:
+        columns: that are read.
 
     Raises:
         FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
     """
-    splits = _named_splits(settings)
+    splits = _named_splits(settings, columns)
     train = splits["train"]
     held_out = {}
     for name in ("test", "validation"):
@@ -88,17 +95,17 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
     }
 
 
-def load_rows(settings: DataSettings) -> Any:
+def load_rows(settings: DataSettings, columns: Columns) -> Any:
     """All rows of a source for training alone: nothing is cut out of them; splits of other names are left aside.
 
     Raises:
         FedeltaError: as `load_splits`.
     """
-    rows = _named_splits(settings)["train"]
+    rows = _named_splits(settings, columns)["train"]
     return _draw(rows, settings.limit, settings.split_seed, "train")
 
 
-def _named_splits(settings: DataSettings) -> dict[SplitName, Any]:
+def _named_splits(settings: DataSettings, columns: Columns) -> dict[SplitName, Any]:
     """Those splits that the source has, by our names, with the columns that are read."""
     found = _load(settings)
     splits: dict[SplitName, Any] = {}
@@ -115,14 +122,14 @@ def _named_splits(settings: DataSettings) -> dict[SplitName, Any]:
     if "train" not in splits:
         raise FedeltaError(f"data source {settings.source} has splits {sorted(found)}, expected one named train")
     for name, split in splits.items():
-        for column in (*settings.text_columns, settings.label):
+        for column, is_text in columns.items():
             if column not in split.column_names:
                 raise FedeltaError(
                     f"data source {settings.source}: no column {column!r} in split {name}, "
                     f"found {', '.join(split.column_names)}"
                 )
             kind = str(getattr(split.features[column], "dtype", "list"))
-            if column in settings.text_columns and kind not in TEXT:
+            if is_text and kind not in TEXT:
                 raise FedeltaError(f"data source {settings.source}: column {column!r} holds {kind}, expected text")
             if split.num_rows and split.data.column(column).null_count:
                 raise FedeltaError(f"data source {settings.source}: empty cells in column {column!r} of {name}")

@@ -16,7 +16,7 @@ from fedelta.errors import FedeltaError
 from fedelta.messages import Broadcast, ClientUpdate
 from fedelta.server import Server, ServerState
 from fedelta.stopwatch import Stopwatch
-from fedelta.training import predict, score
+from fedelta.tasks import Answer
 from fedelta.training.flops import count_texts
 
 Scores = dict[str, float]
@@ -77,32 +77,34 @@ class Evaluator:
         watch: Stopwatch | None,
     ) -> Scores:
         """Mean scores of these adapters, each with the same heads, on the base as it is."""
-        self.observer.evaluation_started(split, len(examples) * len(adapters))
+        task, tokenizer = self.trainer.task, self.trainer.tokenizer
+        units = task.units(examples, self.trainer.evaluation_batch, final=split == "test")
+        self.observer.evaluation_started(split, sum(len(unit.rows) for unit in units) * len(adapters))
         self.prefixes.fill([examples])
-        batches = list(examples.evaluation_order(self.trainer.evaluation_batch))
         model = self.trainer.model
         loaded = [0]
 
-        def judge(task: int) -> Result:
-            which, batch = divmod(task, len(batches))
+        def judge(place: int) -> Result:
+            which, number = divmod(place, len(units))
+            unit = units[number]
             if which != loaded[0]:
                 model.load(adapters[which], heads)
                 loaded[0] = which
-            losses, predictions = predict(model, self.trainer.tokenizer, examples, batches[batch], self.trainer.prefix)
-            counted = count_texts([examples.length(row) for row in batches[batch]])
+            answers = task.judge(model, tokenizer, examples, unit, self.trainer.prefix)
+            counted = count_texts([examples.length(row) for row in unit.rows])
             counts = {f"evaluated_{name}": count for name, count in counted.items()}
-            return Result({"losses": losses, "predictions": predictions, "counts": counts})
+            return Result({"answers": answers, "counts": counts})
 
         # Workers inherit what is loaded; with one adapter a side, nothing is left to load.
         model.load(adapters[0], heads)
-        costs = [float(len(rows) * max(examples.length(row) for row in rows)) for rows in batches] * len(adapters)
-        found: list[tuple[list[float], list[int]]] = []
+        costs = [float(len(unit.rows) * max(map(examples.length, unit.rows))) for unit in units] * len(adapters)
+        found: list[list[Answer]] = []
         for result in self.workers.map(judge, costs):
-            found.append((result.facts["losses"], result.facts["predictions"]))
+            found.append(result.facts["answers"])
             if watch is not None:
                 watch.add({}, result.facts["counts"])
-            self.observer.evaluation_advanced(len(result.facts["losses"]))
+            self.observer.evaluation_advanced(len(result.facts["answers"]))
         scores: Counter[str] = Counter()
-        for begin in range(0, len(found), len(batches)):
-            scores.update(score(examples, batches, found[begin : begin + len(batches)]))
+        for begin in range(0, len(found), len(units)):
+            scores.update(task.score(examples, units, found[begin : begin + len(units)]))
         return {name: total / len(adapters) for name, total in scores.items()}

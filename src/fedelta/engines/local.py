@@ -6,7 +6,7 @@ Messages are serialised as on a wire, so that bytes are measured and a client se
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedelta.data import Shard
+from fedelta.corpus import Shard
 from fedelta.engines.rounds import Answer, Draw, Engine, explain, read_update
 from fedelta.engines.workers import Result
 from fedelta.errors import in_one_line

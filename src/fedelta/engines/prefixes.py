@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedelta.data import Examples, Shard
+from fedelta.corpus import Shard
+from fedelta.data import Examples
 from fedelta.engines.workers import Result, Workers
 from fedelta.prefix import Prefix
 

@@ -192,7 +192,7 @@ class Engine(ABC):
         watch.lap("evaluation")
         record = (
             _record(state, after, outcome, scores, traffic)
-            | {"failed_attempts": failed, "clients_validation": own}
+            | {"metric": self.trainer.task.metric, "failed_attempts": failed, "clients_validation": own}
             | self.events()
         )
         timing = {

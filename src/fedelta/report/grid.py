@@ -11,11 +11,11 @@ from fedelta.report.grid_results import Results, gather, places
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
 from fedelta.sweep.grid import Grid, View, load_grid
-from fedelta.sweep.results import FILE, Row, late_accuracy, read_rows
+from fedelta.sweep.results import FILE, Row, late_score, metric_of, read_rows, score
 
 TABLES: Mapping[View, Callable[[Results], TextTable]] = {
-    "accuracy": grid_tables.accuracy,
-    "late-accuracy": grid_tables.late,
+    "score": grid_tables.final,
+    "late-score": grid_tables.late,
     "rounds-to-target": grid_tables.rounds_to_target,
     "traffic": grid_tables.traffic,
     "energy": grid_tables.energy,
@@ -77,7 +77,7 @@ def write_grid_report(grid: Grid, rows: Mapping[str, Row], folder: Path) -> tupl
 
 
 def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
-    """What tuning chose, and the validation accuracy of every candidate."""
+    """What tuning chose, and the validation score of every candidate."""
     assert grid.tuning is not None
     _, trials = Expansion(grid).trials()
     chosen = chosen_by(grid, trials, rows) or {}
@@ -90,18 +90,19 @@ def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
     ]
     lines: dict[Tuned, list[str]] = {}
     for trial in trials:
-        scores = [late_accuracy(rows[key], grid.tuning.last) for key in trial.keys if key in rows]
+        scores = [late_score(rows[key], grid.tuning.last) for key in trial.keys if key in rows]
         text = "–"
         if scores:
-            text = "diverged" if None in scores else f"{100 * sum(s or 0 for s in scores) / len(scores):.2f}"
+            factor = next(metric_of(rows[key]).factor for key in trial.keys if key in rows)
+            text = "diverged" if None in scores else f"{factor * sum(s or 0 for s in scores) / len(scores):.2f}"
         if chosen.get(trial.values) == trial.choice:
             text = f"{text} *"
         lines.setdefault(trial.values, [grid.labels_of(trial.values)]).append(text)
     at = f", {grid.labels_of(grid.tuning.at.values())}" if grid.tuning.at else ""
     seeds = ", ".join(map(str, grid.tuning.seeds))
     note = (
-        f"Validation accuracy, %, mean of the last {grid.tuning.last:.0%} of evaluations{at}, seeds {seeds}. "
-        "With a star what was chosen, and is used everywhere."
+        f"Validation score (% where it is a share), mean of the last {grid.tuning.last:.0%} of evaluations{at}, "
+        f"seeds {seeds}. With a star what was chosen, and is used everywhere."
     )
     return TextTable("tuning", "Candidates", head, list(lines.values()), note)
 
@@ -111,10 +112,10 @@ def _cells(grid: Grid, ran: Sequence[Place], rows: Mapping[str, Row]) -> str:
     lines = []
     for place in ran:
         row = rows[place.key]
-        scores = [f"{100 * row[split]['accuracy']:.2f}" if row[split] else "–" for split in ("validation", "test")]
+        scores = [metric_of(row).show(score(row, s)) if row[s] else "–" for s in ("validation", "test")]
         values = grid.labels_of(place.values.values())
         lines.append([place.key, place.experiment, values, str(place.seed), *scores, row["failed"] or ""])
-    head = ["cell", "experiment", "values", "seed", "validation, %", "test, %", "diverged"]
+    head = ["cell", "experiment", "values", "seed", "validation", "test", "diverged"]
     return TextTable("cells", "Cells", head, lines).markdown()
 
 

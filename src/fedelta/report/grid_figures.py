@@ -13,7 +13,7 @@ ACROSS = 2
 
 
 def curves(results: Results, folder: Path) -> list[Path]:
-    """Validation accuracy by round: a panel for each column of the tables, a line for each row."""
+    """Validation score by round: a panel for each column of the tables, a line for each row."""
     figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
     for axes, panel in zip(grid, results.panels, strict=False):
         for i, row in enumerate(results.rows):
@@ -21,7 +21,7 @@ def curves(results: Results, folder: Path) -> list[Path]:
             points = [(number, mean(values), statistics.deviation(values)) for number, values in found]
             if points:
                 draw_curve(axes, points, label=results.label(row), **_style(i, len(results.rows)))
-        axes.set(title=panel.label, ylabel="validation accuracy, ± s.d.")
+        axes.set(title=panel.label, ylabel=f"validation {results.metric(panel).title}, ± s.d.")
     _legend(figure, grid)
     return save(_titled(figure, results), folder, f"{results.name}-curves")
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from fedelta.metrics import Metric
 from fedelta.report.table import REACH
 from fedelta.sweep.cells import Expansion, Place
 from fedelta.sweep.grid import Experiment, Grid
-from fedelta.sweep.results import Row, evaluations, late_accuracy
+from fedelta.sweep.results import Row, evaluations, late_score, metric_of, score
 
 LATE = 0.25
-"""Share of the evaluations, from the end, that «late accuracy» is the mean of."""
+"""Share of the evaluations, from the end, that the late score is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +92,38 @@ class Results:
         return ours, theirs
 
     def target(self, panel: Panel) -> float | None:
-        """Validation accuracy for «rounds to target»: as configured, or a share of the best final one."""
-        finals = [cell["validation"]["accuracy"] for row in self.rows for cell in self.trained(row, panel).values()]
-        return self.goals.get(panel) or (REACH * max(finals) if finals else None)
+        """Validation score for «rounds to target»: as configured, or a share of the best final one."""
+        finals = [score(cell, "validation") for row in self.rows for cell in self.trained(row, panel).values()]
+        if (goal := self.goals.get(panel)) is not None or not finals:
+            return goal
+        metric = self.metric(panel)
+        return metric.share(metric.best(finals), REACH)
+
+    def metric(self, panel: Panel) -> Metric:
+        """What the cells of a panel are judged by."""
+        return metric_of(next(cell for at, found in self.cells.items() if at[1] == panel for cell in found.values()))
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Those of all panels, each once."""
+        return list(dict.fromkeys(map(self.metric, self.panels)))
 
 
 Measure = Callable[[Row], float | None]
 
 
-def final_accuracy(row: Row) -> float | None:
-    return row["test"]["accuracy"]
+def final_score(row: Row) -> float | None:
+    return score(row)
 
 
 def late_validation(row: Row) -> float | None:
     """Less noisy than one evaluation, and not chosen: the mean of the last quarter of them."""
-    return late_accuracy(row, LATE)
+    return late_score(row, LATE)
 
 
 def rounds_to(target: float) -> Measure:
-    """Finished rounds when validation accuracy first was at the target; None if it never was."""
-    return lambda row: next((float(r) for r, accuracy in evaluations(row) if accuracy >= target), None)
+    """Finished rounds when the validation score first was at the target; None if it never was."""
+    return lambda row: next((float(r) for r, found in evaluations(row) if metric_of(row).reaches(found, target)), None)
 
 
 def gather(grid: Grid, rows: Mapping[str, Row]) -> list[Results]:
@@ -149,11 +162,11 @@ def _panels(grid: Grid, experiment: Experiment) -> list[Panel]:
 
 
 def mean_by_round(rows: Sequence[Row]) -> list[tuple[int, list[float]]]:
-    """(finished rounds, validation accuracy under each seed)."""
+    """(finished rounds, validation score under each seed)."""
     by_round: dict[int, list[float]] = {}
     for row in rows:
-        for number, accuracy in evaluations(row):
-            by_round.setdefault(number, []).append(accuracy)
+        for number, found in evaluations(row):
+            by_round.setdefault(number, []).append(found)
     return sorted(by_round.items())
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from statistics import mean
 
 from fedelta.config import parse_config
-from fedelta.data.federated import client_names
+from fedelta.corpus import client_names
 from fedelta.packing import ByteCount
 from fedelta.ranks import initial_ranks, quota
 from fedelta.report.grid_results import (
@@ -13,7 +13,7 @@ from fedelta.report.grid_results import (
     Measure,
     Panel,
     Results,
-    final_accuracy,
+    final_score,
     late_validation,
     rounds_to,
     shares_of_energy,
@@ -24,23 +24,35 @@ from fedelta.report.tables import TextTable
 from fedelta.sweep.results import Row
 
 
-def accuracy(results: Results) -> TextTable:
-    """Test accuracy of the final model."""
-    note = "Final model on the test split, %: mean ± standard deviation over seeds."
-    return _compared(results, "accuracy", final_accuracy, "test accuracy", note)
+def final(results: Results) -> TextTable:
+    """Test score of the final model."""
+    note = f"Final model on the test split, {_headings(results)}: mean ± standard deviation over seeds."
+    return _compared(results, "score", final_score, f"test {_titles(results)}", note)
 
 
 def late(results: Results) -> TextTable:
-    """Validation accuracy, mean of the last evaluations."""
-    note = f"Validation accuracy, %, mean of the last {LATE:.0%} of evaluations: mean ± standard deviation over seeds."
-    return _compared(results, "late-accuracy", late_validation, "late validation accuracy", note)
+    """Validation score, mean of the last evaluations."""
+    what = f"mean of the last {LATE:.0%} of evaluations"
+    note = f"Validation {_headings(results)}, {what}: mean ± standard deviation over seeds."
+    return _compared(results, "late-score", late_validation, f"late validation {_titles(results)}", note)
+
+
+def _titles(results: Results) -> str:
+    return " or ".join(metric.title for metric in results.metrics)
+
+
+def _headings(results: Results) -> str:
+    return " or ".join(metric.heading for metric in results.metrics)
 
 
 def _compared(results: Results, name: str, measure: Measure, title: str, note: str) -> TextTable:
     """A column a panel, with the test against the baseline; last the differences of all panels together."""
     head = [results.experiment.rows]
-    head += [panel.label or title for panel in results.panels]
-    several = len(results.panels) > 1
+    metrics = {panel: results.metric(panel) for panel in results.panels}
+    different = len(results.metrics) > 1
+    head += [f"{p.label}, {metrics[p].title}" if different else p.label or title for p in results.panels]
+    # What is better must be more in all of them, or less.
+    several = len(results.panels) > 1 and len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
     if several:
         head += ["all: difference", "95 % interval", "p", "pairs"]
     lines = []
@@ -60,7 +72,9 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
 
 
 def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -> str:
-    text = spread(list(results.values(row, panel, measure).values()), 100)
+    metric = results.metric(panel)
+    values = list(results.values(row, panel, measure).values())
+    text = spread(values, metric.factor, 2 if metric.percent else 3)
     failed = len(results.cells.get((row, panel), {})) - len(results.trained(row, panel))
     return f"{text}, {failed} diverged" if failed else text
 
@@ -75,15 +89,16 @@ def _difference(results: Results, row: str, measure: Measure) -> list[str]:
     found = None if row == results.baseline else paired(ours, theirs)
     if found is None:
         return ["", "", "", ""]
-    interval = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
-    return [f"{100 * found.mean:+.2f}", interval, f"{found.p:.3f}", str(found.pairs)]
+    factor = results.metrics[0].factor
+    interval = f"{factor * found.low:+.2f} to {factor * found.high:+.2f}"
+    return [f"{factor * found.mean:+.2f}", interval, f"{found.p:.3f}", str(found.pairs)]
 
 
 def rounds_to_target(results: Results) -> TextTable:
-    """Rounds until validation accuracy reached the target."""
+    """Rounds until the validation score reached the target."""
     targets = {panel: target for panel in results.panels if (target := results.target(panel)) is not None}
     head = [results.experiment.rows]
-    head += [f"{panel.label} to {100 * target:.1f} %".strip() for panel, target in targets.items()]
+    head += [f"{panel.label} to {results.metric(panel).show(target, 1)}".strip() for panel, target in targets.items()]
     lines = []
     for row in results.rows:
         line = [results.label(row)]
@@ -94,8 +109,8 @@ def rounds_to_target(results: Results) -> TextTable:
             line.append(spread(hits, digits=1) + missed if hits or not ran else "not reached")
         lines.append(line)
     note = (
-        "Finished rounds when validation accuracy first was at the target, and how many of the seeds reached it where "
-        f"not all did. The target is evaluation.target, or {100 * REACH:.0f} % of the column's best final accuracy."
+        "Finished rounds when the validation score first was at the target, and how many of the seeds reached it where "
+        f"not all did. The target is evaluation.target, or {100 * REACH:.0f} % of the column's best final score."
     )
     return TextTable(f"{results.name}-rounds-to-target", f"{results.title}: rounds to target", head, lines, note)
 
@@ -205,22 +220,22 @@ def first_aggregation(results: Results) -> TextTable:
             both = [found for cell in cells.values() if (found := _first_aggregation(cell)) is not None]
             before, after = [own for own, _ in both], [mean for _, mean in both]
             change = [b - a for a, b in zip(before, after, strict=True)]
-            line += [spread(values, 100) for values in (before, after, change)]
+            line += [spread(values, results.metric(panel).factor) for values in (before, after, change)]
         lines.append(line)
     note = (
-        "Validation accuracy, %, mean ± standard deviation over seeds: of the models of the clients with the highest "
-        "rank after their first local training, and of the global model that they get back."
+        f"Validation {_headings(results)}, mean ± standard deviation over seeds: of the models of the clients with the "
+        "highest rank after their first local training, and of the global model that they get back."
     )
     return TextTable(f"{results.name}-first-aggregation", f"{results.title}: first aggregation", head, lines, note)
 
 
 def _first_aggregation(row: Row) -> tuple[float, float] | None:
-    """Accuracy of the highest-rank clients' own models, and of the global one; None if one was not evaluated."""
+    """Score of the highest-rank clients' own models, and of the global one; None if one was not evaluated."""
     own, after = row["rounds"][0]["own"], row["rounds"][0]["validation"]
     if not own or after is None:
         return None
     high = max(client["rank"] for client in own)
-    return mean(client["accuracy"] for client in own if client["rank"] == high), after["accuracy"]
+    return mean(client["score"] for client in own if client["rank"] == high), after[row["metric"]]
 
 
 def high_rank_clients(results: Results) -> TextTable:

@@ -8,7 +8,7 @@ import yaml
 
 from fedelta import __version__
 from fedelta.atomic import write_file
-from fedelta.report.table import caption, cells, columns, default_target, summarise
+from fedelta.report.table import caption, cells, columns, default_target, metric_of, summarise
 from fedelta.runner import Run
 
 
@@ -17,14 +17,15 @@ def write_page(runs: Sequence[Run], folder: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedelta", "report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    target = default_target(runs)
-    svg = (folder / "accuracy.svg").read_text()
+    target, metric = default_target(runs), metric_of(runs)
+    svg = (folder / "score.svg").read_text()
     page = environment.get_template("page.html").render(
         title=folder.name,
         version=__version__,
         caption=caption(runs),
-        columns=columns(target),
-        rows=[cells(row) for row in summarise(runs, target)],
+        columns=columns(metric, target),
+        rows=[cells(metric, row) for row in summarise(runs, target)],
+        metric=metric,
         plot=svg[svg.index("<svg") :],
         runs=[
             {

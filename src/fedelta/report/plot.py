@@ -1,4 +1,4 @@
-"""Validation accuracy by round, as SVG and PNG."""
+"""Validation scores by round, as SVG and PNG."""
 
 import io
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fedelta.runner import Run
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
-    """Method → (finished rounds, mean accuracy, standard deviation over seeds), where rounds were evaluated."""
+    """Method → (finished rounds, mean score, standard deviation over seeds), where rounds were evaluated."""
     result = {}
     for method in dict.fromkeys(run.config.method.name for run in runs):
         by_round: dict[int, list[float]] = {}
@@ -20,22 +20,26 @@ def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
             if run.config.method.name == method:
                 for record in run.records:
                     if record["validation"]:
-                        by_round.setdefault(record["round"] + 1, []).append(record["validation"]["accuracy"])
+                        by_round.setdefault(record["round"] + 1, []).append(
+                            record["validation"][run.config.task.metric]
+                        )
         result[method] = [(r, mean(values), deviation(values)) for r, values in sorted(by_round.items())]
     return result
 
 
-def plot_accuracy(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write `accuracy.svg` and `accuracy.png` into the folder and return their paths."""
+def plot_scores(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write `score.svg` and `score.png` into the folder and return their paths."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, points in curves(runs).items():
         draw_curve(axes, points, label=method)
-    majority = runs[0].result["majority"]
-    axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
-    axes.set(ylabel="validation accuracy", title=f"{runs[0].config.data.source}, {len(runs)} runs")
+    if (majority := runs[0].result["majority"]) is not None:
+        axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
+    axes.set(
+        ylabel=f"validation {runs[0].config.task.judged.title}", title=f"{runs[0].config.data.source}, {len(runs)} runs"
+    )
     axes.legend(frameon=False)
-    return save(figure, folder, "accuracy")
+    return save(figure, folder, "score")
 
 
 def pyplot() -> Any:

@@ -13,7 +13,7 @@ from fedelta.config import Config, parse_config, set_key
 from fedelta.errors import FedeltaError
 from fedelta.runner import make_server
 from fedelta.sweep.grid import Grid
-from fedelta.sweep.results import Row, late_accuracy, result_settings
+from fedelta.sweep.results import Row, late_score, metric_of, result_settings
 
 Choice = dict[str, Any]
 """Key → value that tuning chose."""
@@ -211,7 +211,7 @@ def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> 
 
 
 def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[Tuned, Choice]:
-    """The best candidate for each combination, by validation accuracy.
+    """The best candidate for each combination, by its validation score.
 
     Args:
         last: share of evaluations, from the end, over which and over the seeds the mean is taken.
@@ -224,11 +224,12 @@ def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dic
     for trial in trials:
         if trial.values in missing:
             continue
-        scores = [late_accuracy(rows[key], last) for key in trial.keys]
+        scores = [late_score(rows[key], last) for key in trial.keys]
         if None in scores:
             continue  # one that diverged under any seed is no choice
         score = mean(s for s in scores if s is not None)
-        if trial.values not in best or score > best[trial.values][0]:
+        metric = metric_of(rows[trial.keys[0]])
+        if trial.values not in best or metric.better(score, best[trial.values][0]):
             best[trial.values] = score, trial.choice
     return {values: choice for values, (_, choice) in best.items()}
 

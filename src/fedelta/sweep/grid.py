@@ -26,8 +26,8 @@ from fedelta.methods import nearest
 from fedelta.settings import Settings
 
 View = Literal[
-    "accuracy",
-    "late-accuracy",
+    "score",
+    "late-score",
     "rounds-to-target",
     "curves",
     "traffic",
@@ -42,7 +42,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Tuning(Settings):
-    """Keys chosen by the best validation accuracy; the test split has no part in it.
+    """Keys chosen by the best validation score; the test split has no part in it.
 
     Args:
         axes: each combination of their values is tuned for itself, with the same candidates.
@@ -50,7 +50,7 @@ class Tuning(Settings):
         search: key → candidates; all combinations are tried.
         seeds: of the trials; other than those of the experiments.
         config: further keys of the trials alone.
-        last: share of a trial's evaluations, from its end, whose mean accuracy is compared: one of them is noisy.
+        last: share of a trial's evaluations, from its end, whose mean score is compared: one of them is noisy.
     """
 
     axes: tuple[str, ...] = Field(min_length=1)
@@ -78,7 +78,7 @@ class Experiment(Settings):
     config: dict[str, Any] = Field(default_factory=dict)
     rows: str
     baseline: str | None = None
-    show: tuple[View, ...] = ("accuracy", "curves")
+    show: tuple[View, ...] = ("score", "curves")
 
     @field_validator("axes", mode="before")
     @classmethod

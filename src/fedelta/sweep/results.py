@@ -1,8 +1,9 @@
 """The results of a grid: one Parquet file, one row a cell, its rounds in it."""
 
 import io
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -15,13 +16,14 @@ from fedelta.atomic import write_file
 from fedelta.config import Config
 from fedelta.errors import FedeltaError
 from fedelta.machine import machine_name, peak_mb
+from fedelta.metrics import METRICS, Metric
 from fedelta.packing import ByteCount
 from fedelta.runner import Run
 
 FILE = "cells.parquet"
 Row = dict[str, Any]
 
-_SCORES = pa.struct([(name, pa.float64()) for name in ("loss", "accuracy", "macro_f1")])
+_SCORES = pa.map_(pa.string(), pa.float64())  # score → value
 _BYTES = pa.struct([(name, pa.int64()) for name in ByteCount._fields])
 _ROUND = pa.struct(
     [
@@ -38,7 +40,7 @@ _ROUND = pa.struct(
         ("energy", pa.list_(pa.float32())),  # by rank index
         ("patch_width", pa.int32()),
         # Each client's own model before it was averaged in, where evaluation.clients asks for it.
-        ("own", pa.list_(pa.struct([("client", pa.string()), ("rank", pa.int32()), ("accuracy", pa.float64())]))),
+        ("own", pa.list_(pa.struct([("client", pa.string()), ("rank", pa.int32()), ("score", pa.float64())]))),
     ]
 )
 SCHEMA = pa.schema(
@@ -46,10 +48,11 @@ SCHEMA = pa.schema(
         ("cell", pa.string()),
         ("method", pa.string()),
         ("seed", pa.int64()),
+        ("metric", pa.string()),  # the score that it is judged by
         ("failed", pa.string()),  # why training left the finite numbers; null where it did not
         ("test", _SCORES),  # of the final model
         ("validation", _SCORES),
-        ("majority", pa.float64()),
+        ("majority", pa.float64()),  # what always giving the same answer scores; null where that says nothing
         ("clients", pa.int32()),
         ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
         ("rounds", pa.list_(_ROUND)),
@@ -78,6 +81,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         "cell": key,
         "method": config.method.name,
         "seed": config.seed,
+        "metric": config.task.metric,
         "failed": failed,
         "rounds": [],
         "config": json.dumps(result_settings(config), sort_keys=True),
@@ -92,7 +96,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         row |= {
             **{name: result[name] for name in ("test", "validation", "majority", "lora_parameters")},
             "clients": len(result["clients"]),
-            "rounds": [_round(record) for record in run.records],
+            "rounds": [_round(record, config.task.metric) for record in run.records],
             "seconds": round(sum(sum(timing["seconds"].values()) for timing in timings), 2),
         }
     return row
@@ -118,7 +122,7 @@ def _agree(before: Any, now: Any) -> bool:
     return bool(before == now)
 
 
-def _round(record: Mapping[str, Any]) -> dict[str, Any]:
+def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
     named = ("train_loss", "validation", "ranks", "promoted", "deviation", "patch_width")
     return {
         **{name: record[name] for name in named},
@@ -129,7 +133,7 @@ def _round(record: Mapping[str, Any]) -> dict[str, Any]:
         "up": {name: record["bytes_up"][name] for name in ByteCount._fields},
         "energy": record["energy_by_rank"],
         "own": [
-            {"client": client, "rank": scores["rank"], "accuracy": scores["accuracy"]}
+            {"client": client, "rank": scores["rank"], "score": scores[metric]}
             for client, scores in record["clients_validation"].items()
         ],
     }
@@ -167,7 +171,11 @@ def as_stored(row: Row) -> Row:
 
 
 def first_difference(old: Row, new: Row) -> str | None:
-    """Where two rows of one cell differ in more than their circumstances; None where they do not."""
+    """Where two rows of one cell differ in more than their circumstances; None where they do not.
+
+    A score that only one of them knows is no difference.
+    """
+    old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
         if name == "config":
             if not _agree(json.loads(old[name]), json.loads(new[name])):
@@ -181,14 +189,37 @@ def first_difference(old: Row, new: Row) -> str | None:
     return None
 
 
+def _in_common(row: Row, other: Row) -> Row:
+    """A row with only those scores that the other has too."""
+
+    def common(mine: Row, theirs: Row) -> Row:
+        known = {name: mine[name] for name in ("validation", "test") if mine.get(name) and theirs.get(name)}
+        return mine | {name: {k: v for k, v in known[name].items() if k in theirs[name]} for name in known}
+
+    pairs: Iterable[tuple[Row, Row]] = itertools.zip_longest(
+        row["rounds"], other["rounds"][: len(row["rounds"])], fillvalue={}
+    )
+    return common(row, other) | {"rounds": [common(mine, theirs) for mine, theirs in pairs]}
+
+
+def metric_of(row: Row) -> Metric:
+    """The score that a cell is judged by."""
+    return METRICS[row["metric"]]
+
+
+def score(row: Row, split: str = "test") -> float:
+    """Of the final model."""
+    return row[split][row["metric"]]
+
+
 def evaluations(row: Row) -> list[tuple[int, float]]:
-    """(finished rounds, validation accuracy) of each round that was evaluated."""
-    return [(r["round"], r["validation"]["accuracy"]) for r in row["rounds"] if r["validation"] is not None]
+    """(finished rounds, validation score) of each round that was evaluated."""
+    return [(r["round"], r["validation"][row["metric"]]) for r in row["rounds"] if r["validation"] is not None]
 
 
-def late_accuracy(row: Row, share: float) -> float | None:
-    """Mean validation accuracy over the last share of evaluations; None for a cell that failed."""
+def late_score(row: Row, share: float) -> float | None:
+    """Mean validation score over the last share of evaluations; None for a cell that failed."""
     if row["failed"] is not None:
         return None
-    found = [accuracy for _, accuracy in evaluations(row)]
+    found = [value for _, value in evaluations(row)]
     return mean(found[-max(1, round(share * len(found))) :])

@@ -1,5 +1,5 @@
 """Local training of clients."""
 
-from fedelta.training.local import TrainingSettings, evaluate, predict, score, train
+from fedelta.training.local import TrainingSettings, train
 
-__all__ = ["TrainingSettings", "evaluate", "predict", "score", "train"]
+__all__ = ["TrainingSettings", "train"]

@@ -1,19 +1,16 @@
-"""One client's local training, and the evaluation of a model."""
+"""One client's local training."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from fedelta.data import Examples
 from fedelta.errors import FedeltaError
-from fedelta.metrics import classification_scores
 from fedelta.model import LoraModel
 from fedelta.prefix import Prefix, replayed
 from fedelta.seeds import derive_seed
@@ -37,6 +34,8 @@ class TrainingSettings(Settings):
         max_grad_norm: gradients are clipped to this norm; None leaves them.
         micro_batches: a step goes through texts of like length together, which spares padding; its gradient is that
             of the whole batch.
+        micro_batch_size: texts in a pass at most, where memory is short: a step's gradient is accumulated over its
+            passes.
         stack: clients that train in one pass over the base, which is faster where each brings few tokens to a GPU;
             equal to one by one up to rounding and to which elements drop out. `auto` measures when a run begins, and
             keeps the number with it.
@@ -52,6 +51,7 @@ class TrainingSettings(Settings):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     micro_batches: bool = True
+    micro_batch_size: int | None = Field(default=None, ge=1)
     stack: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
 
 
@@ -136,15 +136,15 @@ def train(
         torch.manual_seed(seed)
         model.peft.train()
         for rows in steps.batches():
-            parts = like_lengths(rows, examples.length, model.device, model.dtype) if settings.micro_batches else [rows]
+            parts = _parts(rows, examples, settings, model)
             total = 0.0
             for part in parts:
                 batch = examples.batch(part, tokenizer, model.device)
                 count_tokens(watch, examples, part, batch)
                 watch.lap("batches")
-                # The model's loss is a mean over texts, so a part counts by its share of them.
+                # The model's loss is a mean over texts, or over tokens: a part counts by its share of them.
                 with replayed(prefix, examples, part, batch):
-                    loss = model.peft(**batch).loss * (len(part) / len(rows))
+                    loss = model.peft(**batch).loss * (examples.weight(part) / examples.weight(rows))
                 total += float(loss.detach())
                 watch.lap("forward")
                 loss.backward()
@@ -158,35 +158,15 @@ def train(
     return sum(losses) / len(losses)
 
 
+def _parts(rows: list[int], examples: Examples, settings: TrainingSettings, model: LoraModel) -> list[list[int]]:
+    """The passes of a step."""
+    most = settings.micro_batch_size or len(rows)
+    if settings.micro_batches:
+        return like_lengths(rows, examples.length, model.device, model.dtype, most)
+    return [rows[begin : begin + most] for begin in range(0, len(rows), most)]
+
+
 def count_tokens(watch: Stopwatch, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> None:
     """Add a batch to the counts of texts, and of tokens with padding."""
     watch.add({}, count_texts([examples.length(row) for row in rows]))
     watch.counts["padded_tokens"] += batch["input_ids"].numel()
-
-
-@torch.no_grad()
-def predict(
-    model: LoraModel, tokenizer: Any, examples: Examples, rows: Sequence[int], prefix: Prefix | None = None
-) -> tuple[list[float], list[int]]:
-    """Loss and predicted class of each of these texts, as one batch through the loaded model."""
-    model.peft.eval()
-    batch = examples.batch(rows, tokenizer, model.device)
-    with replayed(prefix, examples, rows, batch):
-        logits = model.peft(**batch).logits.float()
-    return cross_entropy(logits, batch["labels"], reduction="none").tolist(), logits.argmax(-1).tolist()
-
-
-def score(
-    examples: Examples, batches: Sequence[Sequence[int]], found: Sequence[tuple[list[float], list[int]]]
-) -> dict[str, float]:
-    """`loss` (mean over texts), `accuracy` and `macro_f1` of what `predict` found in these batches."""
-    losses = [loss for batch, _ in found for loss in batch]
-    predictions = [prediction for _, batch in found for prediction in batch]
-    labels = [examples.labels[row] for rows in batches for row in rows]
-    return {"loss": math.fsum(losses) / len(losses), **classification_scores(labels, predictions)}
-
-
-def evaluate(model: LoraModel, tokenizer: Any, examples: Examples, batch_size: int) -> dict[str, float]:
-    """Scores of the loaded model."""
-    batches = list(examples.evaluation_order(batch_size))
-    return score(examples, batches, [predict(model, tokenizer, examples, rows) for rows in batches])

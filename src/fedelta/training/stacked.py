@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.data import Examples
@@ -27,6 +27,7 @@ from fedelta.model import LoraModel
 from fedelta.stopwatch import Stopwatch
 from fedelta.training.flops import count_texts
 from fedelta.training.local import LocalSteps, TrainingSettings
+from fedelta.training.loss import mean_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,26 +218,27 @@ class _Stack:
         """The rows of all clients as one batch, as many for each."""
         most = max(map(len, rows.values()))
         features: list[dict[str, list[int]]] = []
+        labels: list[Any] = []
         sizes = []
         for k, mine in rows.items():
             examples = self.clients[k].examples
             sizes.append((len(mine), max(map(examples.length, mine))))
             # A client with fewer rows repeats one, which is left out of its loss: an empty row would give NaN.
-            features += [examples.features[row] for row in [*mine, *[mine[0]] * (most - len(mine))]]
+            padded = [*mine, *[mine[0]] * (most - len(mine))]
+            features += [examples.features[row] for row in padded]
+            labels += [examples.labels[row] for row in padded]
         self.batch = _Batch(list(rows), sizes)
-        batch = Examples(features, [0] * len(features)).batch(range(len(features)), tokenizer, self.model.device)
-        batch.pop("labels")
-        return batch
+        return Examples(features, labels).batch(range(len(features)), tokenizer, self.model.device)
 
     def losses(self, batch: Mapping[str, Tensor], rows: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """The mean loss of each client's rows."""
-        logits = self.model.peft(**batch).logits
-        logits = logits.view(len(rows), -1, logits.shape[-1])
-        found = {}
-        for place, (k, mine) in enumerate(rows.items()):
-            labels = torch.tensor([self.clients[k].examples.labels[row] for row in mine], device=logits.device)
-            found[k] = cross_entropy(logits[place, : len(mine)], labels)
-        return found
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = self.model.peft(**inputs).logits.unflatten(0, (len(rows), -1))
+        labels = batch["labels"].unflatten(0, (len(rows), -1))
+        return {
+            k: mean_loss(logits[place, : len(mine)].float(), labels[place, : len(mine)])
+            for place, (k, mine) in enumerate(rows.items())
+        }
 
     @contextmanager
     def installed(self) -> Iterator[None]:

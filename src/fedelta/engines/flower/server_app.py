@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedelta.checkpoint import load_checkpoint
 from fedelta.config import Config, load_config
-from fedelta.data import label_classes
+from fedelta.corpus import read_splits
 from fedelta.engines.flower.engine import FlowerEngine, check
 from fedelta.engines.flower.events import EventFile
 from fedelta.engines.flower.mail import Mail
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: EventFile) -> None:
     names = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
-    question = {"settings": comparable(config), "classes": label_classes(config.data)[2], "run": plan["run"]}
+    question = {"settings": comparable(config), "classes": read_splits(config.data, config.task)[1], "run": plan["run"]}
     checkpoint = RunFolder(config.folder, {}).checkpoint_file
     begun = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
     clients = sorted(begun or plan["clients"])

@@ -15,7 +15,8 @@ from typing import Any
 from fedelta.atomic import write_file
 from fedelta.base_model import fingerprint, load_tokenizer
 from fedelta.config import Config, load_config
-from fedelta.data import DataSettings, build_shard
+from fedelta.corpus import build_shard
+from fedelta.data import DataSettings
 from fedelta.data.sources import load_rows
 from fedelta.engines.flower.keys import SITE
 from fedelta.engines.flower.relay import listen
@@ -32,7 +33,8 @@ OF_DATA = ("text", "label", "max_length", "client_validation")
 def comparable(config: Config) -> dict[str, Any]:
     """What the server and its sites must agree on, as flat keys and values."""
     plain = json.loads(json.dumps(config.dump()))
-    flat = {f"{part}.{key}": value for part in ("lora", "model", "training") for key, value in plain[part].items()}
+    parts = ("task", "lora", "model", "training")
+    flat = {f"{part}.{key}": value for part in parts for key, value in plain[part].items()}
     flat |= {"seed": plain["seed"], **{f"data.{key}": plain["data"][key] for key in OF_DATA}}
     return {key: value for key, value in flat.items() if key not in OWN}
 
@@ -59,7 +61,7 @@ class Site(Clients):
         self.tokenizer = load_tokenizer(config.model)
         self._known = known
         # Read now, so that whoever starts a site learns at once of rows that are not there.
-        say(f"{load_rows(self.settings).num_rows} rows in {data}, rank {rank}")
+        say(f"{load_rows(self.settings, config.task.columns(self.settings)).num_rows} rows in {data}, rank {rank}")
         if known.exists():
             self._load(**json.loads(known.read_text()))
 
@@ -111,7 +113,7 @@ class Site(Clients):
                 del self.trainer
 
     def _load(self, name: str, classes: list[str]) -> None:
-        shard = build_shard(self.settings, self.tokenizer, classes, name, self.config.seed)
+        shard = build_shard(self.settings, self.config.task, classes, self.tokenizer, name, self.config.seed)
         self.trainer = make_trainer(self.config, len(classes), self.tokenizer)
         self.shards = {name: shard}
         self.base = fingerprint(self.trainer.model.peft)

@@ -15,7 +15,7 @@ from fedelta.atomic import write_file
 from fedelta.base_model import fingerprint
 from fedelta.client import Trainer
 from fedelta.config import load_config
-from fedelta.data import Shard
+from fedelta.corpus import Shard
 from fedelta.engines.flower.relay import listen, receive, send
 from fedelta.engines.rounds import explain
 from fedelta.errors import FedeltaError

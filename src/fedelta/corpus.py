@@ -1,4 +1,4 @@
-"""Put together: source, tokens and partition as what a federation trains and is judged on."""
+"""Source, task and partition put together: what a federation trains and is judged on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fedelta.data.examples import Examples, tokenise
+from fedelta.data.examples import Examples
 from fedelta.data.partition import PartitionSettings, partition
 from fedelta.data.sources import DataSettings, load_rows, load_splits
 from fedelta.errors import FedeltaError
 from fedelta.seeds import derive_seed
+from fedelta.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class FederatedData:
     Args:
         shards: client id → its rows.
         validation, test: the server's; never seen in training.
-        classes: label of each class index.
+        classes: name of each class index; empty where the task has no classes.
     """
 
     shards: Mapping[str, Shard]
@@ -53,42 +54,22 @@ class Corpus:
     rows: Any
 
 
-def label_classes(settings: DataSettings) -> tuple[dict[str, Any], list[Any], list[str]]:
-    """The splits, the label values in the order of their class index, and their names.
+def read_splits(settings: DataSettings, task: Task) -> tuple[dict[str, Any], list[str]]:
+    """The splits, and the names of their classes, if the task is about classes.
 
     Raises:
-        FedeltaError: if labels are not classes, or validation or test has one that training lacks.
+        FedeltaError: if the data are not there, or not what the task needs.
     """
-    splits = load_splits(settings)
-    feature = splits["train"].features[settings.label]
-    kind = str(getattr(feature, "dtype", "lists"))
-    if not kind.startswith(("int", "uint", "string", "large_string", "bool")):
-        raise FedeltaError(f"column {settings.label!r} holds {kind}, expected classes: text or whole numbers")
-    values = sorted(set(splits["train"].unique(settings.label)))
-    names = [str(value) for value in values]
-    if hasattr(feature, "names"):
-        values, names = list(range(len(feature.names))), list(feature.names)
-    if len(values) < 2:
-        raise FedeltaError(f"column {settings.label!r} holds one class only: {names}")
-    for name in ("validation", "test"):
-        unknown = sorted(set(splits[name].unique(settings.label)) - set(values))
-        if unknown:
-            raise FedeltaError(
-                f"split {name} has the label {unknown[0]!r}, which no training row has; "
-                "name other splits by data.splits, or choose another data.split_seed"
-            )
-    return splits, values, names
+    splits = load_splits(settings, task.columns(settings))
+    return splits, task.classes(settings, splits)
 
 
 def build_corpus(
-    settings: DataSettings, tokenizer: Any, splits: dict[str, Any], values: list[Any], names: list[str]
+    settings: DataSettings, task: Task, splits: dict[str, Any], classes: list[str], tokenizer: Any
 ) -> Corpus:
     """Tokenise each split, once."""
-    examples = {
-        name: tokenise(split, settings.text_columns, settings.label, values, tokenizer, settings.max_length)
-        for name, split in splits.items()
-    }
-    return Corpus(**examples, classes=names, rows=splits["train"])
+    examples = {name: task.examples(split, settings, classes, tokenizer) for name, split in splits.items()}
+    return Corpus(**examples, classes=classes, rows=splits["train"])
 
 
 def build_data(corpus: Corpus, settings: DataSettings, sharing: PartitionSettings, seed: int) -> FederatedData:
@@ -120,21 +101,13 @@ def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, s
     return Shard(examples.select(sorted(order[held:])), examples.select(sorted(order[:held])))
 
 
-def build_shard(settings: DataSettings, tokenizer: Any, classes: Sequence[str], client: str, seed: int) -> Shard:
+def build_shard(
+    settings: DataSettings, task: Task, classes: Sequence[str], tokenizer: Any, client: str, seed: int
+) -> Shard:
     """A site's own rows, all of them, with the classes that the server has.
 
     Raises:
         FedeltaError: if the rows can't be read, or one has a label that the server does not know.
     """
-    rows = load_rows(settings)
-    feature = rows.features[settings.label]
-    values = sorted(set(rows.unique(settings.label)))
-    names = [feature.names[value] if hasattr(feature, "names") else str(value) for value in values]
-    for name in names:
-        if name not in classes:
-            known = ", ".join(classes[:10])
-            raise FedeltaError(f"data source {settings.source}: label {name!r} is none of the server's ({known})")
-    examples = tokenise(rows, settings.text_columns, settings.label, values, tokenizer, settings.max_length)
-    place = [list(classes).index(name) for name in names]
-    examples = Examples(examples.features, [place[label] for label in examples.labels])
+    examples = task.examples(load_rows(settings, task.columns(settings)), settings, classes, tokenizer)
     return _shard(examples, range(len(examples)), client, settings.client_validation, seed)

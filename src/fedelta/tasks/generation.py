@@ -1,0 +1,69 @@
+"""Answers to prompts: beam search or greedy, several prompts at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from fedelta.model import LoraModel
+from fedelta.settings import Settings
+
+
+class Generation(Settings):
+    """How answers are generated; never by chance.
+
+    Args:
+        max_new_tokens: of an answer.
+        beams: 1 is greedy.
+        length_penalty: of beam search; more favours longer answers.
+        no_repeat_ngram_size: n-grams of so many tokens come once; 0 lets them repeat.
+        batch_size: prompts at once.
+        limit: prompts at most, the first ones; None takes all.
+    """
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    beams: int = Field(default=1, ge=1)
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+
+
+@torch.no_grad()
+def generate(model: LoraModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Generation) -> list[str]:
+    """The loaded model's answer to each of these prompts, without special tokens.
+
+    Args:
+        prompts: tokens, with whatever comes before an answer.
+    """
+    from transformers import GenerationConfig
+
+    model.peft.eval()
+    longest = max(map(len, prompts))
+    # On the left, so that all of them end where the answer begins.
+    padded = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.beams,
+        length_penalty=settings.length_penalty if settings.beams > 1 else None,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=_ends(model, tokenizer),
+    )
+    found = model.peft.generate(
+        input_ids=torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=config,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)]
+
+
+def _ends(model: LoraModel, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: a chat model has one for its turn beside that for a text."""
+    own = getattr(model.peft, "generation_config", None)
+    theirs = getattr(own, "eos_token_id", None) or []
+    return sorted({tokenizer.eos_token_id, *([theirs] if isinstance(theirs, int) else theirs)})

@@ -1,0 +1,106 @@
+"""Scores of generated texts against references, by kept packages of the extra `generation`."""
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from fedelta.errors import FedeltaError
+
+TextScore = Literal["bleu", "nist", "meteor", "rouge_l", "cider"]
+Pairs = Sequence[tuple[str, Sequence[str]]]
+"""Generated text, and its references."""
+
+
+def _bleu(pairs: Pairs) -> float:
+    """Corpus BLEU-4 with the tokens of mteval-13a, as SacreBLEU has it; from 0 to 1."""
+    import sacrebleu
+
+    # References of the same rank together; a text with fewer of them has None, which is left out.
+    most = max(len(references) for _, references in pairs)
+    streams: Any = [[refs[i] if i < len(refs) else None for _, refs in pairs] for i in range(most)]
+    return sacrebleu.corpus_bleu([text for text, _ in pairs], streams).score / 100
+
+
+def _nist(pairs: Pairs) -> float:
+    """NIST-5 of nltk, on the same tokens; 0 where no text has any."""
+    from nltk.translate.nist_score import corpus_nist
+
+    texts = [_tokens(text) for text, _ in pairs]
+    if not any(texts):
+        return 0.0
+    try:
+        return float(corpus_nist([[_tokens(r) for r in references] for _, references in pairs], texts, n=5))
+    except ZeroDivisionError:
+        return 0.0  # no n-gram of the longest kind in any text
+
+
+def _meteor(pairs: Pairs) -> float:
+    """Mean METEOR of nltk, the best over references, with synonyms from WordNet."""
+    from nltk.translate.meteor_score import meteor_score
+
+    return sum(meteor_score([_tokens(r) for r in wanted], _tokens(text)) for text, wanted in pairs) / len(pairs)
+
+
+def _rouge_l(pairs: Pairs) -> float:
+    return _coco("rouge.rouge", "Rouge", pairs)
+
+
+def _cider(pairs: Pairs) -> float:
+    return _coco("cider.cider", "Cider", pairs)
+
+
+def _coco(module: str, name: str, pairs: Pairs) -> float:
+    """A scorer of the COCO caption evaluation, which E2E's own uses too, on lower-case tokens of 13a."""
+    from importlib import import_module
+
+    texts = {i: [" ".join(_tokens(text)).lower()] for i, (text, _) in enumerate(pairs)}
+    wanted = {i: [" ".join(_tokens(r)).lower() for r in references] for i, (_, references) in enumerate(pairs)}
+    score, _ = getattr(import_module(f"pycocoevalcap.{module}"), name)().compute_score(wanted, texts)
+    return float(score)
+
+
+def _tokens(text: str) -> list[str]:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    return Tokenizer13a()(text).split()
+
+
+SCORERS: dict[str, tuple[Callable[[Pairs], float], tuple[str, ...]]] = {
+    "bleu": (_bleu, ("sacrebleu",)),
+    "nist": (_nist, ("sacrebleu", "nltk")),
+    "meteor": (_meteor, ("sacrebleu", "nltk")),
+    "rouge_l": (_rouge_l, ("sacrebleu", "pycocoevalcap")),
+    "cider": (_cider, ("sacrebleu", "pycocoevalcap")),
+}
+
+
+def check_installed(names: Sequence[TextScore]) -> None:
+    """Before a run, not after it.
+
+    Raises:
+        FedeltaError: naming what is missing.
+    """
+    for name in names:
+        for package in SCORERS[name][1]:
+            if find_spec(package) is None:
+                raise FedeltaError(f"score {name} needs {package}: pip install 'fedelta[generation]'")
+        if name == "meteor" and not _wordnet():
+            raise FedeltaError("score meteor needs WordNet: python -m nltk.downloader wordnet")
+
+
+def _wordnet() -> bool:
+    import nltk
+
+    def there(name: str) -> bool:
+        try:
+            nltk.data.find(name)
+        except LookupError:
+            return False
+        return True
+
+    return there("corpora/wordnet") or there("corpora/wordnet.zip")
+
+
+def text_scores(pairs: Pairs, names: Sequence[TextScore]) -> dict[str, Any]:
+    """Scores by name; METEOR, BLEU and ROUGE-L from 0 to 1, NIST and CIDEr without an upper end."""
+    return {name: SCORERS[name][0](pairs) for name in names}
