@@ -1,6 +1,7 @@
 """Small real models and data, built here: nothing comes from a hub."""
 
 import csv
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
+from causal import TASK, build_model, write_rows
 from fedelta.config import Config, parse_config
 
 # Many small operations: two threads on two shared cores can be fifty times slower than one.
@@ -110,6 +112,42 @@ def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
             # Unequal shards: seven authors, of whom one client has a single one.
             "partition": {"kind": "natural", "by": "author", "clients": 4},
             "training": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
+        }
+        return parse_config(data | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Architecture → folder of a small causal language model; made when it is first asked for."""
+    return functools.cache(lambda name: build_model(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL of prompts and completions."""
+    return write_rows(tmp_path_factory.mktemp("things") / "things.jsonl")
+
+
+@pytest.fixture
+def causal_config(causal: Any, things: Path, tmp_path: Path) -> Any:
+    """As `tiny_config`, of a causal language model."""
+
+    def make(architecture: str = "llama", **changes: Any) -> Config:
+        data = {
+            "name": "causal",
+            "output": str(tmp_path / "runs"),
+            "rounds": 2,
+            "workers": 1,
+            "method": "fedex",
+            "task": TASK,
+            "model": {"name": str(causal(architecture))},
+            "lora": {"alpha": 8, "target_modules": "all-linear"},
+            "ranks": {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5},
+            "data": {"source": str(things), "max_length": 32},
+            "partition": {"clients": 4},
+            "training": {"batch_size": 8, "learning_rate": 0.02},
         }
         return parse_config(data | changes)
 

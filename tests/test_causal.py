@@ -1,0 +1,136 @@
+"""Causal language models from the first message to the last file."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from causal import ARCHITECTURES
+from fedelta.adapter import lora_scale
+from fedelta.checkpoint import load_checkpoint
+from fedelta.methods import methods
+from fedelta.patch_log import PatchedBase
+from fedelta.peft_io import open_adapter
+from fedelta.runner import Run, export_run, prepare, run
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+def tokens_of(folder: Path) -> Tensor:
+    size = len(AutoTokenizer.from_pretrained(folder))
+    return torch.randint(3, size, (6, 20), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def in_float64(finished: Run, base: Path, tokens: Tensor) -> Tensor:
+    """Logits of W0 + Σ patches + B·A, added up densely from the server's state, in which s is in B."""
+    state = load_checkpoint(finished.folder.checkpoint_file).state
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
+    patches = PatchedBase()
+    patches.apply(state.log.since(0))
+    for module, pair in state.method.adapter.items():
+        assert pair.scale == 1
+        delta = pair.B.double() @ pair.A.double()
+        if module in patches.total:
+            delta = delta + patches.total[module].double()
+        layer = model.get_submodule(module)
+        layer.weight += delta.T if type(layer).__name__ == "Conv1D" else delta
+    return model(input_ids=tokens).logits
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    return model.eval()(input_ids=tokens).logits.double()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32"), ("gpt2", "bfloat16")]
+)
+def test_server_adapter_and_merged_model_are_one_model(
+    architecture: str, dtype: str, causal: Any, causal_config: Any, tmp_path: Path
+) -> None:
+    """Twenty rounds of five clients with ranks 2 and 4."""
+    base = causal(architecture)
+    config = causal_config(
+        architecture,
+        rounds=20,
+        evaluation={"every": 20},
+        partition={"clients": 5},
+        ranks={"allocation": "fixed", "low": 2, "high": 4, "share": 0.4},
+        model={"name": str(base), "dtype": dtype},
+    )
+    finished = run(config)
+    tokens = tokens_of(base)
+    truth = in_float64(finished, base, tokens)
+    kind = getattr(torch, dtype)
+    untrained = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), tokens)
+    assert distance(untrained, truth) > 0.3, "something was learned"
+    # What the type itself costs, on the base as it is.
+    rounding = distance(logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=kind), tokens), untrained)
+    assert rounding < (1e-5 if dtype == "float32" else 5e-2)
+
+    state = load_checkpoint(finished.folder.checkpoint_file).state
+    trainer, _ = prepare(config)
+    trainer.catch_up(state.log.since(0))
+    adapter = state.method.adapter
+    trainer.model.load(adapter.with_scale(lora_scale(8, adapter.rank, "alpha/r")), {})
+    export_run(config.folder, None, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=kind)
+    found = {
+        "server": logits_of(trainer.model.peft, tokens),
+        "adapter": logits_of(peft.PeftModel.from_pretrained(plain, finished.folder.adapter_folder), tokens),
+        "merged": logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=kind), tokens),
+    }
+    for name, logits in found.items():
+        assert distance(logits, truth) < 3 * rounding, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_through(architecture: str, causal: Any, causal_config: Any, tmp_path: Path) -> None:
+    """LoRA on all linear layers, two rounds, and both exports in plain PEFT and transformers."""
+    base = causal(architecture)
+    config = causal_config(architecture)
+    finished = run(config)
+    assert finished.records[-1]["validation"]["loss"] < finished.records[0]["train_loss"]
+    written = open_adapter(finished.folder.adapter_folder)
+    assert written.config["task_type"] == "CAUSAL_LM"
+    assert not written.config["modules_to_save"]
+    assert not any("lm_head" in module for module in written.read())
+    export_run(config.folder, None, tmp_path / "merged")
+    tokens = tokens_of(base)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    adapter = logits_of(peft.PeftModel.from_pretrained(plain, finished.folder.adapter_folder), tokens)
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokens)
+    torch.testing.assert_close(adapter, merged, rtol=1e-3, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "</s>"
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_federates_a_language_model(name: str, causal_config: Any) -> None:
+    ranks = {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5}
+    if not methods()[name].mixed_ranks:
+        ranks = {"allocation": "uniform", "high": 4}
+    finished = run(causal_config(method=name, ranks=ranks, rounds=3))
+    assert finished.result["test"]["loss"] < 0.95 * finished.records[0]["train_loss"]
+
+
+def test_a_step_with_checkpointing_is_the_step_without(causal: Any, causal_config: Any) -> None:
+    """Activations are computed again in the backward pass, and the adapter is the same."""
+    results = []
+    for checkpointing in (False, True):
+        config = causal_config(
+            name=f"run-{checkpointing}",
+            model={"name": str(causal("llama")), "gradient_checkpointing": checkpointing},
+        )
+        results.append(run(config))
+    one, other = (open_adapter(each.folder.adapter_folder).read() for each in results)
+    for module, pair in one.items():
+        torch.testing.assert_close(other[module].B @ other[module].A, pair.B @ pair.A, rtol=1e-3, atol=1e-5)
+    layer = results[1].config.model
+    assert layer.gradient_checkpointing

@@ -1,0 +1,275 @@
+"""Tasks: which tokens count, what is scored, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from causal import TASK, build_tokenizer
+from fedelta.base_model import ModelSettings, load_base, load_tokenizer
+from fedelta.corpus import read_splits
+from fedelta.data import DataSettings
+from fedelta.data.examples import IGNORED, Completions, Examples
+from fedelta.data.sources import load_splits
+from fedelta.errors import FedeltaError
+from fedelta.model import LoraModel, LoraSettings
+from fedelta.runner import run
+from fedelta.tasks import Completion, Regression, Unit, evaluate
+from fedelta.tasks.generation import Generation, generate
+from fedelta.training import TrainingSettings, train
+from fedelta.training.loss import mean_loss, row_losses
+from fedelta.training.stacked import StackedClient, train_stacked
+
+BEGIN, END = 1, 2
+
+
+def colours(things: Path, tokenizer: Any, length: int = 32, **task: Any) -> Completions:
+    settings, asked = DataSettings(source=str(things), max_length=length), Completion(**(TASK | task))
+    splits = load_splits(settings, asked.columns(settings))
+    return asked.examples(splits["train"], settings, [], tokenizer)
+
+
+def model_of(folder: Path, **lora: Any) -> tuple[LoraModel, Any]:
+    settings = ModelSettings(name=str(folder))
+    tokenizer = load_tokenizer(settings)
+    base = load_base(settings, 0, tokenizer, 0, "completion")
+    torch.manual_seed(0)  # of A
+    return LoraModel(base, LoraSettings(**({"target_modules": "all-linear"} | lora))), tokenizer
+
+
+def test_the_loss_counts_the_completion_and_its_end_alone(things: Path) -> None:
+    tokenizer = build_tokenizer()
+    examples = colours(things, tokenizer)
+    for i in range(len(examples)):
+        tokens, labels = examples.features[i]["input_ids"], examples.labels[i]
+        asked = examples.prompt(i)
+        assert tokens[0] == BEGIN
+        assert tokenizer.decode(asked, skip_special_tokens=True).startswith("the colour of")
+        assert tokenizer.decode(asked).endswith(":")
+        assert tokenizer.decode(tokens[len(asked) :]) == examples.references[i] + " </s>"
+        assert labels == [IGNORED] * len(asked) + tokens[len(asked) :]
+    assert examples.weight([0, 1, 2]) == 9
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(things: Path) -> None:
+    whole, cut = (colours(things, build_tokenizer(), length) for length in (32, 6))
+    for i in range(len(whole)):
+        assert cut.length(i) == 6
+        assert cut.features[i]["input_ids"] == whole.features[i]["input_ids"][-6:]
+        assert cut.weight([i]) == 3
+    # A completion that does not fit leaves the prompt half of the room.
+    cut = colours(things, build_tokenizer(), 6, prompt="{thing} is :", completion="the colour of {thing} is {answer} .")
+    assert all(label[:3] == [IGNORED] * 3 and IGNORED not in label[3:] for label in cut.labels)
+
+
+def test_a_chat_template_makes_turns(things: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} "
+        "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    with_turns, plain = (colours(things, tokenizer, chat=chat) for chat in (None, False))
+    assert tokenizer.decode(with_turns.prompt(0)).endswith("<unk> :"), "the assistant's turn has begun"
+    told = with_turns.features[0]["input_ids"][len(with_turns.prompt(0)) :]
+    assert tokenizer.decode(told).split() == [*with_turns.references[0].split(), "</s>"]
+    assert plain.prompt(0)[0] == BEGIN
+    with pytest.raises(FedeltaError, match=r"task\.chat is true, but the tokenizer has no chat template"):
+        colours(things, build_tokenizer(), chat=True)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_losses_are_those_of_each_text_alone(padding: str, causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal("llama"))
+    examples = colours(things, tokenizer)
+    tokenizer.padding_side = padding
+    rows = [0, 1, 2, 3, 4, 5]
+    found = Completion(**TASK).judge(model, tokenizer, examples, Unit("answer", rows))
+    for row, (loss, count, _) in zip(rows, found, strict=True):
+        tokens = torch.tensor([examples.features[row]["input_ids"]])
+        asked = len(examples.prompt(row))
+        logits = model.peft(input_ids=tokens).logits[0]
+        assert count == tokens.shape[1] - asked
+        assert loss == pytest.approx(
+            float(cross_entropy(logits[asked - 1 : -1], tokens[0, asked:], reduction="sum")), rel=1e-4
+        )
+
+
+def test_the_score_is_a_mean_over_tokens(causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal("llama"))
+    examples = colours(things, tokenizer, completion="{answer} {article} .")
+    task = Completion(**TASK)
+    answers = [task.judge(model, tokenizer, examples, Unit("answer", [row]))[0] for row in range(len(examples))]
+    assert len({count for _, count, _ in answers}) > 1
+    scores = evaluate(task, model, tokenizer, examples, 7)
+    mean = sum(loss for loss, *_ in answers) / sum(count for _, count, _ in answers)
+    assert scores["loss"] == pytest.approx(mean, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(causal: Any, things: Path) -> None:
+    results = []
+    for how in ({"micro_batches": False}, {"micro_batches": True}, {"micro_batches": False, "micro_batch_size": 2}):
+        model, tokenizer = model_of(causal("llama"))
+        examples = colours(things, tokenizer, completion="{answer} {article} .").select(list(range(24)))
+        loss = train(
+            model, tokenizer, examples, TrainingSettings(steps=3, batch_size=8, optimizer="sgd", **how), seed=1
+        )
+        results.append((loss, model.read()))
+    (loss, whole), *others = results
+    for other_loss, other in others:
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        for module, pair in whole.items():
+            torch.testing.assert_close(other[module].B, pair.B, rtol=1e-3, atol=1e-6)
+    assert any(bool(pair.B.abs().max() > 0) for pair in whole.values())
+
+
+def test_the_models_own_loss_is_ours(causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal("llama"))
+    examples = colours(things, tokenizer, completion="{answer} {article} .")
+    batch = examples.batch(list(range(9)), tokenizer)
+    found = model.peft(**batch)
+    assert float(found.loss) == pytest.approx(float(mean_loss(found.logits, batch["labels"])), rel=1e-5)
+    losses, counts = row_losses(found.logits, batch["labels"])
+    assert int(counts.sum()) == examples.weight(list(range(9)))
+    assert float(found.loss) == pytest.approx(float(losses.sum() / counts.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_clients_in_one_pass_are_clients_alone(architecture: str, causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal(architecture))
+    examples = colours(things, tokenizer, completion="{answer} {article} .")
+    settings = TrainingSettings(steps=3, batch_size=4, optimizer="sgd")
+    clients = []
+    for k, rank in enumerate((2, 3, 4)):
+        model.prepare(rank)
+        start = model.read().map(lambda pair: pair.with_scale(1.0))
+        clients.append(StackedClient(start, {}, examples.select(list(range(k * 10, k * 10 + 10))), seed=k))
+    together = train_stacked(model, tokenizer, clients, settings)
+    for client, stacked in zip(clients, together, strict=True):
+        model.load(client.adapter, {})
+        loss = train(model, tokenizer, client.examples, settings, client.seed)
+        assert stacked.loss == pytest.approx(loss, rel=1e-4)
+        for module, pair in model.read().items():
+            torch.testing.assert_close(stacked.adapter[module].B, pair.B, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_prompts_are_answered_together_as_alone(beams: int, causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal("llama"))
+    examples = colours(things, tokenizer)
+    train(model, tokenizer, examples, TrainingSettings(epochs=12, learning_rate=0.02), seed=0)
+    prompts = [examples.prompt(row) for row in range(12)]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    settings = Generation(max_new_tokens=5, beams=beams)
+    together = generate(model, tokenizer, prompts, settings)
+    assert together == [generate(model, tokenizer, [prompt], settings)[0] for prompt in prompts]
+    assert sum(text == reference for text, reference in zip(together, examples.references, strict=False)) >= 10
+
+
+def test_a_run_learns_to_complete_and_is_judged_by_what_it_generates(causal_config: Any) -> None:
+    task = TASK | {"generate": {"max_new_tokens": 4}, "answer": "text", "metric": "exact"}
+    finished = run(causal_config(rounds=6, task=task, training={"epochs": 2, "batch_size": 8, "learning_rate": 0.02}))
+    scores = [record["validation"]["exact"] for record in finished.records]
+    assert scores[0] < scores[-1]
+    assert finished.result["test"]["exact"] > 0.9
+    assert finished.result["test"]["loss"] < finished.records[0]["validation"]["loss"]
+
+
+def test_what_is_generated_is_scored_in_the_end_alone_where_runs_are_judged_by_the_loss(causal_config: Any) -> None:
+    task = TASK | {"generate": {"max_new_tokens": 4, "limit": 5}, "answer": "text"}
+    finished = run(causal_config(task=task))
+    assert all(set(record["validation"]) == {"loss", "perplexity"} for record in finished.records)
+    assert set(finished.result["test"]) == {"loss", "perplexity", "exact"}
+
+
+def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Path) -> None:
+    rows = [{"mr": f"colour {i // 2}", "ref": word, "key": i // 2} for i, word in enumerate(["red", "blue", "green"])]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    settings = DataSettings(source=str(file), test=0.2)
+    shared = {"prompt": "{mr} :", "completion": "{ref}", "generate": Generation(max_new_tokens=3), "answer": "text"}
+    for group in (None, "key"):
+        task = Completion(**shared, group=group)
+        rows = load_splits(settings, task.columns(settings))["train"]
+        examples = task.examples(rows, settings, [], build_tokenizer())
+        units = [unit for unit in task.units(examples, 4, final=True) if unit.what == "generate"]
+        asked = [row for unit in units for row in unit.rows]
+        assert len(asked) == len(examples.by_group) == 2
+        assert not [unit for unit in task.units(examples, 4, final=False) if unit.what == "generate"]
+        answers = [
+            [["red"] if examples.references[row] in ("red", "blue") else ["no"] for row in u.rows] for u in units
+        ]
+        passes = [Unit("answer", list(range(len(examples))))]
+        found = task.score(examples, [*passes, *units], [[[1.0, 1, None]] * len(examples), *answers])
+        assert found["exact"] == 0.5
+
+
+def test_a_number_is_learned_and_judged_by_correlation(tiny_config: Any, texts: Path, tmp_path: Path) -> None:
+    lines = texts.read_text().splitlines()
+    value = {"sea": "0.5", "sky": "2.5", "land": "4.5"}
+    file = tmp_path / "numbers.csv"
+    changed = [
+        ",".join([text, value[label], author]) for text, label, author in (line.split(",") for line in lines[1:])
+    ]
+    file.write_text("\n".join([lines[0], *changed]) + "\n")
+    finished = run(
+        tiny_config(
+            task="regression",
+            data={"source": str(file), "max_length": 16},
+            training={"epochs": 3, "batch_size": 8, "learning_rate": 0.01},
+            rounds=10,
+        )
+    )
+    assert set(finished.result["test"]) == {"loss", "pearson", "spearman"}
+    assert finished.result["test"]["pearson"] > 0.5
+    assert finished.result["classes"] == []
+    assert finished.result["majority"] is None
+
+
+def test_the_loss_of_a_number_is_its_squared_error() -> None:
+    logits, labels = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])
+    assert row_losses(logits, labels)[0].tolist() == [1.0, 4.0]
+    assert Regression().own_scores([1.0, 1.0], [2.0, 3.0]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_labels_that_are_no_numbers_are_refused(texts: Path) -> None:
+    settings = DataSettings(source=str(texts))
+    splits, _ = read_splits(settings, Regression())
+    with pytest.raises(FedeltaError, match="column 'label' holds .*, expected numbers"):
+        Regression().examples(splits["train"], settings, [], build_tokenizer())
+
+
+def test_weights_are_texts_or_predicted_tokens() -> None:
+    assert Examples([{"input_ids": [1]}] * 3, [0, 1, 2]).weight([0, 2]) == 2
+    assert Examples([{"input_ids": [1, 2, 3]}], [[1, IGNORED, 3]]).weight([0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ({"kind": "completion", "prompt": "no column"}, "task.completion.prompt: expected a column in braces"),
+        ({"kind": "completion", "metric": "bleu"}, "metric bleu is not computed, found loss, perplexity"),
+        ({"kind": "completion", "answer": "number"}, "scores and answer are of what is generated"),
+        ({"metric": "pearson"}, "task.classification.metric: input should be 'accuracy'"),
+        ({"kind": "summary"}, "task: input tag 'summary'"),
+    ],
+)
+def test_settings_that_make_no_task_are_refused(task: dict, reason: str, tiny_config: Any) -> None:
+    with pytest.raises(FedeltaError, match=reason):
+        tiny_config(task=task)
+
+
+def test_an_encoder_is_no_causal_language_model(tiny_bert: Path) -> None:
+    settings = ModelSettings(name=str(tiny_bert))
+    with pytest.raises(FedeltaError, match="a bert sees later tokens, expected a causal model"):
+        load_base(settings, 0, load_tokenizer(settings), 0, "completion")
+
+
+def test_a_column_that_is_not_there_is_named(causal_config: Any) -> None:
+    with pytest.raises(FedeltaError, match="no column 'question' in split train"):
+        run(causal_config(task=TASK | {"prompt": "{question}"}))
