@@ -15,7 +15,8 @@ from fedelta.checkpoint import load_checkpoint
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_io import open_adapter
-from fedelta.runner import Run, export_run, prepare, run
+from fedelta.run_export import export_run
+from fedelta.runner import Run, prepare, run
 
 
 def distance(found: Tensor, truth: Tensor) -> float:

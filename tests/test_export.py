@@ -19,7 +19,9 @@ from fedelta.export import single_adapter
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_io import open_adapter
-from fedelta.runner import Run, export_run, run
+from fedelta.run_export import export_run
+from fedelta.runner import Run, run
+from fedelta.vllm import vllm_line
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "score_with_peft.py"
 
@@ -169,3 +171,38 @@ def test_an_existing_output_is_never_overwritten(tiny_config: Any, tmp_path: Pat
     with pytest.raises(FedeltaError, match="no checkpoint at"):
         export_run(tmp_path / "nowhere", tmp_path / "x", None)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_is_cut_to_a_rank_by_eckart_young(causal_config: Any, tmp_path: Path) -> None:
+    config = causal_config(rounds=3)
+    finished = run(config)
+    whole = open_adapter(finished.folder.adapter_folder).read()
+    line, vllm = export_run(config.folder, tmp_path / "cut", None, rank=2)
+    cut = open_adapter(tmp_path / "cut").read()
+    assert cut.rank == 2 < whole.rank
+    lost = total = 0.0
+    for module, pair in whole.items():
+        dense = (pair.scale * pair.B @ pair.A).double()
+        U, S, V = torch.linalg.svd(dense)
+        best = U[:, :2] * S[:2] @ V[:2]
+        found = (cut[module].scale * cut[module].B @ cut[module].A).double()
+        torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5 * float(S[0]))
+        lost, total = lost + float((dense - best).norm() ** 2), total + float(dense.norm() ** 2)
+    assert f"lacks {(lost / total) ** 0.5:.2%} of the update's norm" in line
+    assert vllm == f"vLLM      takes it: --enable-lora --lora-modules NAME={tmp_path / 'cut'}"
+    with pytest.raises(FedeltaError, match="--rank cuts the one adapter"):
+        export_run(config.folder, tmp_path / "x", tmp_path / "y", rank=2)
+
+
+def test_what_vllm_would_refuse_is_said(causal_config: Any, tiny_config: Any, tmp_path: Path) -> None:
+    _, vllm = export_run(run(tiny_config()).folder.path, tmp_path / "heads", None)
+    assert "would refuse it: modules trained whole (bert.pooler, classifier): serve the merged model" in vllm
+    config = causal_config("gpt2")
+    run(config)
+    _, vllm = export_run(config.folder, tmp_path / "gpt2", None)
+    assert "would refuse it: LoRA on Conv1D layers" in vllm
+    file = tmp_path / "gpt2" / "adapter_config.json"
+    plain = json.loads(file.read_text()) | {"fan_in_fan_out": False}
+    for rank, said in ((16, "--enable-lora --lora"), (17, "--max-lora-rank 32"), (600, "rank 600 is above 512")):
+        file.write_text(json.dumps(plain | {"r": rank}))
+        assert said in vllm_line(tmp_path / "gpt2")

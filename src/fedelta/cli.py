@@ -183,13 +183,14 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN")],
     adapter: Annotated[Path | None, typer.Option(help="Write one PEFT adapter here.")] = None,
     merged: Annotated[Path | None, typer.Option(help="Write the merged model and its tokenizer here.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Cut the adapter to this rank.", min=1)] = None,
 ) -> None:
     """Export the model after a run's last finished round, base patches folded in."""
-    from fedelta.runner import export_run
+    from fedelta.run_export import export_run
 
     if adapter is None and merged is None:
         raise FedeltaError("export: say --adapter OUT, --merged OUT, or both")
-    for line in export_run(folder, adapter, merged):
+    for line in export_run(folder, adapter, merged, rank):
         out.print(escape(line), highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from fedelta.lowrank import Dense, add
 from fedelta.model import LoraModel
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_write import write_adapter
-from fedelta.server import ServerState
+from fedelta.server import Server, ServerState
 
 
 def single_adapter(state: ServerState, scale: float) -> Adapter:
@@ -31,10 +31,22 @@ def single_adapter(state: ServerState, scale: float) -> Adapter:
     return Adapter(pairs)
 
 
+def cut_adapter(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
+    """The best adapter of at most this rank (Eckart–Young, module by module), and the share of ‖ΔW‖_F that it lacks."""
+    pairs, lost, whole = {}, 0.0, 0.0
+    for module, pair in adapter.items():
+        product = pair.product()
+        kept = product.truncate(rank)
+        pairs[module] = LoraPair(kept.V, kept.U)
+        whole += product.norm() ** 2
+        lost += add([product, kept.scaled(-1.0)]).norm() ** 2
+    return Adapter(pairs), (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+
 def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float) -> Adapter:
     """Write the global model as one PEFT folder and return its adapter."""
     adapter = single_adapter(state, scale)
-    _write(folder, adapter, state, model)
+    write_global(folder, adapter, state, model)
     return adapter
 
 
@@ -42,11 +54,25 @@ def export_personal(folder: Path, state: ServerState, model: LoraModel, adapters
     """Write one PEFT folder a client, under its name, and return the largest adapter."""
     with new_folder(folder) as temporary:
         for client, adapter in adapters.items():
-            _write(temporary / client, adapter, state, model)
+            write_global(temporary / client, adapter, state, model)
     return max(adapters.values(), key=lambda adapter: adapter.rank)
 
 
-def _write(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel) -> None:
+def export_state(
+    folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel
+) -> Adapter:
+    """Write the global model as one PEFT folder, or each client's own where there is no global one.
+
+    Args:
+        kept: client → what it keeps from one round to the next.
+    """
+    if server.method.personal:
+        return export_personal(folder, state, model, server.personal_adapters(state, kept))
+    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank))
+
+
+def write_global(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel) -> None:
+    """Write an adapter with the state's heads as a PEFT folder."""
     write_adapter(
         folder,
         adapter,

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any
 
 import torch
 
-from fedelta.adapter import Adapter
 from fedelta.atomic import write_file
 from fedelta.base_model import load_base, load_tokenizer, longest_text
-from fedelta.checkpoint import load_checkpoint
 from fedelta.client import Trainer
 from fedelta.config import Config, load_config, parse_config
 from fedelta.corpus import Corpus, FederatedData, build_corpus, build_data, read_splits
@@ -25,11 +22,11 @@ from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.rounds import Engine
 from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
-from fedelta.export import export_adapter, export_merged, export_personal
+from fedelta.export import export_state
 from fedelta.model import LoraModel
 from fedelta.report.profile import Limit, Profile, read_profile
 from fedelta.seeds import derive_seed
-from fedelta.server import Server, ServerState
+from fedelta.server import Server
 from fedelta.tracking import Result, RunFolder
 from fedelta.training.flops import text_cost
 
@@ -197,7 +194,7 @@ def _run(
     )
     observer.run_started(_title(config), state.round, config.rounds)
     state = rounds.run(state, config.rounds, config.evaluation.every, config.evaluation.clients)
-    exported = _export(folder.adapter_folder, server, state, trainer.kept, model)
+    exported = export_state(folder.adapter_folder, server, state, trainer.kept, model)
     records = folder.records()
     finished: Result = {
         "method": config.method.name,
@@ -250,49 +247,3 @@ def open_run(folder: Path) -> Run:
     if result is None:
         raise FedeltaError(f"{folder}: this run has not ended; go on with it by --resume")
     return Run(config, run_folder, run_folder.records(), result)
-
-
-def _export(folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel) -> Adapter:
-    """The global model as one adapter, or each client's own where there is no global one."""
-    if server.method.personal:
-        return export_personal(folder, state, model, server.personal_adapters(state, kept))
-    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank))
-
-
-def export_run(folder: Path, adapter: Path | None, merged: Path | None) -> list[str]:
-    """Write the model of a run's checkpoint as a PEFT adapter, a merged model, or both.
-
-    Returns:
-        A line for each thing written.
-
-    Raises:
-        FedeltaError: if there is no checkpoint, or an output exists.
-    """
-    if adapter is not None and adapter == merged:
-        raise FedeltaError(f"--adapter and --merged both say {adapter}, expected two places")
-    for output in (adapter, merged):
-        if output is not None and output.exists():
-            raise FedeltaError(f"{output} exists already")
-    state, data, kept, _ = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
-    config = parse_config(data, str(folder))
-    server = make_server(config)
-    if merged and server.method.personal:
-        raise FedeltaError(f"--merged: method {server.method.name} has no global model; --adapter writes one a client")
-    tokenizer = load_tokenizer(config.model)
-    lines = []
-    with tempfile.TemporaryDirectory() as scratch:
-        target = adapter or Path(scratch) / "adapter"
-        model = make_model(config, len(state.classes), tokenizer)
-        exported = _export(target, server, state, kept, model)
-        if adapter:
-            lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters")
-        if merged:
-            # In fp32 whatever the base was trained in: rounding to bf16 would lose most of a small update.
-            whole = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
-            base = load_base(whole, len(state.classes), tokenizer, 0, config.task.kind)
-            if state.classes:
-                base.config.id2label = dict(enumerate(state.classes))
-                base.config.label2id = {label: i for i, label in enumerate(state.classes)}
-            export_merged(merged, target, base, tokenizer)
-            lines.append(f"merged    {merged}")
-    return lines

@@ -1,0 +1,34 @@
+"""What vLLM takes of a PEFT adapter, as its documentation has it (vllm.lora.peft_helper, vllm.config.lora)."""
+
+import json
+from pathlib import Path
+
+from fedelta.peft_io import CONFIG
+
+MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of --max-lora-rank; 16 is the default."""
+
+DEFAULT_RANK = 16
+
+
+def vllm_refusals(folder: Path) -> list[str]:
+    """Why vLLM would not load this adapter; empty where it would."""
+    config = json.loads((folder / CONFIG).read_text())
+    reasons = []
+    if config["r"] > MAX_RANKS[-1]:
+        reasons.append(f"rank {config['r']} is above {MAX_RANKS[-1]}: cut it by --rank, or serve the merged model")
+    if saved := config.get("modules_to_save"):
+        reasons.append(f"modules trained whole ({', '.join(saved)}): serve the merged model")
+    if config.get("fan_in_fan_out"):
+        reasons.append("LoRA on Conv1D layers: serve the merged model")
+    return reasons
+
+
+def vllm_line(folder: Path) -> str:
+    """What a person who serves an adapter has to know."""
+    if reasons := vllm_refusals(folder):
+        return f"would refuse it: {'; '.join(reasons)}"
+    rank = json.loads((folder / CONFIG).read_text())["r"]
+    least = next(allowed for allowed in MAX_RANKS if rank <= allowed)
+    flag = f" --max-lora-rank {least}" if least > DEFAULT_RANK else ""
+    return f"takes it: --enable-lora{flag} --lora-modules NAME={folder}"
