@@ -1,6 +1,7 @@
 """Each method's step against a dense float64 oracle, written from the paper's equation in nobody else's algebra."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from fedelta.adapter import Adapter, LoraPair, lora_scale
 from fedelta.contribution import Contribution
 from fedelta.errors import FedeltaError
-from fedelta.methods import MethodState, aliases, make_method, methods
+from fedelta.methods import ClientView, MethodState, aliases, make_method, methods
 from federation import (
     SHAPES,
     Federation,
@@ -275,6 +276,8 @@ ORACLES: list[tuple[str, dict[str, Any], Oracle]] = [
     ("fedex", {"target": "start-relative"}, fedex_start),
     ("fedex", {"remainder": "rank=2"}, fedex_cut(lambda residual: 2)),  # noqa: ARG005
     ("fedex", {"remainder": "energy=0.8"}, fedex_cut(lambda residual: energy_rank(residual, 0.8))),
+    # The first round; later ones are in a test of their own.
+    ("fedex-keep", {}, fedex),
     ("fed-plora", {}, fed_plora),
     ("fedmomentum", {}, fedmomentum(0.9999)),
     ("fedmomentum", {"energy": 0.5}, fedmomentum(0.5)),
@@ -759,3 +762,41 @@ def test_aliases_resolve_and_say_so(alias: str, name: str) -> None:
     assert make_method(alias).name == name
     assert aliases()[alias.lower()][0] == name
     assert alias.lower() in aliases()[alias.lower()][1].lower()
+
+
+@pytest.mark.parametrize("keep", ["A", "B", "both"])
+def test_clients_that_keep_factors_begin_with_one_effective_weight_and_it_is_the_exact_mean(keep: str) -> None:
+    """Ten rounds, of which not all clients take part, against dense float64."""
+    method = make_method("fedex-keep", keep=keep)
+    shapes, rank, names = {"layer": (7, 5)}, 2, ["a", "b", "c"]
+    draw = torch.Generator().manual_seed(0)
+    state = method.start(shapes, rank, 0)
+    state = replace(state, adapter=state.adapter.to(torch.float64))
+    W = torch.zeros(7, 5, dtype=torch.float64)
+    last: dict[str, LoraPair] = {}
+    for round in range(10):
+        present = names if round % 3 else names[:2]
+        mean = state.adapter["layer"]
+        effective = W + mean.B @ mean.A
+        sent, changes = [], torch.zeros_like(W)
+        for name, weight in zip(present, (1.0, 2.0, 5.0), strict=False):
+            tailored = method.tailor(state, ClientView(name, rank))
+            begin = tailored.adapter["layer"]
+            tail = tailored.tail["layer"].U @ tailored.tail["layer"].V if tailored.tail else 0
+            torch.testing.assert_close(W + tail + begin.B @ begin.A, effective)
+            if name in last:
+                assert torch.equal(begin.A, last[name].A if keep != "B" else mean.A)
+                assert torch.equal(begin.B, last[name].B if keep != "A" else mean.B)
+            trained = LoraPair(
+                begin.A + torch.randn(rank, 5, generator=draw).double(),
+                begin.B + torch.randn(7, rank, generator=draw).double(),
+            )
+            last[name] = trained
+            sent.append(Contribution(name, weight, Adapter({"layer": trained})))
+            share = weight / sum((1.0, 2.0, 5.0)[: len(present)])
+            changes += share * (trained.B @ trained.A - begin.B @ begin.A)
+        state, patch = method.step(state, sent)
+        if "layer" in patch:
+            patch["layer"].add_to(W)
+        after = state.adapter["layer"]
+        torch.testing.assert_close(W + after.B @ after.A, effective + changes)
