@@ -12,15 +12,8 @@ from rich.console import Console
 
 from fedelta.report.grid import write_grid_report
 from fedelta.report.grid_results import gather
-from fedelta.report.grid_tables import (
-    energy,
-    final,
-    first_aggregation,
-    high_rank_clients,
-    late,
-    rounds_to_target,
-    traffic,
-)
+from fedelta.report.grid_scores import final, late, rounds_to_target
+from fedelta.report.grid_tables import energy, first_aggregation, high_rank_clients, traffic
 from fedelta.report.statistics import paired, spread
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion
@@ -53,6 +46,7 @@ ACCURACY = {
     ("zero padding", "second_set"): (0.70, 0.70, 0.70),
     ("replication", "second_set"): (0.69, 0.72, 0.71),
 }
+VIEWS = ("curves", "deviation-by-round", "deviation", "energy")
 BYTES = {"adapter": 4_000_000, "heads": 1_000_000, "patch": 0, "overhead": 500_000}
 
 
@@ -93,6 +87,7 @@ def made_up_rows() -> dict[str, Row]:
             "test": {"accuracy": final},
             "validation": {"accuracy": final},
             "lora_parameters": {"1": 10, "2": 20},
+            "base_parameters": 1_000_000,
             "rounds": rounds,
             "config": json.dumps(result_settings(config)),
             "seconds": 3600.0,
@@ -274,7 +269,7 @@ def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(t
         assert table.markdown().strip() in text
         assert (tmp_path / "one" / "tables" / f"{table.name}.tex").exists()
     figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
-    assert figures == [f"main-{view}.{kind}" for view in ("curves", "deviation", "energy") for kind in ("png", "svg")]
+    assert figures == [f"main-{view}.{kind}" for view in VIEWS for kind in ("png", "svg")]
     for name in figures:
         assert name.endswith("png") or f"(figures/{name})" in text
     write_grid_report(GRID, dict(reversed(rows.items())), tmp_path / "two")

@@ -21,8 +21,19 @@ FLOORS = [
         "deviation",
         "intake",
     ],
-    "data class_token base_model dropout model prefix metrics training tasks corpus peft_io peft_write vllm".split(),
-    ["peft_folders", "aggregate", "federation", "server", "client", "checkpoint", "export", "engines", "tracking"],
+    "data class_token base_model dropout model prefix metrics training tasks corpus harness peft_io peft_write".split(),
+    [
+        "vllm",
+        "peft_folders",
+        "aggregate",
+        "federation",
+        "server",
+        "client",
+        "checkpoint",
+        "export",
+        "engines",
+        "tracking",
+    ],
     "config runner run_export comparison flower sweep report progress terminal cli_sites cli_sweep cli".split(),
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -12,6 +12,7 @@ from fedelta.base_model import ModelSettings
 from fedelta.data import DataSettings, PartitionSettings
 from fedelta.errors import FedeltaError
 from fedelta.federation import FederationSettings
+from fedelta.harness import HarnessSettings
 from fedelta.methods import Method, make_method, nearest, resolve
 from fedelta.model import LoraSettings
 from fedelta.ranks import RankSettings
@@ -31,12 +32,14 @@ class EvaluationSettings(Settings):
         batch_size: texts in a batch.
         clients: rounds, from the first, in which the server also evaluates each client's own model on the validation
             split, before it is averaged with others.
+        harness: what lm-evaluation-harness evaluates in the end, beside the test split.
         target: validation score for «rounds to target»; None takes one 5 % short of the best final one compared.
     """
 
     every: int = Field(default=1, ge=1)
     batch_size: int = Field(default=64, ge=1)
     clients: int = Field(default=0, ge=0)
+    harness: HarnessSettings | None = None
     target: float | None = Field(default=None, gt=0)
 
 
@@ -113,6 +116,14 @@ class Config(Settings):
         if self.ranks.by_loss and self.ranks.loss_on == "own" and self.data.client_validation == 0:
             raise ValueError(
                 f"ranks.allocation: {self.ranks.allocation} needs rows that clients hold out, as data.client_validation"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_harness_takes(self) -> "Config":
+        if self.evaluation.harness is not None and self.task.kind != "completion":
+            raise ValueError(
+                f"evaluation.harness is of language models, expected task: completion, found {self.task.kind}"
             )
         return self
 

@@ -134,6 +134,13 @@ class LoraModel:
         return [p for p in self.peft.parameters() if p.requires_grad]
 
     @property
+    def base_parameters(self) -> int:
+        """Of the model without LoRA, heads included: what full fine-tuning would train."""
+        own = [(name, p) for name, p in self.peft.named_parameters() if "lora_" not in name]
+        # PEFT keeps an untrained original beside each adapter's copy of a head.
+        return sum(p.numel() for name, p in own if "modules_to_save" not in name)
+
+    @property
     def device(self) -> torch.device:
         """Where batches must be."""
         return self.peft.device

@@ -23,6 +23,7 @@ from fedelta.engines.rounds import Engine
 from fedelta.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
 from fedelta.export import export_state
+from fedelta.harness import check_harness, harness_scores
 from fedelta.model import LoraModel
 from fedelta.report.profile import Limit, Profile, read_profile
 from fedelta.seeds import derive_seed
@@ -153,6 +154,10 @@ def _run(
     else:
         folder.refuse_existing()
         checkpoint = None
+    if config.evaluation.harness is not None:
+        if server.method.personal:
+            raise FedeltaError(f"evaluation.harness: method {server.method.name} has no global model")
+        check_harness(config.evaluation.harness)
     trainer, data = prepare(config, partitioned=sites is None)
     clients = sites or {client: len(shard.train) for client, shard in data.shards.items()}
     corpus, model = _corpus(corpus_key(config))[0], trainer.model
@@ -196,6 +201,10 @@ def _run(
     state = rounds.run(state, config.rounds, config.evaluation.every, config.evaluation.clients)
     exported = export_state(folder.adapter_folder, server, state, trainer.kept, model)
     records = folder.records()
+    validation = records[-1]["validation"] or evaluator.evaluate(state, data.validation, "validation")
+    test = evaluator.evaluate(state, data.test, "test")
+    if config.evaluation.harness is not None:
+        test |= harness_scores(model, trainer.tokenizer, config.evaluation.harness)
     finished: Result = {
         "method": config.method.name,
         "seed": config.seed,
@@ -203,12 +212,13 @@ def _run(
         "classes": data.classes,
         "clients": dict(clients),
         "majority": config.task.constant_score(corpus.train, corpus.test),
-        "validation": records[-1]["validation"] or evaluator.evaluate(state, data.validation, "validation"),
-        "test": evaluator.evaluate(state, data.test, "test"),
+        "validation": validation,
+        "test": test,
         "adapter_rank": exported.rank,
         "lora_parameters": {
             str(rank): state.method.adapter.truncate(rank).parameters for rank in sorted(set(state.ranks.values()))
         },
+        "base_parameters": model.base_parameters,
     }
     folder.finish(finished)
     if not profile:

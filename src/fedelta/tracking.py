@@ -47,6 +47,7 @@ class Result(TypedDict):
     test: dict[str, float]
     adapter_rank: int
     lora_parameters: dict[str, int]
+    base_parameters: int
 
 
 class RunFolder:

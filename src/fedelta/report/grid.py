@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
-from fedelta.report import grid_figures, grid_tables
+from fedelta.report import grid_figures, grid_scores, grid_tables
 from fedelta.report.grid_results import Results, gather, places
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
@@ -14,9 +14,10 @@ from fedelta.sweep.grid import Grid, View, load_grid
 from fedelta.sweep.results import FILE, Row, late_score, metric_of, read_rows, score
 
 TABLES: Mapping[View, Callable[[Results], TextTable]] = {
-    "score": grid_tables.final,
-    "late-score": grid_tables.late,
-    "rounds-to-target": grid_tables.rounds_to_target,
+    "score": grid_scores.final,
+    "late-score": grid_scores.late,
+    "all-scores": grid_scores.all_scores,
+    "rounds-to-target": grid_scores.rounds_to_target,
     "traffic": grid_tables.traffic,
     "energy": grid_tables.energy,
     "first-aggregation": grid_tables.first_aggregation,
@@ -26,6 +27,7 @@ FIGURES: Mapping[View, Callable[[Results, Path], list[Path]]] = {
     "curves": grid_figures.curves,
     "energy": grid_figures.energy,
     "deviation": grid_figures.deviation,
+    "deviation-by-round": grid_figures.deviation_by_round,
 }
 
 

@@ -72,6 +72,24 @@ def deviation(results: Results, folder: Path) -> list[Path]:
     return save(_titled(figure, results), folder, f"{results.name}-deviation")
 
 
+def deviation_by_round(results: Results, folder: Path) -> list[Path]:
+    """The same by round, mean over modules: a panel for each column of the tables, a line for each row."""
+    figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
+    for axes, panel in zip(grid, results.panels, strict=False):
+        for i, row in enumerate(results.rows):
+            by_round: dict[int, list[float]] = {}
+            for cell in results.trained(row, panel).values():
+                for record in cell["rounds"]:
+                    if record["deviation"]:
+                        by_round.setdefault(record["round"], []).append(mean(record["deviation"].values()))
+            points = [(number, mean(found), statistics.deviation(found)) for number, found in sorted(by_round.items())]
+            if points:
+                draw_curve(axes, points, label=results.label(row), **_style(i, len(results.rows)))
+        axes.set(title=panel.label, ylabel="‖ΔW − B̄Ā‖ / ‖ΔW‖, ± s.d.", ylim=(0, None))
+    _legend(figure, grid)
+    return save(_titled(figure, results), folder, f"{results.name}-deviation-by-round")
+
+
 def _short(module: str) -> str:
     """The number of the layer and the module's own name."""
     parts = module.split(".")

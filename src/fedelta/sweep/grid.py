@@ -28,11 +28,13 @@ from fedelta.settings import Settings
 View = Literal[
     "score",
     "late-score",
+    "all-scores",
     "rounds-to-target",
     "curves",
     "traffic",
     "energy",
     "deviation",
+    "deviation-by-round",
     "first-aggregation",
     "high-rank-clients",
 ]

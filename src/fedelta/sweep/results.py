@@ -55,6 +55,7 @@ SCHEMA = pa.schema(
         ("majority", pa.float64()),  # what always giving the same answer scores; null where that says nothing
         ("clients", pa.int32()),
         ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
+        ("base_parameters", pa.int64()),  # of the whole model without LoRA; null in files of before it was counted
         ("rounds", pa.list_(_ROUND)),
         ("config", pa.string()),  # JSON
         ("seconds", pa.float64()),  # in rounds
@@ -94,7 +95,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         result = run.result
         timings = [json.loads(line) for line in run.folder.timings_file.read_text().splitlines()]
         row |= {
-            **{name: result[name] for name in ("test", "validation", "majority", "lora_parameters")},
+            **{name: result[name] for name in ("test", "validation", "majority", "lora_parameters", "base_parameters")},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
             "seconds": round(sum(sum(timing["seconds"].values()) for timing in timings), 2),

@@ -1,0 +1,140 @@
+"""Tables of scores of a grid's experiments, with tests against the baseline."""
+
+from functools import partial
+
+from fedelta.metrics import METRICS, Metric
+from fedelta.report.grid_results import (
+    LATE,
+    Measure,
+    Panel,
+    Results,
+    final_score,
+    late_validation,
+    rounds_to,
+)
+from fedelta.report.statistics import paired, spread
+from fedelta.report.table import REACH
+from fedelta.report.tables import TextTable
+from fedelta.sweep.results import Row
+
+
+def final(results: Results) -> TextTable:
+    """Test score of the final model."""
+    note = f"Final model on the test split, {headings(results)}: mean ± standard deviation over seeds."
+    return _compared(results, "score", final_score, f"test {titles(results)}", note)
+
+
+def late(results: Results) -> TextTable:
+    """Validation score, mean of the last evaluations."""
+    what = f"mean of the last {LATE:.0%} of evaluations"
+    note = f"Validation {headings(results)}, {what}: mean ± standard deviation over seeds."
+    return _compared(results, "late-score", late_validation, f"late validation {titles(results)}", note)
+
+
+def all_scores(results: Results) -> TextTable:
+    """Every test score of the final model that a task computes."""
+    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
+    found = {name for cell in cells for name in cell["test"]}
+    names = [*(name for name in METRICS if name in found), *sorted(found - METRICS.keys())]
+    head = [results.experiment.rows]
+    columns = []
+    for panel in results.panels:
+        for name in names:
+            columns.append((panel, METRICS.get(name, Metric(name, name))))
+            several = panel.label and len(results.panels) > 1
+            head.append(f"{panel.label}, {columns[-1][1].heading}" if several else columns[-1][1].heading)
+    lines = []
+    for row in results.rows:
+        line = [results.label(row)]
+        for panel, metric in columns:
+            measure = partial(_test_score, metric.name)
+            values = list(results.values(row, panel, measure).values())
+            line.append(spread(values, metric.factor, 2 if metric.percent else 3) + _p(results, row, panel, measure))
+        lines.append(line)
+    note = (
+        "Final model on the test split: mean ± standard deviation over seeds; in brackets p of a paired t-test against "
+        f"{results.label(results.baseline)} over seeds, not corrected for their number."
+    )
+    return TextTable(f"{results.name}-all-scores", f"{results.title}: all scores", head, lines, note)
+
+
+def _test_score(name: str, row: Row) -> float | None:
+    return row["test"].get(name)
+
+
+def titles(results: Results) -> str:
+    return " or ".join(metric.title for metric in results.metrics)
+
+
+def headings(results: Results) -> str:
+    return " or ".join(metric.heading for metric in results.metrics)
+
+
+def _compared(results: Results, name: str, measure: Measure, title: str, note: str) -> TextTable:
+    """A column a panel, with the test against the baseline; last the differences of all panels together."""
+    head = [results.experiment.rows]
+    metrics = {panel: results.metric(panel) for panel in results.panels}
+    different = len(results.metrics) > 1
+    head += [f"{p.label}, {metrics[p].title}" if different else p.label or title for p in results.panels]
+    # What is better must be more in all of them, or less.
+    several = len(results.panels) > 1 and len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
+    if several:
+        head += ["all: difference", "95 % interval", "p", "pairs"]
+    lines = []
+    for row in results.rows:
+        line = [results.label(row)]
+        for panel in results.panels:
+            line.append(_with_failures(results, row, panel, measure) + _p(results, row, panel, measure))
+        if several:
+            line += _difference(results, row, measure)
+        lines.append(line)
+    if len(results.seeds) > 1:
+        baseline = results.label(results.baseline)
+        note += f" In brackets p of a paired t-test against {baseline} over seeds, not corrected for their number"
+        note += "; all: pairs of column and seed, taken as independent." if several else "."
+        note += " What diverged is in no mean and no test."
+    return TextTable(f"{results.name}-{name}", f"{results.title}: {title}", head, lines, note)
+
+
+def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -> str:
+    metric = results.metric(panel)
+    values = list(results.values(row, panel, measure).values())
+    text = spread(values, metric.factor, 2 if metric.percent else 3)
+    failed = len(results.cells.get((row, panel), {})) - len(results.trained(row, panel))
+    return f"{text}, {failed} diverged" if failed else text
+
+
+def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
+    found = None if row == results.baseline else paired(*results.pairs(row, [panel], measure))
+    return "" if found is None else f" ({found.p:.3f})"
+
+
+def _difference(results: Results, row: str, measure: Measure) -> list[str]:
+    ours, theirs = results.pairs(row, results.panels, measure)
+    found = None if row == results.baseline else paired(ours, theirs)
+    if found is None:
+        return ["", "", "", ""]
+    factor = results.metrics[0].factor
+    interval = f"{factor * found.low:+.2f} to {factor * found.high:+.2f}"
+    return [f"{factor * found.mean:+.2f}", interval, f"{found.p:.3f}", str(found.pairs)]
+
+
+def rounds_to_target(results: Results) -> TextTable:
+    """Rounds until the validation score reached the target."""
+    targets = {panel: target for panel in results.panels if (target := results.target(panel)) is not None}
+    head = [results.experiment.rows]
+    head += [f"{panel.label} to {results.metric(panel).show(target, 1)}".strip() for panel, target in targets.items()]
+    lines = []
+    for row in results.rows:
+        line = [results.label(row)]
+        for panel, target in targets.items():
+            ran = results.cells.get((row, panel), {})
+            hits = list(results.values(row, panel, rounds_to(target)).values())
+            missed = f", {len(hits)} of {len(ran)}" if 0 < len(hits) < len(ran) else ""
+            line.append(spread(hits, digits=1) + missed if hits or not ran else "not reached")
+        lines.append(line)
+    note = (
+        "Finished rounds when the validation score first was at the target, and how many of the seeds reached it where "
+        f"not all did. The target is evaluation.target, or {100 * REACH:.0f} % of the column's best final score."
+    )
+    return TextTable(f"{results.name}-rounds-to-target", f"{results.title}: rounds to target", head, lines, note)
