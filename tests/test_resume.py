@@ -1,5 +1,6 @@
 """Nothing lost: a run that is killed, at any moment, goes on from its last finished round to the same bytes."""
 
+import json
 import os
 import random
 import signal
@@ -13,9 +14,9 @@ import pytest
 import yaml
 
 from fedelta import checkpoint, tracking
-from fedelta.checkpoint import load_checkpoint
+from fedelta.checkpoint import load_checkpoint, save_checkpoint
 from fedelta.errors import FedeltaError
-from fedelta.runner import Run, run
+from fedelta.runner import Run, open_run, run
 from fedelta.tracking import RunFolder
 
 # Dropout, partial participation, loss-based ranks and patches: all that a checkpoint must carry.
@@ -203,3 +204,19 @@ def test_two_processes_never_write_one_run(tiny_config: Any) -> None:
     assert not config.folder.parent.exists()
     run(config)
     assert not (config.folder / ".lock").exists()
+
+
+def test_a_checkpoint_older_than_a_setting_has_its_default(tiny_config: Any) -> None:
+    config = tiny_config(rounds=2)
+    file = run(config).folder.checkpoint_file
+    state, before, kept, remainders = load_checkpoint(file)
+    del before["model"]["gradient_checkpointing"], before["task"]
+    save_checkpoint(file, state, before, kept, remainders)
+    model = {**config.dump()["model"], "gradient_checkpointing": True}
+    result = json.loads((config.folder / "result.json").read_text())
+    del result["base_parameters"]
+    (config.folder / "result.json").write_text(json.dumps(result))
+    assert open_run(config.folder).result["base_parameters"] is None
+    with pytest.raises(FedeltaError, match=r"model.gradient_checkpointing was False, now True"):
+        run(tiny_config(rounds=3, model=model), resume=True)
+    assert len(run(tiny_config(rounds=3), resume=True).records) == 3

@@ -130,7 +130,7 @@ def run(
     Raises:
         FedeltaError: for bad input; whatever rounds had finished are kept.
     """
-    folder = RunFolder(config.folder, config.dump())
+    folder = RunFolder(config.folder, config.dump(), Config().dump())
     with folder.hold():
         return _run(config, folder, resume, observer or Observer(), profile, engine, sites)
 

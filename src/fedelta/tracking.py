@@ -47,7 +47,7 @@ class Result(TypedDict):
     test: dict[str, float]
     adapter_rank: int
     lora_parameters: dict[str, int]
-    base_parameters: int
+    base_parameters: int | None  # None in files of before it was counted
 
 
 class RunFolder:
@@ -56,11 +56,13 @@ class RunFolder:
     Args:
         path: its place.
         config: the run's configuration as plain data.
+        defaults: of all keys: what a run had whose checkpoint is older than a key.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.config = dict(config)
+        self.defaults = defaults or {}
 
     @property
     def rounds_file(self) -> Path:
@@ -145,7 +147,7 @@ class RunFolder:
         state, before = checkpoint.state, checkpoint.config
         if self.config["training"]["stack"] == "auto":
             self.settle_stack(before.get("training", {}).get("stack", "auto"))
-        changed = _first_difference(before, json.loads(json.dumps(self.config)))
+        changed = _first_difference(_filled(before, self.defaults), json.loads(json.dumps(self.config)))
         if changed:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
         if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
@@ -195,7 +197,7 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         try:
-            found = json.loads(self.result_file.read_text())
+            found = {"base_parameters": None} | json.loads(self.result_file.read_text())
             return Result(**{key: found[key] for key in Result.__annotations__})  # type: ignore[typeddict-item]
         except (ValueError, KeyError, TypeError) as error:
             raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and go on by --resume") from error
@@ -212,6 +214,17 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
         stream.write(line + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _filled(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """With the default of every key that had not come to be."""
+    filled = dict(before)
+    for key, default in defaults.items():
+        if key not in before:
+            filled[key] = default
+        elif isinstance(default, Mapping) and isinstance(before[key], Mapping) and key != "method":
+            filled[key] = _filled(before[key], default)
+    return filled
 
 
 def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:
