@@ -34,7 +34,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[demo,dev,flower,generation,harness]'
+	$(PIP) --editable '.[demo,dev,flower,generation,harness,quantization]'
 	@touch $@
 
 clean:

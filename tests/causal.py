@@ -36,6 +36,7 @@ ARCHITECTURES: dict[str, Any] = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "mistral": MistralConfig(**SHAPE, sliding_window=16),
     "gemma2": Gemma2Config(**SHAPE, head_dim=6, sliding_window=16, query_pre_attn_scalar=6),
+    "llama-64": LlamaConfig(**SHAPE | {"hidden_size": 64, "intermediate_size": 128}),
     "gpt2": GPT2Config(
         vocab_size=SHAPE["vocab_size"],
         n_embd=24,
@@ -54,7 +55,7 @@ ARCHITECTURES: dict[str, Any] = {
 TASK: dict[str, Any] = {
     "kind": "completion",
     "prompt": "the colour of {article} {thing} is :",
-    "completion": "{answer} .",
+    "completion": " {answer} .",
 }
 
 

@@ -19,6 +19,9 @@ from fedelta.tasks.text_scores import check_installed, text_scores
         ("number", "minus -3", "-3"),
         ("number", "none", None),
         ("number", "#### 7\n8 more", "7"),
+        ("number", "a range of 10-12", "12"),
+        ("number", "one of 1,2,3", "3"),
+        ("number", "5-3", "3"),
         ("boxed", r"so \boxed{\dfrac12}", r"\frac{1}{2}"),
         ("boxed", r"\boxed{1/2} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         ("boxed", r"\boxed{1,000}", "1000"),
@@ -26,6 +29,8 @@ from fedelta.tasks.text_scores import check_installed, text_scores
         ("boxed", r"\boxed{\text{yes}}", "yes"),
         ("boxed", r"\boxed{never closed", None),
         ("boxed", "7", None),
+        ("boxed", "The answer is: \\frac12.\nNo more", r"\frac{1}{2}"),
+        ("boxed", "the answer is:", None),
         ("option", "the correct answer is answer2", "answer2"),
         ("option", "The correct answer is True.", "true"),
         ("option", "ending 3, not ending 4", "ending3"),
@@ -58,6 +63,10 @@ def test_a_worse_text_has_lower_scores() -> None:
     nothing = text_scores([("", [text]) for text in SENTENCES], SCORES)
     for name in SCORES:
         assert good[name] > words[name] >= nothing[name] == 0
+
+
+def test_nist_of_short_texts_is_of_shorter_n_grams() -> None:
+    assert text_scores([("red .", ["red ."]), ("blue .", ["blue ."])], ("nist",))["nist"] > 0
 
 
 def test_bleu_takes_texts_with_different_numbers_of_references() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from causal import ARCHITECTURES
 from fedelta.adapter import lora_scale
 from fedelta.checkpoint import load_checkpoint
 from fedelta.methods import methods
@@ -92,7 +92,7 @@ def test_server_adapter_and_merged_model_are_one_model(
         assert distance(logits, truth) < 3 * rounding, name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
 def test_every_architecture_goes_through(architecture: str, causal: Any, causal_config: Any, tmp_path: Path) -> None:
     """LoRA on all linear layers, two rounds, and both exports in plain PEFT and transformers."""
     base = causal(architecture)
@@ -121,17 +121,58 @@ def test_every_method_federates_a_language_model(name: str, causal_config: Any) 
     assert finished.result["test"]["loss"] < 0.95 * finished.records[0]["train_loss"]
 
 
-def test_a_step_with_checkpointing_is_the_step_without(causal: Any, causal_config: Any) -> None:
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
+    bits: str, causal: Any, causal_config: Any
+) -> None:
+    base = causal("llama-64")
+    config = causal_config(model={"name": str(base), "dtype": "bfloat16", "quantization": bits}, rounds=4)
+    finished = run(config)
+    assert finished.records[-1]["validation"]["loss"] < 0.8 * finished.records[0]["train_loss"]
+    assert finished.records[-1]["version"] == 4
+    assert finished.result["base_parameters"] == AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    state = load_checkpoint(finished.folder.checkpoint_file).state
+    trainer, _ = prepare(config)
+    layers = {name: layer.get_base_layer() for name, layer in trainer.model.layers.items()}
+    assert all(not layer.weight.is_floating_point() for layer in layers.values())
+    adapter = state.method.adapter
+    trainer.model.load(adapter.with_scale(lora_scale(8, adapter.rank, "alpha/r")), {})
+    tokens = tokens_of(base)
+    # The first pass may lay out four bits anew for this processor.
+    without = logits_of(trainer.model.peft, tokens)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    trainer.catch_up(state.log.since(0))
+    server = logits_of(trainer.model.peft, tokens)
+    assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
+    # A fresh quantised base with the exported adapter, in which the patch is.
+    plain, _ = prepare(config.model_copy(update={"method": config.method.model_copy(update={"name": "fedit"})}))
+    exported = open_adapter(finished.folder.adapter_folder).read()
+    plain.model.load(exported, {})
+    error = distance(logits_of(plain.model.peft, tokens), server)
+    assert error < 0.05 < distance(without, server)
+
+
+def test_a_step_with_checkpointing_is_the_step_without(
+    causal: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Activations are computed again in the backward pass, and the adapter is the same."""
     results = []
+    passes: list[int] = []
+    forward = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, x: Tensor) -> Tensor:
+        passes[-1] += self.training
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
     for checkpointing in (False, True):
         config = causal_config(
             name=f"run-{checkpointing}",
             model={"name": str(causal("llama")), "gradient_checkpointing": checkpointing},
         )
+        passes.append(0)
         results.append(run(config))
     one, other = (open_adapter(each.folder.adapter_folder).read() for each in results)
     for module, pair in one.items():
         torch.testing.assert_close(other[module].B @ other[module].A, pair.B @ pair.A, rtol=1e-3, atol=1e-5)
-    layer = results[1].config.model
-    assert layer.gradient_checkpointing
+    assert passes[1] == 2 * passes[0] > 0

@@ -128,11 +128,12 @@ def test_generation_starts_with_every_architecture(experiment: str, causal: Any,
             "data.test": 0.2,
             "data.validation": 0.1,
             "output": str(tmp_path / "runs"),
-            "name": name,
+            "name": "-".join([name, *(set(values) & {"GSM8K", "MATH"})]),
             "evaluation.harness": None,
         }
         if config.task.kind == "completion" and config.task.generate is not None:
             changes["task.generate.max_new_tokens"] = 8
+            assert config.task.metric == "loss"
         finished = run(started(config, **changes))
         assert len(finished.records) == 2
         modules = finished.records[0]["deviation"]

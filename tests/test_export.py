@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedelta.adapter import LoraPair
+from fedelta.adapter import Adapter, LoraPair
 from fedelta.checkpoint import load_checkpoint
 from fedelta.errors import FedeltaError
-from fedelta.export import single_adapter
+from fedelta.export import cut_adapter, single_adapter
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_io import open_adapter
@@ -192,6 +192,14 @@ def test_an_adapter_is_cut_to_a_rank_by_eckart_young(causal_config: Any, tmp_pat
     assert vllm == f"vLLM      takes it: --enable-lora --lora-modules NAME={tmp_path / 'cut'}"
     with pytest.raises(FedeltaError, match="--rank cuts the one adapter"):
         export_run(config.folder, tmp_path / "x", tmp_path / "y", rank=2)
+
+
+def test_a_module_that_nobody_changed_is_cut_too() -> None:
+    pair = LoraPair(torch.randn(3, 5), torch.zeros(4, 3))
+    cut, lost = cut_adapter(Adapter({"still": pair, "moved": LoraPair(torch.randn(3, 5), torch.randn(4, 3))}), 2)
+    assert (cut["still"].rank, cut["moved"].rank) == (1, 2)
+    assert float((cut["still"].B @ cut["still"].A).abs().max()) == 0
+    assert 0 < lost < 1
 
 
 def test_what_vllm_would_refuse_is_said(causal_config: Any, tiny_config: Any, tmp_path: Path) -> None:

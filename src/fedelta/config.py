@@ -128,6 +128,15 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
+    def _labels_to_part_by(self) -> "Config":
+        if self.task.kind != "classification" and self.partition.kind not in ("iid", "natural"):
+            raise ValueError(
+                f"partition.kind: {self.partition.kind} is by classes, which task {self.task.kind} has not; "
+                "expected iid, or natural by a column"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_thread_in_a_worker(self) -> "Config":
         if self.threads > 1 and self.workers != 1:
             raise ValueError(f"threads: {self.threads} needs workers: 1, found workers: {self.workers}")

@@ -60,7 +60,7 @@ def read_splits(settings: DataSettings, task: Task) -> tuple[dict[str, Any], lis
     Raises:
         FedeltaError: if the data are not there, or not what the task needs.
     """
-    splits = load_splits(settings, task.columns(settings))
+    splits = load_splits(settings, task.columns(settings), task.together)
     return splits, task.classes(settings, splits)
 
 

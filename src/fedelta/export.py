@@ -37,7 +37,8 @@ def cut_adapter(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     for module, pair in adapter.items():
         product = pair.product()
         kept = product.truncate(rank)
-        pairs[module] = LoraPair(kept.V, kept.U)
+        # PEFT knows no rank 0.
+        pairs[module] = LoraPair(kept.V, kept.U) if kept.width else pair.truncate(1)
         whole += product.norm() ** 2
         lost += add([product, kept.scaled(-1.0)]).norm() ** 2
     return Adapter(pairs), (lost / whole) ** 0.5 if whole > 0 else 0.0

@@ -47,11 +47,14 @@ def check_harness(settings: HarnessSettings) -> None:
             raise FedeltaError(f"evaluation.harness.tasks: lm-evaluation-harness has no task {task!r}")
 
 
-def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings) -> dict[str, float]:
+def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, chat: bool = False) -> dict[str, float]:
     """Scores of the loaded model: `TASK/METRIC`, with `/FILTER` where a task has several ways to find the answer.
 
+    Args:
+        chat: whether questions become turns of the tokenizer's chat template, as in training.
+
     Raises:
-        FedeltaError: if a task's data are not there.
+        FedeltaError: if a task's data are not there, or the harness fails otherwise.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -66,8 +69,11 @@ def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings) 
             limit=settings.limit,
             task_manager=_manager(settings),
             bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # Tasks are programs of many people, which fail in many ways.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FedeltaError(f"evaluation.harness: {line}") from error
     scores = {}

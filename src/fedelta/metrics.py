@@ -46,8 +46,8 @@ class Metric:
         return score <= target if self.lower else score >= target
 
     def share(self, best: float, share: float) -> float:
-        """A target somewhat short of the best: this share of it, or as much more where less is better."""
-        return best / share if self.lower else best * share
+        """A target somewhat short of the best: by 1 − share of its size, or as much more where less is better."""
+        return best * share if self.lower == (best < 0) else best / share
 
 
 METRICS = {

@@ -137,8 +137,9 @@ class LoraModel:
     def base_parameters(self) -> int:
         """Of the model without LoRA, heads included: what full fine-tuning would train."""
         own = [(name, p) for name, p in self.peft.named_parameters() if "lora_" not in name]
-        # PEFT keeps an untrained original beside each adapter's copy of a head.
-        return sum(p.numel() for name, p in own if "modules_to_save" not in name)
+        # PEFT keeps an untrained original beside each adapter's copy of a head; a byte holds two numbers of four bits.
+        halves = {"Params4bit": 2}
+        return sum(p.numel() * halves.get(type(p).__name__, 1) for name, p in own if "modules_to_save" not in name)
 
     @property
     def device(self) -> torch.device:

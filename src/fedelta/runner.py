@@ -28,6 +28,7 @@ from fedelta.model import LoraModel
 from fedelta.report.profile import Limit, Profile, read_profile
 from fedelta.seeds import derive_seed
 from fedelta.server import Server
+from fedelta.tasks import Completion
 from fedelta.tracking import Result, RunFolder
 from fedelta.training.flops import text_cost
 
@@ -107,6 +108,13 @@ def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
     model = make_model(config, classes, tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
+    if isinstance(config.task, Completion) and config.task.generate is not None:
+        asked, new = config.data.max_length, config.task.generate.max_new_tokens
+        if asked + new > longest:
+            raise FedeltaError(
+                f"data.max_length {asked} and task.generate.max_new_tokens {new} are together more than the {longest} "
+                "tokens that the model takes"
+            )
     return Trainer(model, tokenizer, config.task, config.training, config.evaluation.batch_size, config.seed)
 
 
@@ -204,7 +212,9 @@ def _run(
     validation = records[-1]["validation"] or evaluator.evaluate(state, data.validation, "validation")
     test = evaluator.evaluate(state, data.test, "test")
     if config.evaluation.harness is not None:
-        test |= harness_scores(model, trainer.tokenizer, config.evaluation.harness)
+        assert isinstance(config.task, Completion)
+        chat = config.task.makes_turns(trainer.tokenizer)
+        test |= harness_scores(model, trainer.tokenizer, config.evaluation.harness, chat)
     finished: Result = {
         "method": config.method.name,
         "seed": config.seed,

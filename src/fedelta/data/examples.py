@@ -71,27 +71,25 @@ class Completions(Examples):
 
     Args:
         labels: for each token itself where it is of the completion, else `IGNORED`.
+        prompts: the tokens that an answer is generated from.
         references: the completion of each text, as text.
         groups: texts of one group share their prompt: one answer to it is compared with all their references.
     """
 
+    prompts: Sequence[list[int]]
     references: Sequence[str]
-    groups: Sequence[Any]
+    groups: Sequence[str]
 
     def select(self, indices: Sequence[int]) -> "Completions":
         plain = super().select(indices)
+        prompts = [self.prompts[i] for i in indices]
         references, groups = ([values[i] for i in indices] for values in (self.references, self.groups))
-        return Completions(plain.features, plain.labels, references, groups)
-
-    def prompt(self, index: int) -> list[int]:
-        """The tokens before the completion."""
-        tokens, labels = self.features[index]["input_ids"], self.labels[index]
-        return tokens[: next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))]
+        return Completions(plain.features, plain.labels, prompts, references, groups)
 
     @property
     def by_group(self) -> list[list[int]]:
         """The rows of each group, in the order in which groups first come."""
-        found: dict[Any, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for row, group in enumerate(self.groups):
             found.setdefault(group, []).append(row)
         return list(found.values())

@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fedelta.data.pydoc import read_pydoc
@@ -66,11 +67,12 @@ class DataSettings(Settings):
         return (self.text,) if isinstance(self.text, str) else self.text
 
 
-def load_splits(settings: DataSettings, columns: Columns) -> dict[str, Any]:
+def load_splits(settings: DataSettings, columns: Columns, together: str | None = None) -> dict[str, Any]:
     """`train`, `validation` and `test` as `datasets.Dataset`, disjoint, the same in every run.
 
     Args:
         columns: that are read.
+        together: column whose rows of one value stay together in whatever is drawn.
 
     Raises:
         FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
@@ -86,12 +88,17 @@ def load_splits(settings: DataSettings, columns: Columns) -> dict[str, Any]:
         if not 0 < ceil(share * rows) < rows:
             raise FedeltaError(f"data source {settings.source}: data.{name}={share} of {rows} rows leaves too few")
         seed = derive_seed(settings.split_seed, "split", name) % 2**32
-        parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
-        train, held_out[name] = parts["train"], parts["test"]
+        if together is None:
+            parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
+            train, held_out[name] = parts["train"], parts["test"]
+        else:
+            order = _grouped(train, together, seed)
+            cut = _whole_groups(train, together, order, ceil(share * rows))
+            held_out[name], train = train.select(sorted(order[:cut])), train.select(sorted(order[cut:]))
     return {
-        "train": _draw(train, settings.limit, settings.split_seed, "train"),
-        "validation": _draw(held_out["validation"], settings.evaluation_limit, settings.split_seed, "validation"),
-        "test": _draw(held_out["test"], settings.evaluation_limit, settings.split_seed, "test"),
+        "train": _draw(train, settings.limit, settings, "train", together),
+        "validation": _draw(held_out["validation"], settings.evaluation_limit, settings, "validation", together),
+        "test": _draw(held_out["test"], settings.evaluation_limit, settings, "test", together),
     }
 
 
@@ -102,7 +109,7 @@ def load_rows(settings: DataSettings, columns: Columns) -> Any:
         FedeltaError: as `load_splits`.
     """
     rows = _named_splits(settings, columns)["train"]
-    return _draw(rows, settings.limit, settings.split_seed, "train")
+    return _draw(rows, settings.limit, settings, "train")
 
 
 def _named_splits(settings: DataSettings, columns: Columns) -> dict[SplitName, Any]:
@@ -136,10 +143,31 @@ def _named_splits(settings: DataSettings, columns: Columns) -> dict[SplitName, A
     return splits
 
 
-def _draw(split: Any, limit: int | None, seed: int, name: str) -> Any:
+def _draw(split: Any, limit: int | None, settings: DataSettings, name: str, together: str | None = None) -> Any:
     if limit is None or split.num_rows <= limit:
         return split
-    return split.shuffle(derive_seed(seed, "limit", name) % 2**32, load_from_cache_file=False).select(range(limit))
+    seed = derive_seed(settings.split_seed, "limit", name) % 2**32
+    if together is None:
+        return split.shuffle(seed, load_from_cache_file=False).select(range(limit))
+    order = _grouped(split, together, seed)
+    return split.select(order[: _whole_groups(split, together, order, limit)])
+
+
+def _grouped(split: Any, column: str, seed: int) -> list[int]:
+    """The rows in the random order of their groups, each whole."""
+    groups: dict[str, list[int]] = {}
+    for row, value in enumerate(split[column][:]):
+        groups.setdefault(str(value), []).append(row)
+    names = list(groups)
+    order = np.random.default_rng(seed).permutation(len(names)).tolist()
+    return [row for i in order for row in groups[names[i]]]
+
+
+def _whole_groups(split: Any, column: str, order: list[int], limit: int) -> int:
+    """How many of these rows are whole groups of at most so many rows, but at least one group."""
+    values = [str(value) for value in split[column][:]]
+    ends = [i for i in range(1, len(order) + 1) if i == len(order) or values[order[i]] != values[order[i - 1]]]
+    return max([end for end in ends if end <= limit], default=ends[0])
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:

@@ -40,7 +40,7 @@ def all_scores(results: Results) -> TextTable:
     columns = []
     for panel in results.panels:
         for name in names:
-            columns.append((panel, METRICS.get(name, Metric(name, name))))
+            columns.append((panel, METRICS.get(name, Metric(name, name, percent=False))))
             several = panel.label and len(results.panels) > 1
             head.append(f"{panel.label}, {columns[-1][1].heading}" if several else columns[-1][1].heading)
     lines = []

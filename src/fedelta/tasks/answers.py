@@ -6,7 +6,7 @@ from typing import Literal
 
 AnswerForm = Literal["text", "number", "boxed", "option"]
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\$?\.\d+")
 _MARK = re.compile(r"####\s*(.+)")
 _OPTION = re.compile(r"\b(?:solution|answer|option|ending)\s?[1-9]\b|\b(?:true|false)\b", re.IGNORECASE)
 
@@ -26,10 +26,13 @@ def _number(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last \boxed{…} holds, as in MATH, with spaces and some spellings of LaTeX made equal."""
+    r"""What the last \boxed{…} holds, as in MATH, or what follows the last «answer is»; spellings
+    of LaTeX are made equal."""
     begin = text.rfind(r"\boxed{")
     if begin < 0:
-        return None
+        # As MetaMathQA ends.
+        _, said, rest = text.rpartition("answer is")
+        return _latex(rest.lstrip(": ").splitlines()[0]) if said and rest.strip(": \n") else None
     depth, start = 1, begin + len(r"\boxed{")
     for end in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)

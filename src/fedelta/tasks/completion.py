@@ -2,6 +2,7 @@
 
 import math
 import string
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,12 +14,18 @@ from fedelta.data.examples import IGNORED, Completions, Examples
 from fedelta.errors import FedeltaError
 from fedelta.model import LoraModel
 from fedelta.prefix import Prefix
+from fedelta.tasks import plain, turns
 from fedelta.tasks.answers import ANSWERS, AnswerForm
 from fedelta.tasks.generation import Generation, generate
+from fedelta.tasks.plain import fit
 from fedelta.tasks.task import Answer, Task, Unit
 from fedelta.tasks.text_scores import TextScore, check_installed, text_scores
 
 OF_LOSS = ("loss", "perplexity")
+
+
+class CutWarning(UserWarning):
+    """Texts do not fit into the configured length."""
 
 
 class Completion(Task):
@@ -51,8 +58,11 @@ class Completion(Task):
     @field_validator("prompt", "completion")
     @classmethod
     def _template(cls, template: str) -> str:
-        if not _fields(template):
+        names = _fields(template)
+        if not names:
             raise ValueError("expected a column in braces, such as {question}")
+        if not all(name.isidentifier() for name in names):
+            raise ValueError("expected names of columns alone in braces, such as {question}; {{ and }} are braces")
         return template
 
     @model_validator(mode="after")
@@ -64,6 +74,10 @@ class Completion(Task):
             raise ValueError(f"metric {self.metric} is not computed, found {', '.join(made)}")
         return self
 
+    @property
+    def together(self) -> str | None:
+        return self.group
+
     def check_installed(self) -> None:
         check_installed(self.scores)
 
@@ -74,32 +88,31 @@ class Completion(Task):
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Completions:  # noqa: ARG002
         columns = {name: rows[name][:] for name in self.columns(data)}
         lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        prompts = [self.prompt.format(**line) for line in lines]
-        completions = [self.completion.format(**line) for line in lines]
-        features, labels = [], []
-        for before, after in zip(*self._tokens(prompts, completions, tokenizer), strict=True):
-            tokens, asked = _fit(before, after, data.max_length)
+        prompts = [_fill(self.prompt, line) for line in lines]
+        completions = [_fill(self.completion, line) for line in lines]
+        read = turns.read if self.makes_turns(tokenizer) else plain.read
+        features, labels, asked, cut = [], [], [], 0
+        for begin, before, after in read(prompts, completions, tokenizer):
+            tokens, known = fit(begin, before, after, data.max_length)
+            cut += len(tokens) < len(begin) + len(before) + len(after)
             features.append({"input_ids": tokens})
-            labels.append([*[IGNORED] * asked, *tokens[asked:]])
-        groups = [line[self.group] for line in lines] if self.group else prompts
-        return Completions(features, labels, [text.strip() for text in completions], groups)
+            labels.append([*[IGNORED] * known, *tokens[known:]])
+            # Cut whatever the answer is: an answer's length must not tell what it is.
+            asked.append(fit(begin, before, [], data.max_length)[0])
+        if cut:
+            warnings.warn(f"{cut} of {len(lines)} texts are longer than data.max_length", CutWarning, stacklevel=2)
+        groups = [str(line[self.group]) for line in lines] if self.group else prompts
+        return Completions(features, labels, asked, [text.strip() for text in completions], groups)
 
-    def _tokens(
-        self, prompts: Sequence[str], completions: Sequence[str], tokenizer: Any
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Tokens of prompts, and of what follows with an end."""
-        if tokenizer.chat_template is not None and self.chat is not False:
-            return _chat(prompts, completions, tokenizer)
-        if self.chat:
+    def makes_turns(self, tokenizer: Any) -> bool:
+        """Whether prompt and completion become turns of a chat.
+
+        Raises:
+            FedeltaError: if they are to, and the tokenizer has no template.
+        """
+        if self.chat and tokenizer.chat_template is None:
             raise FedeltaError("task.chat is true, but the tokenizer has no chat template")
-        if tokenizer.eos_token_id is None:
-            raise FedeltaError("the tokenizer has no end-of-text token, without which a completion has no end")
-        begin = _beginning(tokenizer)
-        plain = {"add_special_tokens": False, "return_attention_mask": False}
-        before, after = (tokenizer(list(texts), **plain)["input_ids"] for texts in (prompts, completions))
-        if not begin and not all(before):
-            raise FedeltaError("an empty prompt, and the tokenizer has no token that begins a text")
-        return [[*begin, *tokens] for tokens in before], [[*tokens, tokenizer.eos_token_id] for tokens in after]
+        return tokenizer.chat_template is not None and self.chat is not False
 
     def units(self, examples: Examples, batch_size: int, final: bool) -> list[Unit]:
         found = super().units(examples, batch_size, final)
@@ -107,7 +120,7 @@ class Completion(Task):
             return found
         assert isinstance(examples, Completions)
         first = [rows[0] for rows in examples.by_group][: self.generate.limit]
-        first.sort(key=lambda row: (len(examples.prompt(row)), row))
+        first.sort(key=lambda row: (len(examples.prompts[row]), row))
         size = self.generate.batch_size
         return [*found, *(Unit("generate", first[i : i + size]) for i in range(0, len(first), size))]
 
@@ -118,7 +131,9 @@ class Completion(Task):
             return super().judge(model, tokenizer, examples, unit, prefix)
         assert isinstance(examples, Completions)
         assert self.generate is not None
-        return [[text] for text in generate(model, tokenizer, [examples.prompt(r) for r in unit.rows], self.generate)]
+        end = turns.end_of_answer(tokenizer) if self.makes_turns(tokenizer) else None
+        prompts = [examples.prompts[row] for row in unit.rows]
+        return [[text] for text in generate(model, tokenizer, prompts, self.generate, end)]
 
     def answers(self, logits: Tensor) -> list[Any]:
         return [None] * len(logits)
@@ -149,35 +164,11 @@ class Completion(Task):
 
 
 def _fields(template: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """The tokens that this tokenizer puts before a text."""
-    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)]
-
-
-def _chat(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: Any
-) -> tuple[list[list[int]], list[list[int]]]:
-    before, after = [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        asked = [{"role": "user", "content": prompt}]
-        told = [*asked, {"role": "assistant", "content": completion}]
-        head = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(told, return_dict=True)["input_ids"]
-        if whole[: len(head)] != head:
-            raise FedeltaError("the tokenizer's chat template puts something else before an answer than before none")
-        before.append(head)
-        after.append(whole[len(head) :])
-    return before, after
-
-
-def _fit(before: list[int], after: list[int], length: int) -> tuple[list[int], int]:
-    """Both in so many tokens, and how many of them are prompt.
-
-    A long prompt loses its beginning, down to half of the room; what is left over is cut from the end.
-    """
-    kept = min(len(before), max(length - len(after), length // 2))
-    return [*before[len(before) - kept :], *after][:length], kept
+def _fill(template: str, line: dict[str, Any]) -> str:
+    try:
+        return template.format(**line)
+    except (ValueError, TypeError) as error:
+        raise FedeltaError(f"task: template {template!r} does not take {line!r:.200}: {error}") from error

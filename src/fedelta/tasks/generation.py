@@ -31,11 +31,14 @@ class Generation(Settings):
 
 
 @torch.no_grad()
-def generate(model: LoraModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Generation) -> list[str]:
+def generate(
+    model: LoraModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Generation, end: int | None = None
+) -> list[str]:
     """The loaded model's answer to each of these prompts, without special tokens.
 
     Args:
         prompts: tokens, with whatever comes before an answer.
+        end: token that ends an answer, beside the one that ends a text.
     """
     from transformers import GenerationConfig
 
@@ -47,12 +50,16 @@ def generate(model: LoraModel, tokenizer: Any, prompts: Sequence[Sequence[int]],
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.beams,
-        length_penalty=settings.length_penalty if settings.beams > 1 else None,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
+        length_penalty=settings.length_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
         do_sample=False,
+        # What is left out would be taken from the model's own generation_config.
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        min_length=0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=_ends(model, tokenizer, end),
     )
     found = model.peft.generate(
         input_ids=torch.tensor(padded, device=model.device),
@@ -62,8 +69,9 @@ def generate(model: LoraModel, tokenizer: Any, prompts: Sequence[Sequence[int]],
     return [text.strip() for text in tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)]
 
 
-def _ends(model: LoraModel, tokenizer: Any) -> list[int]:
+def _ends(model: LoraModel, tokenizer: Any, end: int | None) -> list[int]:
     """Tokens that end an answer: a chat model has one for its turn beside that for a text."""
     own = getattr(model.peft, "generation_config", None)
     theirs = getattr(own, "eos_token_id", None) or []
-    return sorted({tokenizer.eos_token_id, *([theirs] if isinstance(theirs, int) else theirs)})
+    found = {tokenizer.eos_token_id, end, *([theirs] if isinstance(theirs, int) else theirs)}
+    return sorted(found - {None})

@@ -55,6 +55,11 @@ class Task(Settings, ABC):
     def columns(self, data: DataSettings) -> dict[str, bool]:
         """Column that is read → whether it must hold text."""
 
+    @property
+    def together(self) -> str | None:
+        """Column whose rows of one value must not be parted by a draw."""
+        return None
+
     def classes(self, data: DataSettings, splits: dict[str, Any]) -> list[str]:  # noqa: ARG002
         """Names of the classes, in the order of their index; none where there are none.
 

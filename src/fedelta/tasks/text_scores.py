@@ -22,16 +22,14 @@ def _bleu(pairs: Pairs) -> float:
 
 
 def _nist(pairs: Pairs) -> float:
-    """NIST-5 of nltk, on the same tokens; 0 where no text has any."""
+    """NIST-5 of nltk, on the same tokens; of shorter n-grams where no text has five of them, 0 where none has any."""
     from nltk.translate.nist_score import corpus_nist
 
     texts = [_tokens(text) for text, _ in pairs]
-    if not any(texts):
+    longest = min(5, max(map(len, texts)))
+    if longest == 0:
         return 0.0
-    try:
-        return float(corpus_nist([[_tokens(r) for r in references] for _, references in pairs], texts, n=5))
-    except ZeroDivisionError:
-        return 0.0  # no n-gram of the longest kind in any text
+    return float(corpus_nist([[_tokens(r) for r in references] for _, references in pairs], texts, n=longest))
 
 
 def _meteor(pairs: Pairs) -> float:

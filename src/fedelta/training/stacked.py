@@ -75,6 +75,9 @@ def can_stack(model: LoraModel) -> str | None:
 
 @torch.no_grad()
 def _reason(model: LoraModel, rows: int = 3, tokens: int = 5) -> str | None:
+    drops = any(isinstance(module, Dropout) and module.p > 0 for module in model.peft.modules())
+    if drops and getattr(model.peft.get_base_model(), "is_gradient_checkpointing", False):
+        return "with checkpointing the backward pass would draw other dropout than the forward pass"
     own: dict[str, nn.Module] = dict(model.layers)
     for name, head in model.active_heads().items():
         for part, module in head.named_modules():
