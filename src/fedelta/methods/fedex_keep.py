@@ -55,6 +55,7 @@ class FedExKeep(Method):
     summary = "FedEx whose clients go on from factors of their own, on a base that makes up for it"
     properties = Properties(exact="always", no_op_invariant="always")
     mixed_ranks = False
+    remembers_clients = True
     covariance = "total"
     refused = (("norm_weighting", "what clients started from is weighed too"),)
     offline = "clients go on from factors of earlier rounds"

@@ -110,6 +110,8 @@ class Method(ABC):
         keeps_basis: rank index j means the same direction in the next round, so that factors of two rounds can be
             subtracted; methods that factor anew (SVD) can't have a server optimiser.
         personal: whether every client has a model of its own, kept in part where nobody else sees it.
+        remembers_clients: whether the state holds each client's last factors, so that memory grows with their number;
+            else a step holds one client at a time.
         offline: why one step on adapter folders alone makes no sense; empty where it does.
         refused: options of every method that this one can't have, with the reason.
         variants: further options that the property suite must cover.
@@ -131,6 +133,7 @@ class Method(ABC):
     covariance: ClassVar[Covariance] = "none"
     keeps_basis: ClassVar[bool] = True
     personal: ClassVar[bool] = False
+    remembers_clients: ClassVar[bool] = False
     offline: ClassVar[str] = ""
     refused: ClassVar[tuple[tuple[str, str], ...]] = ()
     variants: ClassVar[tuple[Options, ...]] = ()
