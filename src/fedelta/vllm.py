@@ -1,7 +1,9 @@
 """What vLLM takes of a PEFT adapter, as its documentation has it (vllm.lora.peft_helper, vllm.config.lora)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedelta.peft_io import CONFIG
 
@@ -11,9 +13,8 @@ MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16
 
 
-def vllm_refusals(folder: Path) -> list[str]:
-    """Why vLLM would not load this adapter; empty where it would."""
-    config = json.loads((folder / CONFIG).read_text())
+def _refusals(config: Mapping[str, Any]) -> list[str]:
+    """Why vLLM would not load an adapter of this configuration; empty where it would."""
     reasons = []
     if config["r"] > MAX_RANKS[-1]:
         reasons.append(f"rank {config['r']} is above {MAX_RANKS[-1]}: cut it by --rank, or serve the merged model")
@@ -26,9 +27,9 @@ def vllm_refusals(folder: Path) -> list[str]:
 
 def vllm_line(folder: Path) -> str:
     """What a person who serves an adapter has to know."""
-    if reasons := vllm_refusals(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    if reasons := _refusals(config):
         return f"would refuse it: {'; '.join(reasons)}"
-    rank = json.loads((folder / CONFIG).read_text())["r"]
-    least = next(allowed for allowed in MAX_RANKS if rank <= allowed)
+    least = next(allowed for allowed in MAX_RANKS if config["r"] <= allowed)
     flag = f" --max-lora-rank {least}" if least > DEFAULT_RANK else ""
     return f"takes it: --enable-lora{flag} --lora-modules NAME={folder}"

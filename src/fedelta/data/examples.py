@@ -89,10 +89,15 @@ class Completions(Examples):
     @property
     def by_group(self) -> list[list[int]]:
         """The rows of each group, in the order in which groups first come."""
-        found: dict[str, list[int]] = {}
-        for row, group in enumerate(self.groups):
-            found.setdefault(group, []).append(row)
-        return list(found.values())
+        return rows_by_value(self.groups)
+
+
+def rows_by_value(values: Sequence[Any]) -> list[list[int]]:
+    """The rows of each value, in the order in which values first come; values are told apart as text."""
+    found: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        found.setdefault(str(value), []).append(row)
+    return list(found.values())
 
 
 def tokenise(split: Any, columns: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:

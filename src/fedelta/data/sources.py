@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from fedelta.data.examples import rows_by_value
 from fedelta.data.pydoc import read_pydoc
 from fedelta.errors import FedeltaError
 from fedelta.seeds import derive_seed
@@ -155,12 +156,9 @@ def _draw(split: Any, limit: int | None, settings: DataSettings, name: str, toge
 
 def _grouped(split: Any, column: str, seed: int) -> list[int]:
     """The rows in the random order of their groups, each whole."""
-    groups: dict[str, list[int]] = {}
-    for row, value in enumerate(split[column][:]):
-        groups.setdefault(str(value), []).append(row)
-    names = list(groups)
-    order = np.random.default_rng(seed).permutation(len(names)).tolist()
-    return [row for i in order for row in groups[names[i]]]
+    groups = rows_by_value(split[column][:])
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    return [row for i in order for row in groups[i]]
 
 
 def _whole_groups(split: Any, column: str, order: list[int], limit: int) -> int:

@@ -78,7 +78,7 @@ class Task(Settings, ABC):
 
     def units(self, examples: Examples, batch_size: int, final: bool) -> list[Unit]:  # noqa: ARG002
         """The batches of an evaluation; of the `final` one there may be more."""
-        return [Unit("answer", rows) for rows in examples.evaluation_order(batch_size)]
+        return passes(examples, batch_size)
 
     @torch.no_grad()
     def judge(
@@ -98,9 +98,9 @@ class Task(Settings, ABC):
 
     def score(self, examples: Examples, units: Sequence[Unit], found: Sequence[Sequence[Answer]]) -> dict[str, float]:
         """`loss`, a mean over all that is predicted, and the task's own scores."""
-        passes = [(unit.rows, answers) for unit, answers in zip(units, found, strict=True) if unit.what == "answer"]
-        rows = [row for batch, _ in passes for row in batch]
-        answers = [answer for _, batch in passes for answer in batch]
+        passed = [(unit.rows, answers) for unit, answers in zip(units, found, strict=True) if unit.what == "answer"]
+        rows = [row for batch, _ in passed for row in batch]
+        answers = [answer for _, batch in passed for answer in batch]
         loss = math.fsum(answer[0] for answer in answers) / sum(answer[1] for answer in answers)
         return {"loss": loss, **self.own_scores([examples.labels[row] for row in rows], [a[2] for a in answers])}
 
@@ -113,7 +113,12 @@ class Task(Settings, ABC):
         return None
 
 
+def passes(examples: Examples, batch_size: int) -> list[Unit]:
+    """One pass over every text."""
+    return [Unit("answer", rows) for rows in examples.evaluation_order(batch_size)]
+
+
 def evaluate(task: Task, model: LoraModel, tokenizer: Any, examples: Examples, batch_size: int) -> dict[str, float]:
     """Scores of the loaded model, without anything that is generated."""
-    units = [Unit("answer", rows) for rows in examples.evaluation_order(batch_size)]
+    units = passes(examples, batch_size)
     return task.score(examples, units, [task.judge(model, tokenizer, examples, unit) for unit in units])

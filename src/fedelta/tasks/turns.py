@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedelta.errors import FedeltaError, in_one_line
-
-Tokens = list[int]
+from fedelta.tasks.plain import Tokens
 
 
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:

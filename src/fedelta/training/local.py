@@ -137,6 +137,7 @@ def train(
         model.peft.train()
         for rows in steps.batches():
             parts = _parts(rows, examples, settings, model)
+            whole = examples.weight(rows)
             total = 0.0
             for part in parts:
                 batch = examples.batch(part, tokenizer, model.device)
@@ -144,7 +145,7 @@ def train(
                 watch.lap("batches")
                 # The model's loss is a mean over texts, or over tokens: a part counts by its share of them.
                 with replayed(prefix, examples, part, batch):
-                    loss = model.peft(**batch).loss * (examples.weight(part) / examples.weight(rows))
+                    loss = model.peft(**batch).loss * (examples.weight(part) / whole)
                 total += float(loss.detach())
                 watch.lap("forward")
                 loss.backward()
