@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fedelta.adapter import lora_scale
+from fedelta.adapter import Adapter, LoraPair, lora_scale
 from fedelta.checkpoint import load_checkpoint
 from fedelta.methods import methods
 from fedelta.patch_log import PatchedBase
@@ -119,10 +119,13 @@ def test_every_method_federates_a_language_model(name: str, causal_config: Any) 
     assert finished.result["test"]["loss"] < 0.95 * finished.records[0]["train_loss"]
 
 
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize(("bits", "large"), [("8bit", False), ("4bit", True)])
 def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
-    bits: str, causal: Any, causal_config: Any
+    bits: str, large: bool, causal: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Beside a large one the patch stays in factors."""
+    if large:
+        monkeypatch.setattr("fedelta.base_patch.LARGE", 0)
     base = causal("llama-64")
     config = causal_config(model={"name": str(base), "dtype": "bfloat16", "quantization": bits}, rounds=4)
     finished = run(config)
@@ -136,10 +139,10 @@ def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
     adapter = state.method.adapter
     trainer.model.load(adapter.with_scale(lora_scale(8, adapter.rank, "alpha/r")), {})
     tokens = tokens_of(base)
-    # The first pass may lay out four bits anew for this processor.
     without = logits_of(trainer.model.peft, tokens)
     before = {name: layer.weight.clone() for name, layer in layers.items()}
     trainer.catch_up(state.log.since(0))
+    assert (len(trainer.base.entries), bool(trainer.base.total)) == ((4, False) if large else (0, True))
     server = logits_of(trainer.model.peft, tokens)
     assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
     # A fresh quantised base with the exported adapter, in which the patch is.
@@ -148,6 +151,23 @@ def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
     plain.model.load(exported, {})
     error = distance(logits_of(plain.model.peft, tokens), server)
     assert error < 0.05 < distance(without, server)
+
+
+def test_a_four_bit_base_passes_the_same_gradients_after_an_evaluation(causal: Any, causal_config: Any) -> None:
+    config = causal_config(model={"name": str(causal("llama-64")), "dtype": "bfloat16", "quantization": "4bit"})
+    trainer, _ = prepare(config)
+    model, tokens = trainer.model, tokens_of(Path(config.model.name))
+    shapes = model.shapes.items()
+    model.load(Adapter({name: LoraPair(torch.randn(2, n), torch.randn(m, 2), 0.1) for name, (m, n) in shapes}), {})
+    gradients = []
+    for _ in range(2):
+        model.peft.train()
+        loss = model.peft(input_ids=tokens, labels=tokens).loss
+        gradients.append(torch.autograd.grad(loss, model.parameters))
+        logits_of(model.peft, tokens)
+    for before, after in zip(*gradients, strict=True):
+        assert float(before.norm()) > 0
+        assert distance(after, before) < 0.05
 
 
 def test_a_step_with_checkpointing_is_the_step_without(

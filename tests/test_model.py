@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedelta.adapter import Adapter, LoraPair, lora_scale
 from fedelta.base_model import ModelSettings, find_heads, load_base, load_tokenizer, locate_model
 from fedelta.errors import FedeltaError
+from fedelta.lowrank import Dense, LowRank
 from fedelta.model import LoraModel, LoraSettings
 
 BERT_HEADS = ["bert.pooler", "classifier"]
@@ -72,14 +73,14 @@ def test_the_effective_weight_is_base_plus_patches_plus_the_scaled_product(
         adapter = random_adapter(model, rank, lora_scale(alpha, rank, rule), seed)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(seed)
         patch = {module: torch.randn(shape, generator=generator) for module, shape in model.shapes.items()}
-        model.set_patch(patch)
+        model.patch.set({module: Dense(C) for module, C in patch.items()})
         model.load(adapter, model.head_tensors())
         for module, pair in adapter.items():
             oracle = originals[module] + patch[module].double() + pair.scale * pair.B.double() @ pair.A.double()
             assert torch.allclose(weight_by_forward(model, module), oracle, atol=1e-4 * float(oracle.abs().max()))
 
     check()
-    model.set_patch({})
+    model.patch.set({})
     model.load(random_adapter(model, 2, 0.0), model.head_tensors())
     for module, original in originals.items():
         assert torch.equal(base_weight(model, module), original), "without a patch the base is the base, to the bit"
@@ -89,13 +90,33 @@ def test_a_bf16_base_keeps_small_patches_that_folding_would_lose(tiny_bert: Path
     model = make(tiny_bert, "bfloat16")
     module = next(iter(model.shapes))
     before = base_weight(model, module)
-    tiny = {m: torch.full(shape, 1e-5) for m, shape in model.shapes.items()}
-    model.set_patch(tiny)
+    model.patch.set({m: Dense(torch.full(shape, 1e-5)) for m, shape in model.shapes.items()})
     assert torch.equal(base_weight(model, module), before), "the bf16 weight itself is never touched"
-    big = {m: torch.full(shape, 0.5) for m, shape in model.shapes.items()}
-    model.set_patch(big)
+    model.patch.set({m: Dense(torch.full(shape, 0.5)) for m, shape in model.shapes.items()})
     model.load(random_adapter(model, 2, 0.0), model.head_tensors())
     assert torch.allclose(weight_by_forward(model, module), before + 0.5, atol=1e-2)
+
+
+def test_beside_a_large_base_of_few_bits_patches_stay_factors_in_fp32(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedelta.base_patch.LARGE", 0)
+    assert make(tiny_bert, "float32").patch.factor_bytes == 0, "a sum that is written into the weight has one form"
+    model = make(tiny_bert, "bfloat16")
+    assert model.patch.factor_bytes == sum(4 * m * n for m, n in model.shapes.values())
+    module, (m, n) = next(iter(model.shapes.items()))
+    generator = torch.Generator().manual_seed(0)
+    C = LowRank(torch.randn(m, 3, generator=generator), torch.randn(3, n, generator=generator))
+    layer = model.layers[module].get_base_layer()
+    x = torch.randn(5, n, generator=generator)
+    base = layer(x.bfloat16())
+    model.patch.set({module: C})
+    # An fp32 input shows that no factor has been rounded to bf16.
+    hook = next(iter(layer._forward_hooks.values()))
+    assert torch.allclose(hook(layer, (x,), torch.zeros(5, m)), x @ C.V.T @ C.U.T, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(layer(x.bfloat16()).float(), base.float() + x @ C.V.T @ C.U.T, rtol=2e-2, atol=2e-2)
+    model.patch.set({})
+    assert torch.equal(layer(x.bfloat16()), base)
 
 
 def test_adapters_and_heads_are_fp32_on_a_bf16_base(tiny_bert: Path) -> None:

@@ -20,13 +20,14 @@ def patch(seed: int, width: int, modules: str = "ab") -> dict[str, LowRank]:
     }
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=12))
-def test_a_base_that_missed_rounds_gets_the_servers_bits(rounds: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=12), st.booleans())
+def test_a_base_that_missed_rounds_gets_the_servers_bits(rounds: list[tuple[int, int]], factors: bool) -> None:
     """Of three clients one takes part in each round; widths vary, so that both forms of a delta occur."""
     log = PatchLog(SHAPES)
-    clients = [PatchedBase() for _ in range(3)]
+    limit = log.dense_nbytes if factors else 0
+    clients = [PatchedBase(limit) for _ in range(3)]
     oracle = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
-    always = PatchedBase()
+    always = PatchedBase(limit)
     for i, (who, width) in enumerate(rounds):
         log = log.append(patch(i, width))
         for m, p in patch(i, width).items():
@@ -34,8 +35,15 @@ def test_a_base_that_missed_rounds_gets_the_servers_bits(rounds: list[tuple[int,
         always.apply(log.since(always.version))
         clients[who].apply(log.since(clients[who].version))
         assert clients[who].content_hash() == always.content_hash()
-    for m in SHAPES:
-        assert torch.allclose(always.total[m].double(), oracle[m], atol=1e-4)
+    assert bool(always.entries) == (factors and log.total is None), "factors, until the server sums as well"
+    for m, product in always.patches().items():
+        C = torch.zeros(SHAPES[m])
+        product.add_to(C)
+        assert torch.allclose(C.double(), oracle[m], atol=1e-4)
+    tail = {"a": patch(99, 2)["a"]}
+    C = torch.zeros(SHAPES["a"])
+    always.patches(tail)["a"].add_to(C)
+    assert torch.allclose(C.double(), oracle["a"] + tail["a"].U.double() @ tail["a"].V.double(), atol=1e-4)
 
 
 def test_the_smaller_form_is_sent_and_the_log_stays_bounded() -> None:

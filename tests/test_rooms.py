@@ -21,7 +21,10 @@ FLOORS = [
         "deviation",
         "intake",
     ],
-    "data class_token base_model dropout model prefix metrics training tasks corpus harness peft_io peft_write".split(),
+    (
+        "data class_token base_model base_patch dropout model prefix metrics training tasks corpus harness "
+        "peft_io peft_write"
+    ).split(),
     [
         "vllm",
         "peft_folders",

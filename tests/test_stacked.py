@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.base_model import ModelSettings, load_base
 from fedelta.data import Examples
+from fedelta.lowrank import Dense
 from fedelta.model import LoraModel, LoraSettings
 from fedelta.training import TrainingSettings, train
 from fedelta.training.stacked import StackedClient, can_stack, train_stacked
@@ -123,7 +124,7 @@ def test_twenty_steps_of_a_causal_model_of_conv1d(tiny_gpt2: Path, dropout: floa
 
 def test_frozen_factors_penalties_and_patches(tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, 0.0, BERT)
-    model.set_patch({module: 0.05 * torch.randn(shape) for module, shape in model.shapes.items()})
+    model.patch.set({module: Dense(0.05 * torch.randn(shape)) for module, shape in model.shapes.items()})
 
     def penalty(adapter: Adapter) -> torch.Tensor:
         return 0.01 * sum((pair.B.square().sum() for pair in adapter.values()), torch.zeros(()))

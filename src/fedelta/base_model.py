@@ -123,6 +123,10 @@ def load_base(
         raise FedeltaError(f"model {settings.name}: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(before)
+    for module in model.modules():
+        # On some CPUs bitsandbytes lays four bits out anew in the first evaluation, and gradients stop there ever after.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) < model.config.vocab_size // 2:

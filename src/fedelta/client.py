@@ -16,7 +16,7 @@ from fedelta.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.methods import Method, make_method
 from fedelta.model import LoraModel
 from fedelta.packing import adapter_tensors, pack, remainder_tensors, take_adapter, take_remainder, unpack
-from fedelta.patch_log import PatchedBase, fold
+from fedelta.patch_log import PatchedBase
 from fedelta.prefix import find_prefix
 from fedelta.quantisation import LOSSLESS, Basis, Remainder, compensate
 from fedelta.seeds import derive_seed
@@ -86,7 +86,7 @@ class Trainer:
         self.settings = settings
         self.evaluation_batch = evaluation_batch
         self.seed = seed
-        self.base = PatchedBase()
+        self.base = PatchedBase(model.patch.factor_bytes)
         self.kept: dict[str, Adapter] = {}
         self.remainders: dict[str, Remainder] = {}
         self.watch = Stopwatch()
@@ -95,7 +95,7 @@ class Trainer:
     def catch_up(self, delta: Any) -> None:
         """Fold the patches that this base has not seen."""
         if self.base.apply(delta):
-            self.model.set_patch(self.base.total)
+            self.model.patch.set(self.base.patches())
 
     def kept_bytes(self, client: str) -> bytes:
         """What this client keeps from one round to the next, to cross from a worker or to be filed; may be nothing."""
@@ -227,10 +227,8 @@ class Trainer:
         if not tail:
             yield
             return
-        total = {module: matrix.clone() for module, matrix in self.base.total.items()}
-        fold(total, tail)
-        self.model.set_patch(total)
+        self.model.patch.set(self.base.patches(tail))
         try:
             yield
         finally:
-            self.model.set_patch(self.base.total)
+            self.model.patch.set(self.base.patches())

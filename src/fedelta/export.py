@@ -6,7 +6,7 @@ from typing import Any
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.atomic import new_folder
-from fedelta.lowrank import Dense, add
+from fedelta.lowrank import add
 from fedelta.model import LoraModel
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_write import write_adapter
@@ -21,11 +21,13 @@ def single_adapter(state: ServerState, scale: float) -> Adapter:
     """
     if state.log.version == 0:
         return state.method.adapter.with_scale(scale)
-    base = PatchedBase()
+    # As factors, wherever the log has them: the SVD of a large dense matrix takes seconds.
+    base = PatchedBase(state.log.dense_nbytes)
     base.apply(state.log.since(0))
+    patches = base.patches()
     pairs = {}
     for module, product in state.method.adapter.products().items():
-        whole = (add([product, Dense(base.total[module])]) if module in base.total else product).recompress()
+        whole = (add([product, patches[module]]) if module in patches else product).recompress()
         # PEFT knows no rank 0: a module that nobody changed keeps one rank index of zeros.
         pairs[module] = LoraPair(whole.V, whole.U) if whole.width else state.method.adapter[module].truncate(1)
     return Adapter(pairs)

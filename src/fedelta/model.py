@@ -3,10 +3,6 @@
 No client gets a copy of the model: for each rank that occurs PEFT holds one adapter, and a client's A, B,
 scale and heads are copied into it before it trains. What a client trains is therefore PEFT's own forward
 pass, not a second implementation of LoRA.
-
-Base patches (FedEx) are kept as an fp32 sum C. An fp32 base gets W = W0 + C written into the weight; a base of
-fewer bits keeps W0 and adds x·Cᵀ to the layer's output, because rounding W0 + C to bf16 would lose most of C. C by
-itself loses nothing that matters: it is rounded relative to its own size.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from fedelta.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.base_model import modules_to_train
+from fedelta.base_patch import BasePatch
 from fedelta.dropout import quicken
 from fedelta.errors import FedeltaError
 from fedelta.settings import Settings
@@ -58,6 +55,7 @@ class LoraModel:
         shapes: module → (m, n) of each adapted layer, out×in.
         head_modules: names of the modules trained whole.
         task_type: PEFT's name for what the model does.
+        patch: what has been added to the base.
     """
 
     def __init__(self, base: Any, settings: LoraSettings) -> None:
@@ -97,10 +95,7 @@ class LoraModel:
             if isinstance(module, ModulesToSaveWrapper)
         }
         self.head_modules = sorted(self._head_wrappers)
-        self._original: dict[str, Tensor] = {}
-        self._patched: set[str] = set()
-        self._rounded: dict[str, Tensor] = {}
-        self._hooked: set[str] = set()
+        self.patch = BasePatch(self.layers, self.dtype)
         self._prepare_heads()
         self._quicken()
 
@@ -237,36 +232,6 @@ class LoraModel:
         return self.live().map(
             lambda pair: LoraPair(pair.A.detach().cpu().clone(), pair.B.detach().cpu().clone(), pair.scale)
         )
-
-    @torch.no_grad()
-    def set_patch(self, total: Mapping[str, Tensor]) -> None:
-        """Make the base W0 + C.
-
-        Args:
-            total: module → C, (m, n) out×in, fp32. Replaces the patch set before.
-        """
-        total = {module: C.to(self.device) for module, C in total.items()}
-        self._rounded = {}
-        for module in [*total, *(self._patched - total.keys())]:
-            layer = self.layers[module]
-            C = total[module] if module in total else torch.zeros(self.shapes[module], device=self.device)
-            weight = layer.get_base_layer().weight
-            if weight.dtype == torch.float32:
-                original = self._original.setdefault(module, weight.detach().clone())
-                weight.copy_(original + (C.T if layer.fan_in_fan_out else C))
-            elif module in total:
-                # Of the type that the layer computes in: a quantised weight's own is none.
-                self._rounded[module] = C.T.to(weight.dtype if weight.is_floating_point() else self.dtype)
-                if module not in self._hooked:
-                    layer.get_base_layer().register_forward_hook(self._patch_hook(module))
-                    self._hooked.add(module)
-        self._patched = set(total)
-
-    def _patch_hook(self, module: str) -> Any:
-        def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-            return output + inputs[0] @ self._rounded[module] if module in self._rounded else output
-
-        return add_patch
 
 
 class _Basis(nn.Module):

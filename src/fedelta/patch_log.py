@@ -1,7 +1,8 @@
 """The base patches as a versioned log, on the server, and their running sum, at a client.
 
 A method that changes the base (FedEx) never touches W0 on the server. It appends one low-rank patch per
-round; a client holds the sum C_v of all patches up to its version v, in fp32, and trains on W0 + C_v.
+round; a client holds the sum C_v of all patches up to its version v, in fp32, and trains on W0 + C_v. Beside a
+large base of few bits it keeps the patches' factors for as long as they are the smaller form.
 
 Both sides compute C_v by the same additions in the same order, so on one machine every client at version v
 holds the server's bits. A client that missed rounds is sent exactly what it has not seen: the factors of
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fedelta.adapter import Shapes
 from fedelta.errors import FedeltaError
-from fedelta.lowrank import Product
+from fedelta.lowrank import Dense, Product, add
 
 Patch = Mapping[str, Product]
 """Module name → what is added to its base weight, out×in."""
@@ -131,12 +132,23 @@ class PatchLog:
 
 
 class PatchedBase:
-    """A client's side: the version it holds and C at that version."""
+    """A client's side: the version it holds and C at that version.
 
-    def __init__(self) -> None:
+    Args:
+        factor_bytes: the patches stay factors up to these bytes, and are summed when they exceed them; 0 sums at once.
+            At `PatchLog.dense_nbytes` the server sums as well, so that the form depends on the version alone.
+
+    Attributes:
+        total: module → C, fp32, of the patches that have been summed.
+        entries: the patches that have not.
+    """
+
+    def __init__(self, factor_bytes: int = 0) -> None:
         self.version = 0
         self.digest = ""
         self.total: dict[str, Tensor] = {}
+        self.entries: list[Patch] = []
+        self._factor_bytes = factor_bytes
 
     def apply(self, delta: PatchDelta) -> bool:
         """Take in what this base has not seen; versions that it holds already are skipped.
@@ -159,16 +171,29 @@ class PatchedBase:
             return False
         if delta.total is not None:
             self.total = {module: matrix.clone() for module, matrix in delta.total.items()}
+            self.entries = []
         else:
-            for version in range(self.version + 1, delta.end + 1):
-                fold(self.total, delta.entries[version])
+            self.entries += [delta.entries[version] for version in range(self.version + 1, delta.end + 1)]
+            if self.total or sum(map(_nbytes, self.entries)) > self._factor_bytes:
+                for patch in self.entries:
+                    fold(self.total, patch)
+                self.entries = []
         self.version, self.digest = delta.end, delta.digests[delta.end]
         return True
 
+    def patches(self, more: Patch | None = None) -> dict[str, Product]:
+        """Module → what is added to its base weight; one more patch on top."""
+        terms: dict[str, list[Product]] = {module: [Dense(C)] for module, C in self.total.items()}
+        for patch in [*self.entries, *([more] if more else [])]:
+            for module, product in patch.items():
+                terms.setdefault(module, []).append(product)
+        return {module: add(terms[module]) for module in sorted(terms)}
+
     def content_hash(self) -> str:
-        """SHA-256 of the sum's bytes: equal hashes are equal bases."""
+        """SHA-256 of the patches' bytes: equal hashes are equal bases."""
         sha = hashlib.sha256()
-        for module in sorted(self.total):
+        for module, product in self.patches().items():
             sha.update(module.encode())
-            sha.update(self.total[module].contiguous().numpy().tobytes())
+            for tensor in product.tensors.values():
+                sha.update(tensor.contiguous().numpy().tobytes())
         return sha.hexdigest()
