@@ -124,7 +124,7 @@ def load_base(
     finally:
         logging.set_verbosity(before)
     for module in model.modules():
-        # On some CPUs bitsandbytes lays four bits out anew in the first evaluation, and gradients stop there ever after.
+        # On some CPUs bitsandbytes lays four bits out anew in the first evaluation: gradients stop there ever after.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if model.config.pad_token_id is None:
