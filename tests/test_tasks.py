@@ -351,6 +351,17 @@ def test_a_models_own_generation_settings_have_no_part_in_it(causal: Any, things
         assert generate(model, tokenizer, prompts, settings) == before, name
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_answer_repeats_what_its_prompt_says_and_not_itself(beams: int, causal: Any) -> None:
+    model, tokenizer = model_of(causal("llama"))
+    prompts = [list(range(3, len(tokenizer)))]
+    free = Generation(max_new_tokens=1, beams=beams)
+    once = free.model_copy(update={"no_repeat_ngram_size": 1})
+    assert generate(model, tokenizer, prompts, once) == generate(model, tokenizer, prompts, free) != [""]
+    words = generate(model, tokenizer, prompts, once.model_copy(update={"max_new_tokens": 8}))[0].split()
+    assert len(words) == len(set(words)) > 3
+
+
 def test_partitions_by_class_are_for_classes(causal_config: Any) -> None:
     for kind in ("dirichlet", "two-quality", "pathological", "shards"):
         with pytest.raises(FedeltaError, match=f"partition.kind: {kind} is by classes, which task completion has not"):

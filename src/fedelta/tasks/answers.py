@@ -2,73 +2,107 @@
 
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Literal
 
 AnswerForm = Literal["text", "number", "boxed", "option"]
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\$?\.\d+")
 _MARK = re.compile(r"####\s*(.+)")
-_OPTION = re.compile(r"\b(?:solution|answer|option|ending)\s?[1-9]\b|\b(?:true|false)\b", re.IGNORECASE)
+_SAID = re.compile(r"answer is", re.IGNORECASE)
+_OPTION = re.compile(r"\b(solution|answer|option|ending)[\s:]*([1-9])\b|\b(true|false)\b", re.IGNORECASE)
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{$\\]+))")
+
+# Spellings of LaTeX, in the order in which they are made equal; the rules of Hendrycks' MATH and some more.
+_SPELLINGS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\s+", " "),
+        (r"\\left|\\right", ""),
+        (r"\{,\}", ","),
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", ""),
+        (r"\\?[$%]", ""),
+        # A unit behind a number, which begins with a space; other texts are the answer.
+        (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\{\s[^{}]*\}\s*$", ""),
+        (r"\\(?:text|mbox|mathrm|textbf|mathbf|textit)\{([^{}]*)\}", r"\1"),
+        # Spaces, after a backslash or not; the two backslashes that end a matrix's row are none.
+        (r"(?<!\\)\\[ !,;:]", ""),
+        (r" ", ""),
+        (r"^[A-Za-z](?:=|\\in(?![a-z]))", ""),
+        (r"\\(frac|sqrt)(\w)", r"\\\1{\2}"),
+        (r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}"),
+        (r"([_^])(\w)", r"\1{\2}"),
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"\.$", ""),
+    )
+]
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
+_FRACTION = re.compile(r"(-?)(?:(-?\d+)/(\d+)|\\frac\{(-?\d+)\}\{(\d+)\})")
 
 
 def _text(text: str) -> str | None:
     return " ".join(text.lower().split()) or None
 
 
+def _said(text: str) -> str:
+    """What follows the last «answer is», as MetaMathQA and LLM-Adapters end; empty if nothing does."""
+    found = list(_SAID.finditer(text))
+    return text[found[-1].end() :].strip(": \n") if found else ""
+
+
 def _number(text: str) -> str | None:
-    """The number after `####`, as GSM8K ends, else the last one; without thousands, currency and trailing zeros."""
+    """The number after `####`, as GSM8K ends, or after «answer is», else the last one; without thousands, currency and
+    trailing zeros."""
+    text = text.replace("\N{MINUS SIGN}", "-")
     marked = _MARK.search(text)
-    found = _NUMBER.findall(marked[1] if marked else text)
-    if not found:
-        return None
-    plain = (found[0] if marked else found[-1]).replace(",", "").replace("$", "")
-    return f"{float(plain):.12g}"
+    last = _NUMBER.findall(text)[-1:]
+    found = _NUMBER.findall(marked[1] if marked else _said(text))[:1] or last
+    return f"{float(found[0].replace(',', '').replace('$', '')):.12g}" if found else None
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last \boxed{…} holds, as in MATH, or what follows the last «answer is»; spellings
+    r"""What the last \boxed{…} that is closed holds, as in MATH, else what is said after «answer is»; spellings
     of LaTeX are made equal."""
-    begin = text.rfind(r"\boxed{")
-    if begin < 0:
-        # As MetaMathQA ends.
-        _, said, rest = text.rpartition("answer is")
-        return _latex(rest.lstrip(": ").splitlines()[0]) if said and rest.strip(": \n") else None
-    depth, start = 1, begin + len(r"\boxed{")
-    for end in range(start, len(text)):
+    for box in reversed(list(_BOXED.finditer(text))):
+        inner = box[1] or _braced(text, box.end())
+        if inner is not None:
+            return _latex(inner)
+    if not (said := _said(text)):
+        return None
+    dollars = re.match(r"\$([^$]+)\$", said)
+    return _latex(dollars[1] if dollars else re.split(r"\.\s|\n", said)[0])
+
+
+def _braced(text: str, begin: int) -> str | None:
+    """Up to the brace that closes the one before; None if none does."""
+    depth = 1
+    for end in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return _latex(text[start:end])
+            return text[begin:end]
     return None
 
 
 def _latex(text: str) -> str | None:
-    for old, new in (
-        (r"\left", ""),
-        (r"\right", ""),
-        (r"\!", ""),
-        (r"\,", ""),
-        (r"\ ", ""),
-        ("dfrac", "frac"),
-        ("tfrac", "frac"),
-        (r"\$", ""),
-        ("$", ""),
-        (r"\%", ""),
-        ("%", ""),
-        (r"^{\circ}", ""),
-        (r"^\circ", ""),
-    ):
-        text = text.replace(old, new)
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", text.replace(" ", ""))
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).rstrip(".")
+    for pattern, plain in _SPELLINGS:
+        text = pattern.sub(plain, text.strip())
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    ratio = _FRACTION.fullmatch(text)
+    if _DECIMAL.fullmatch(text):
+        return str(Fraction(text))
+    if ratio and int(ratio[3] or ratio[5]):
+        value = Fraction(int(ratio[2] or ratio[4]), int(ratio[3] or ratio[5]))
+        return str(-value if ratio[1] else value)
     return text or None
 
 
 def _option(text: str) -> str | None:
-    """The first option that is named, as in the commonsense tasks of LLM-Adapters: `answer2`, `true`."""
-    found = _OPTION.search(text)
-    return found[0].lower().replace(" ", "") if found else None
+    """The option that is named after «answer is», else the first one: `answer2`, `true`."""
+    found = _OPTION.search(_said(text)) or _OPTION.search(text)
+    return "".join(part for part in found.groups() if part).lower() if found else None
 
 
 ANSWERS: Mapping[AnswerForm, Callable[[str], str | None]] = {

@@ -17,7 +17,8 @@ class Generation(Settings):
         max_new_tokens: of an answer.
         beams: 1 is greedy.
         length_penalty: of beam search; more favours longer answers.
-        no_repeat_ngram_size: n-grams of so many tokens come once; 0 lets them repeat.
+        no_repeat_ngram_size: n-grams of so many tokens come once in an answer, which may repeat those of its prompt; 0
+            lets them repeat.
         batch_size: prompts at once.
         limit: prompts at most, the first ones; None takes all.
     """
@@ -51,9 +52,9 @@ def generate(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.beams,
         length_penalty=settings.length_penalty,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
         do_sample=False,
         # What is left out would be taken from the model's own generation_config.
+        no_repeat_ngram_size=0,
         repetition_penalty=1.0,
         encoder_repetition_penalty=1.0,
         min_length=0,
@@ -65,8 +66,23 @@ def generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=config,
+        logits_processor=_never_twice(settings.no_repeat_ngram_size, longest),
     )
     return [text.strip() for text in tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)]
+
+
+def _never_twice(size: int, begin: int) -> Any:
+    """Bans n-grams that an answer has had. Of transformers' own the prompt's would count too, with the names in it."""
+    from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+    class InAnswer(LogitsProcessor):
+        def __init__(self) -> None:
+            self._inner = NoRepeatNGramLogitsProcessor(size)
+
+        def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return self._inner(tokens[:, begin:], scores)
+
+    return LogitsProcessorList([InAnswer()] if size else [])
 
 
 def _ends(model: LoraModel, tokenizer: Any, end: int | None) -> list[int]:

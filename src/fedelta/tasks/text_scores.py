@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from shutil import which
 from typing import Any, Literal
 
 from fedelta.errors import FedeltaError
@@ -12,13 +13,13 @@ Pairs = Sequence[tuple[str, Sequence[str]]]
 
 
 def _bleu(pairs: Pairs) -> float:
-    """Corpus BLEU-4 with the tokens of mteval-13a, as SacreBLEU has it; from 0 to 1."""
+    """Corpus BLEU-4 with the tokens of mteval-13a in lower case, as E2E's own script counts; from 0 to 1."""
     import sacrebleu
 
     # References of the same rank together; a text with fewer of them has None, which is left out.
     most = max(len(references) for _, references in pairs)
     streams: Any = [[refs[i] if i < len(refs) else None for _, refs in pairs] for i in range(most)]
-    return sacrebleu.corpus_bleu([text for text, _ in pairs], streams).score / 100
+    return sacrebleu.corpus_bleu([text for text, _ in pairs], streams, lowercase=True).score / 100
 
 
 def _nist(pairs: Pairs) -> float:
@@ -33,10 +34,8 @@ def _nist(pairs: Pairs) -> float:
 
 
 def _meteor(pairs: Pairs) -> float:
-    """Mean METEOR of nltk, the best over references, with synonyms from WordNet."""
-    from nltk.translate.meteor_score import meteor_score
-
-    return sum(meteor_score([_tokens(r) for r in wanted], _tokens(text)) for text, wanted in pairs) / len(pairs)
+    """METEOR 1.5, of which pycocoevalcap carries the program and its paraphrases."""
+    return _coco("meteor.meteor", "Meteor", pairs)
 
 
 def _rouge_l(pairs: Pairs) -> float:
@@ -48,11 +47,11 @@ def _cider(pairs: Pairs) -> float:
 
 
 def _coco(module: str, name: str, pairs: Pairs) -> float:
-    """A scorer of the COCO caption evaluation, which E2E's own uses too, on lower-case tokens of 13a."""
+    """A scorer of the COCO caption evaluation, which E2E's own uses too."""
     from importlib import import_module
 
-    texts = {i: [" ".join(_tokens(text)).lower()] for i, (text, _) in enumerate(pairs)}
-    wanted = {i: [" ".join(_tokens(r)).lower() for r in references] for i, (_, references) in enumerate(pairs)}
+    texts = {i: [" ".join(_tokens(text))] for i, (text, _) in enumerate(pairs)}
+    wanted = {i: [" ".join(_tokens(r)) for r in references] for i, (_, references) in enumerate(pairs)}
     score, _ = getattr(import_module(f"pycocoevalcap.{module}"), name)().compute_score(wanted, texts)
     return float(score)
 
@@ -60,13 +59,14 @@ def _coco(module: str, name: str, pairs: Pairs) -> float:
 def _tokens(text: str) -> list[str]:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    return Tokenizer13a()(text).split()
+    # METEOR's program takes a line, with bars between texts.
+    return Tokenizer13a()(text.lower().replace("|||", " ")).split()
 
 
 SCORERS: dict[str, tuple[Callable[[Pairs], float], tuple[str, ...]]] = {
     "bleu": (_bleu, ("sacrebleu",)),
     "nist": (_nist, ("sacrebleu", "nltk")),
-    "meteor": (_meteor, ("sacrebleu", "nltk")),
+    "meteor": (_meteor, ("sacrebleu", "pycocoevalcap")),
     "rouge_l": (_rouge_l, ("sacrebleu", "pycocoevalcap")),
     "cider": (_cider, ("sacrebleu", "pycocoevalcap")),
 }
@@ -82,21 +82,8 @@ def check_installed(names: Sequence[TextScore]) -> None:
         for package in SCORERS[name][1]:
             if find_spec(package) is None:
                 raise FedeltaError(f"score {name} needs {package}: pip install 'fedelta[generation]'")
-        if name == "meteor" and not _wordnet():
-            raise FedeltaError("score meteor needs WordNet: python -m nltk.downloader wordnet")
-
-
-def _wordnet() -> bool:
-    import nltk
-
-    def there(name: str) -> bool:
-        try:
-            nltk.data.find(name)
-        except LookupError:
-            return False
-        return True
-
-    return there("corpora/wordnet") or there("corpora/wordnet.zip")
+        if name == "meteor" and which("java") is None:
+            raise FedeltaError("score meteor needs java on the PATH, found none")
 
 
 def text_scores(pairs: Pairs, names: Sequence[TextScore]) -> dict[str, Any]:
