@@ -129,8 +129,8 @@ def test_combinations_of_axes_are_tuned_apart(tmp_path: Path) -> None:
     assert found == {("mean", "high", 8.0), ("exact", "low", 16.0)}
 
 
-def row(accuracies: list[float], failed: str | None = None) -> dict[str, Any]:
-    rounds = [{"round": i + 1, "validation": {"accuracy": a}} for i, a in enumerate(accuracies)]
+def row(accuracies: list[float], failed: str | None = None, loss: float = 1.0) -> dict[str, Any]:
+    rounds = [{"round": i + 1, "validation": {"accuracy": a, "loss": loss}} for i, a in enumerate(accuracies)]
     return {"rounds": rounds, "failed": failed, "metric": "accuracy"}
 
 
@@ -156,6 +156,8 @@ def test_the_choice_is_the_best_mean_over_late_evaluations_and_seeds() -> None:
     assert choose([*trials, *others], rows, 0.5) == {("n",): {"rate": 5}}, "but for a value that has all of its own"
     same = {key: row([0.5]) for trial in trials for key in trial.keys}
     assert choose(trials, same, 0.5) == {("m",): {"rate": 1}}, "among equals the first"
+    rows = same | {"3-7": row([0.5], loss=0.8)}
+    assert choose(trials, rows, 0.5) == {("m",): {"rate": 3}}, "or the one with the lowest loss"
     none = {key: row([], "not finite") for trial in trials for key in trial.keys}
     assert choose(trials, none, 0.5) == {}, "what always diverges is no choice"
 

@@ -10,7 +10,9 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
+from fedelta.report import grid_tables
 from fedelta.report.grid import write_grid_report
+from fedelta.report.grid_figures import short_names
 from fedelta.report.grid_results import gather
 from fedelta.report.grid_scores import final, late, rounds_to_target
 from fedelta.report.grid_tables import energy, first_aggregation, high_rank_clients, traffic
@@ -46,7 +48,7 @@ ACCURACY = {
     ("zero padding", "second_set"): (0.70, 0.70, 0.70),
     ("replication", "second_set"): (0.69, 0.72, 0.71),
 }
-VIEWS = ("curves", "deviation-by-round", "deviation", "energy")
+FIGURES = ("curves", "deviation", "deviation-by-round", "deviation-by-round-scaled", "deviation-scaled", "energy")
 BYTES = {"adapter": 4_000_000, "heads": 1_000_000, "patch": 0, "overhead": 500_000}
 
 
@@ -89,6 +91,7 @@ def made_up_rows() -> dict[str, Row]:
             "lora_parameters": {"1": 10, "2": 20},
             "base_parameters": 1_000_000,
             "rounds": rounds,
+            "scaled_deviation": [{"layer.0.query": 1e-3 * r, "layer.1.query": 3e-3 * r} for r in range(4)],
             "config": json.dumps(result_settings(config)),
             "seconds": 3600.0,
             "peak_mb": 100.0,
@@ -269,12 +272,28 @@ def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(t
         assert table.markdown().strip() in text
         assert (tmp_path / "one" / "tables" / f"{table.name}.tex").exists()
     figures = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
-    assert figures == [f"main-{view}.{kind}" for view in VIEWS for kind in ("png", "svg")]
+    assert figures == sorted(f"main-{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
     for name in figures:
         assert name.endswith("png") or f"(figures/{name})" in text
     write_grid_report(GRID, dict(reversed(rows.items())), tmp_path / "two")
     for path in (tmp_path / "one").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+
+
+def test_the_table_of_deviation_is_of_means_over_modules_and_rounds() -> None:
+    rows = made_up_rows()
+    results = gather(GRID, rows)[0]
+    found = rows_of(grid_tables.deviation(results))["replication"]
+    assert found[:2] == ["22.50 ± 0.00", "3.00e-03 ± 0.0e+00"]
+    for row in rows.values():
+        row["scaled_deviation"] = None  # as in a file of before it was measured
+    assert rows_of(grid_tables.deviation(gather(GRID, rows)[0]))["replication"][:2] == ["22.50 ± 0.00", "–"]
+
+
+def test_a_modules_short_name_tells_it_from_its_neighbours() -> None:
+    names = [f"bert.encoder.layer.0.{name}.dense" for name in ("attention.output", "intermediate", "output")]
+    assert short_names(names) == ["0 attention.output.dense", "0 layer.intermediate.dense", "0 layer.output.dense"]
+    assert short_names(["h.0.attn.c_proj", "h.1.attn.c_proj"]) == ["0 c_proj", "1 c_proj"]
 
 
 def test_an_experiment_without_results_is_left_out(tmp_path: Path) -> None:

@@ -527,6 +527,20 @@ def test_a_weight_of_zero_stays_zero_when_norms_weigh() -> None:
     assert_same({m: dense(p) for m, p in one.adapter.items()}, {m: dense(p) for m, p in two.adapter.items()})
 
 
+def test_without_feedback_fedex_forgets_what_it_cuts_off() -> None:
+    federation = Federation([3, 3, 3], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0], 3, 4)
+    whole, cut = make_method("fedex"), make_method("fedex", remainder="rank=1", feedback=False)
+    state = state_of(whole, 3)
+    for _ in range(3):
+        trained = updates(train(whole, state, federation))
+        after, patch = whole.step(state, trained)
+        kept, cut_patch = cut.step(state, trained)
+        assert not kept.memory
+        for module in SHAPES:
+            assert torch.allclose(dense(cut_patch[module]), low_rank(dense(patch[module]), 0, 1), atol=1e-8)
+        state = after
+
+
 def test_what_fedex_cuts_off_is_sent_in_later_rounds() -> None:
     """Error feedback: the patches and what is kept add up to all residuals."""
     federation = Federation([3, 3, 3], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0], 3, 4)

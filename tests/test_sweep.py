@@ -146,6 +146,7 @@ def test_a_row_says_what_a_run_of_the_same_configuration_says(grid: Path, done: 
         assert told["validation"] == record["validation"]
         assert told["up"] | {"total": sum(told["up"].values())} == record["bytes_up"]
         assert told["deviation"] == pytest.approx(record["deviation"], rel=1e-6)
+        assert row["scaled_deviation"][0] == pytest.approx(record["scaled_deviation"], rel=1e-6)
         assert {own["client"]: own["score"] for own in told["own"]} == {
             client: scores["accuracy"] for client, scores in record["clients_validation"].items()
         }

@@ -236,7 +236,8 @@ def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Pat
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     settings = DataSettings(source=str(file), test=0.2)
-    shared = {"prompt": "{mr} :", "completion": "{ref}", "generate": Generation(max_new_tokens=3), "answer": "text"}
+    generate = Generation(max_new_tokens=3)
+    shared = {"prompt": "{mr} :", "completion": "{ref}", "generate": generate, "answer": "text", "by": "mr"}
     for group in (None, "key"):
         task = Completion(**shared, group=group)
         rows = load_splits(settings, task.columns(settings))["train"]
@@ -251,6 +252,7 @@ def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Pat
         passes = [Unit("answer", list(range(len(examples))))]
         found = task.score(examples, [*passes, *units], [[[1.0, 1, None]] * len(examples), *answers])
         assert found["exact"] == 0.5
+        assert (found["exact/colour 0"], found["exact/colour 1"]) == (1, 0)
 
 
 def test_a_number_is_learned_and_judged_by_correlation(tiny_config: Any, texts: Path, tmp_path: Path) -> None:

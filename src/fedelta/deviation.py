@@ -1,5 +1,7 @@
 """How far the mean of factors is from the mean of products, layer by layer, without a dense matrix."""
 
+from typing import NamedTuple
+
 import torch
 
 from fedelta.gram import norms
@@ -7,8 +9,20 @@ from fedelta.lowrank import LowRank, add
 from fedelta.rank_moments import RankMoments
 
 
-def deviation(moments: RankMoments) -> dict[str, float]:
-    """‖ΔW − B̄ Ā‖_F / ‖ΔW‖_F of each module (FedEx-LoRA, 2410.09432).
+class Deviation(NamedTuple):
+    """Of one module.
+
+    Args:
+        relative: ‖ΔW − B̄ Ā‖_F / ‖ΔW‖_F; 0 where nothing was trained.
+        scaled: ‖ΔW − B̄ Ā‖_F / √(m·n), what an element of the weight is off by.
+    """
+
+    relative: float
+    scaled: float
+
+
+def deviation(moments: RankMoments) -> dict[str, Deviation]:
+    """What averaging A and B apart loses in each module (FedEx-LoRA, 2410.09432).
 
     B̄ and Ā are the means over the contributors of each rank index, and ΔW the mean of products in which a client counts
     as those means where it holds nothing (docs/methods.md 3): what averaging the two factors apart would lose
@@ -18,13 +32,14 @@ def deviation(moments: RankMoments) -> dict[str, float]:
         moments: with a covariance.
 
     Returns:
-        Module → relative deviation; 0 where nothing was trained.
+        Module → deviation.
     """
     result = {}
     for module, mean in moments.means().items():
         residual = moments.covariance(module)
         off, size = residual.norm(), add([LowRank(mean.B, mean.A), residual]).norm()
-        result[module] = off / size if size > 0 else 0.0
+        m, n = residual.shape
+        result[module] = Deviation(off / size if size > 0 else 0.0, off / (m * n) ** 0.5)
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedelta.adapter import Adapter, ScaleRule, Shapes, lora_scale
-from fedelta.deviation import deviation
+from fedelta.deviation import Deviation, deviation
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.federation import FederationSettings
 from fedelta.intake import Intake, Reply
@@ -63,7 +63,7 @@ class RoundOutcome:
         promoted: clients that got a higher rank.
         pruned: clients that took a lower one.
         train_loss: mean over contributors by weight, None if none reported it.
-        deviation: module → relative deviation of the mean factors from the mean of products; empty if not measured.
+        deviation: module → deviation of the mean factors from the mean of products; empty if not measured.
         patch_width: largest width of the round's base patch, 0 without one.
         energy: of the new global adapter by rank index, see `Adapter.energy_by_rank`.
     """
@@ -73,7 +73,7 @@ class RoundOutcome:
     promoted: list[str]
     pruned: list[str]
     train_loss: float | None
-    deviation: dict[str, float]
+    deviation: dict[str, Deviation]
     patch_width: int
     energy: list[float]
 

@@ -74,17 +74,20 @@ class Completions(Examples):
         prompts: the tokens that an answer is generated from.
         references: the completion of each text, as text.
         groups: texts of one group share their prompt: one answer to it is compared with all their references.
+        kinds: of which each text is, where answers are counted by kind; else empty.
     """
 
     prompts: Sequence[list[int]]
     references: Sequence[str]
     groups: Sequence[str]
+    kinds: Sequence[str] = ()
 
     def select(self, indices: Sequence[int]) -> "Completions":
         plain = super().select(indices)
         prompts = [self.prompts[i] for i in indices]
         references, groups = ([values[i] for i in indices] for values in (self.references, self.groups))
-        return Completions(plain.features, plain.labels, prompts, references, groups)
+        kinds = [self.kinds[i] for i in indices] if self.kinds else ()
+        return Completions(plain.features, plain.labels, prompts, references, groups, kinds)
 
     @property
     def by_group(self) -> list[list[int]]:

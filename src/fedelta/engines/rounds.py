@@ -257,6 +257,7 @@ def _record(
     traffic: Traffic,
 ) -> dict[str, Any]:
     ranks = Counter(after.ranks.values())
+    relative = {module: found.relative for module, found in outcome.deviation.items()}
     return {
         "round": before.round,
         "clients": outcome.contributors,
@@ -269,8 +270,9 @@ def _record(
         "bytes_down": _sum(traffic.down),
         "bytes_up": _sum(traffic.up),
         "bytes_by_client": {client: [count.total, traffic.up[client].total] for client, count in traffic.down.items()},
-        "deviation": outcome.deviation,
-        "deviation_mean": sum(outcome.deviation.values()) / len(outcome.deviation) if outcome.deviation else None,
+        "deviation": relative,
+        "scaled_deviation": {module: found.scaled for module, found in outcome.deviation.items()},
+        "deviation_mean": sum(relative.values()) / len(relative) if relative else None,
         "patch_width": outcome.patch_width,
         "energy_by_rank": outcome.energy,
         "version": after.log.version,

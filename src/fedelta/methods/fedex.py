@@ -18,7 +18,7 @@ what it changes is a change of the whole model; use it with `refresh`. (The unpa
 truncated broadcasts is not offered: it diverges even when nobody trains.)
 
 The paper also cuts the residual to a rank r′ (Eckart–Young); `remainder` does that, and keeps what it cut for the
-next round.
+next round unless `feedback` is false.
 """
 
 from dataclasses import replace
@@ -35,9 +35,11 @@ from fedelta.rank_moments import Covariance, RankMoments
 
 @register
 class FedEx(Method):
-    """Options: how much of the residual is sent (`exact`, `rank=q`, `energy=τ`, `bytes=N`), and its target."""
+    """Options: how much of the residual is sent (`exact`, `rank=q`, `energy=τ`, `bytes=N`), whether what is cut off is
+    kept for the next round, and the target."""
 
     remainder: str = "exact"
+    feedback: bool = True
     target: Literal["replicated", "rank-normalised", "start-relative"] = "replicated"
 
     name = "fedex"
@@ -48,6 +50,7 @@ class FedEx(Method):
         {"target": "rank-normalised"},
         {"target": "start-relative"},
         {"remainder": "rank=2"},
+        {"remainder": "rank=2", "feedback": False},
         {"remainder": "energy=0.9"},
         {"remainder": "bytes=500"},
     )
@@ -85,7 +88,7 @@ class FedEx(Method):
             residuals[module] = moments.normalised_covariance(module) if normalised else moments.covariance(module)
             if self.target == "start-relative":
                 residuals[module] = add([residuals[module], _unchanged(module, moments, state, after)])
-        patch, memory = cut_residuals(residuals, parse_cut(self.remainder), state.memory)
+        patch, memory = cut_residuals(residuals, parse_cut(self.remainder), state.memory, self.feedback)
         return replace(after, memory=memory), patch
 
 

@@ -1,7 +1,8 @@
 """How much of a round's residual goes into the base: all of it, a rank, a share of the energy, a number of bytes.
 
 What is cut off is kept on the server and added to the next round's residual before that is cut (error feedback), so
-that nothing is lost for good: the sum of all patches and of what is kept is the sum of all residuals.
+that nothing is lost for good: the sum of all patches and of what is kept is the sum of all residuals. Without feedback
+it is lost, as in the paper.
 """
 
 from collections.abc import Mapping
@@ -42,13 +43,16 @@ def parse_cut(text: str) -> Cut:
     return Cut(kind, number)
 
 
-def cut_residuals(residuals: Mapping[str, Product], cut: Cut, memory: Mapping[str, Tensor]) -> tuple[Patch, dict]:
+def cut_residuals(
+    residuals: Mapping[str, Product], cut: Cut, memory: Mapping[str, Tensor], feedback: bool = True
+) -> tuple[Patch, dict]:
     """The patch of this round, and the memory with what was cut off.
 
     Args:
         residuals: module → this round's residual.
         cut: how much of it is sent.
         memory: of the method; `feedback/<module>/<part>` holds what earlier rounds cut off.
+        feedback: whether that is kept.
     """
     kept = {key: tensor for key, tensor in memory.items() if not key.startswith(f"{FEEDBACK}/")}
     if cut.kind == "exact":
@@ -65,7 +69,7 @@ def cut_residuals(residuals: Mapping[str, Product], cut: Cut, memory: Mapping[st
         q = min(wanted, numerical)
         if q:
             patch[module] = svd.cut(0, q, whole.dtype)
-        if q < numerical:
+        if feedback and q < numerical:
             for part, tensor in _smaller(svd.cut(q, numerical, whole.dtype)).tensors.items():
                 kept[f"{FEEDBACK}/{module}/{part}"] = tensor
     return patch, kept

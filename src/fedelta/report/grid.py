@@ -22,6 +22,7 @@ TABLES: Mapping[View, Callable[[Results], TextTable]] = {
     "energy": grid_tables.energy,
     "first-aggregation": grid_tables.first_aggregation,
     "high-rank-clients": grid_tables.high_rank_clients,
+    "deviation": grid_tables.deviation,
 }
 FIGURES: Mapping[View, Callable[[Results, Path], list[Path]]] = {
     "curves": grid_figures.curves,

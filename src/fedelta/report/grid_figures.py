@@ -1,11 +1,12 @@
 """Figures of a grid's experiments, as SVG and PNG."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from fedelta.report import statistics
-from fedelta.report.grid_results import Results, mean_by_round, mean_deviation, shares_of_energy
+from fedelta.report.grid_results import Results, deviations, mean_by_module, mean_by_round, shares_of_energy
 from fedelta.report.plot import draw_curve, pyplot, save
 
 ACROSS = 2
@@ -57,44 +58,65 @@ def energy(results: Results, folder: Path) -> list[Path]:
 
 def deviation(results: Results, folder: Path) -> list[Path]:
     """What averaging the factors apart would lose, layer by layer: mean over rounds and seeds."""
-    figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
-    for axes, panel in zip(grid, results.panels, strict=False):
-        for i, row in enumerate(results.rows):
-            found = mean_deviation(list(results.trained(row, panel).values()))
-            if found:
-                style = {"marker": "o", "markersize": 3, "label": results.label(row), **_style(i, len(results.rows))}
-                axes.plot(range(len(found)), list(found.values()), **style)
-                axes.set_xticks(range(len(found)), [_short(module) for module in found], rotation=60, ha="right")
-                axes.tick_params(axis="x", labelsize=7)
-        axes.set(title=panel.label, ylabel="‖ΔW − B̄Ā‖ / ‖ΔW‖", ylim=(0, None))
-        axes.grid(alpha=0.25)
-    _legend(figure, grid)
-    return save(_titled(figure, results), folder, f"{results.name}-deviation")
+    return _deviations(results, folder, "deviation", _draw_by_module)
 
 
 def deviation_by_round(results: Results, folder: Path) -> list[Path]:
     """The same by round, mean over modules: a panel for each column of the tables, a line for each row."""
-    figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
-    for axes, panel in zip(grid, results.panels, strict=False):
-        for i, row in enumerate(results.rows):
-            by_round: dict[int, list[float]] = {}
-            for cell in results.trained(row, panel).values():
-                for record in cell["rounds"]:
-                    if record["deviation"]:
-                        by_round.setdefault(record["round"], []).append(mean(record["deviation"].values()))
-            points = [(number, mean(found), statistics.deviation(found)) for number, found in sorted(by_round.items())]
-            if points:
-                draw_curve(axes, points, label=results.label(row), **_style(i, len(results.rows)))
-        axes.set(title=panel.label, ylabel="‖ΔW − B̄Ā‖ / ‖ΔW‖, ± s.d.", ylim=(0, None))
-    _legend(figure, grid)
-    return save(_titled(figure, results), folder, f"{results.name}-deviation-by-round")
+    return _deviations(results, folder, "deviation-by-round", _draw_by_round)
 
 
-def _short(module: str) -> str:
-    """The number of the layer and the module's own name."""
-    parts = module.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    return " ".join([*numbers, parts[-1]])
+def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., None]) -> list[Path]:
+    """One figure of relative deviations, and one of scaled ones where they were measured."""
+    paths = []
+    for kind, label in (("relative", "‖ΔW − B̄Ā‖ / ‖ΔW‖"), ("scaled", "‖ΔW − B̄Ā‖ / √(mn)")):
+        figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
+        drawn = False
+        for axes, panel in zip(grid, results.panels, strict=False):
+            for i, row in enumerate(results.rows):
+                cells = list(results.trained(row, panel).values())
+                found = [by_module for cell in cells for by_module in deviations(cell, kind)]
+                if any(found):
+                    drawn = True
+                    draw(axes, [deviations(cell, kind) for cell in cells], results.label(row), i, len(results.rows))
+            axes.set(title=panel.label, ylabel=label, ylim=(0, None))
+        if drawn:
+            _legend(figure, grid)
+            suffix = "" if kind == "relative" else f"-{kind}"
+            paths += save(_titled(figure, results), folder, f"{results.name}-{name}{suffix}")
+        else:
+            pyplot().close(figure)
+    return paths
+
+
+def _draw_by_module(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:
+    found = mean_by_module(cells)
+    style = {"marker": "o", "markersize": 3, "label": label, **_style(i, count)}
+    axes.plot(range(len(found)), list(found.values()), **style)
+    axes.set_xticks(range(len(found)), short_names(list(found)), rotation=60, ha="right")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(alpha=0.25)
+
+
+def _draw_by_round(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:
+    by_round: dict[int, list[float]] = {}
+    for cell in cells:
+        for number, by_module in enumerate(cell, 1):
+            if by_module:
+                by_round.setdefault(number, []).append(mean(by_module.values()))
+    points = [(number, mean(found), statistics.deviation(found)) for number, found in sorted(by_round.items())]
+    draw_curve(axes, points, label=label, **_style(i, count))
+
+
+def short_names(modules: Sequence[str]) -> list[str]:
+    """The number of the layer, and as much of a module's own name as tells it from the others of its layer."""
+    split = [[part for part in module.split(".") if not part.isdigit()] for module in modules]
+    numbers = [[part for part in module.split(".") if part.isdigit()] for module in modules]
+    for length in range(1, max(map(len, split), default=0) + 1):
+        names = [" ".join([*number, ".".join(parts[-length:])]) for number, parts in zip(numbers, split, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+    return list(modules)
 
 
 def _style(i: int, count: int) -> dict[str, Any]:

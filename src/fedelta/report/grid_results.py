@@ -170,12 +170,21 @@ def mean_by_round(rows: Sequence[Row]) -> list[tuple[int, list[float]]]:
     return sorted(by_round.items())
 
 
-def mean_deviation(rows: Sequence[Row]) -> dict[str, float]:
-    """Module → deviation, mean over rounds and seeds."""
+def deviations(row: Row, kind: str) -> list[dict[str, float]]:
+    """Module → deviation, a round; nothing where that kind was not measured.
+
+    Args:
+        kind: relative or scaled.
+    """
+    return [record["deviation"] for record in row["rounds"]] if kind == "relative" else row["scaled_deviation"] or []
+
+
+def mean_by_module(cells: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Module → deviation, mean over rounds and cells."""
     found: dict[str, list[float]] = {}
-    for row in rows:
-        for record in row["rounds"]:
-            for module, value in record["deviation"].items():
+    for cell in cells:
+        for by_module in cell:
+            for module, value in by_module.items():
                 found.setdefault(module, []).append(value)
     return {module: mean(values) for module, values in found.items()}
 

@@ -40,7 +40,7 @@ def all_scores(results: Results) -> TextTable:
     columns = []
     for panel in results.panels:
         for name in names:
-            columns.append((panel, METRICS.get(name, Metric(name, name, percent=False))))
+            columns.append((panel, _metric(name)))
             several = panel.label and len(results.panels) > 1
             head.append(f"{panel.label}, {columns[-1][1].heading}" if several else columns[-1][1].heading)
     lines = []
@@ -56,6 +56,12 @@ def all_scores(results: Results) -> TextTable:
         f"{results.label(results.baseline)} over seeds, not corrected for their number."
     )
     return TextTable(f"{results.name}-all-scores", f"{results.title}: all scores", head, lines, note)
+
+
+def _metric(name: str) -> Metric:
+    """One that is counted by kind, as `exact/boolq`, is shown as the whole; any other is shown as it is."""
+    whole = METRICS.get(name.partition("/")[0])
+    return METRICS.get(name, Metric(name, name, percent=whole is not None and whole.percent))
 
 
 def _test_score(name: str, row: Row) -> float | None:

@@ -11,10 +11,12 @@ from fedelta.ranks import initial_ranks, quota
 from fedelta.report.grid_results import (
     Panel,
     Results,
+    deviations,
+    mean_by_module,
     shares_of_energy,
 )
 from fedelta.report.grid_scores import headings
-from fedelta.report.statistics import spread
+from fedelta.report.statistics import spread, spread_of_small
 from fedelta.report.table import MB
 from fedelta.report.tables import TextTable
 from fedelta.sweep.results import Row
@@ -88,6 +90,26 @@ _TRAFFIC: list[tuple[Callable[[Row], float], float, int]] = [
 def _averaged(cells: list[Row], measure: tuple[Callable[[Row], float], float, int]) -> str:
     function, unit, digits = measure
     return f"{mean(function(cell) for cell in cells) / unit:,.{digits}f}"
+
+
+def deviation(results: Results) -> TextTable:
+    """What averaging the factors apart would lose, mean over modules and rounds."""
+    head = [results.experiment.rows]
+    head += [f"{panel.label} {kind}".strip() for panel in results.panels for kind in ("relative, %", "scaled")]
+    lines = []
+    for row in results.rows:
+        line = [results.label(row)]
+        for panel in results.panels:
+            for kind in ("relative", "scaled"):
+                by_seed = [mean_by_module([deviations(cell, kind)]) for cell in results.trained(row, panel).values()]
+                found = [mean(by_module.values()) for by_module in by_seed if by_module]
+                line.append(spread(found, 100, 2) if kind == "relative" else spread_of_small(found))
+        lines.append(line)
+    note = (
+        "What averaging A and B apart would lose in a round: ‖ΔW − B̄Ā‖_F of a module relative to ‖ΔW‖_F, and scaled by "
+        "1/√(m·n); mean over modules and rounds ± standard deviation over seeds."
+    )
+    return TextTable(f"{results.name}-deviation", f"{results.title}: deviation", head, lines, note)
 
 
 def energy(results: Results) -> TextTable:

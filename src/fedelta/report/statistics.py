@@ -55,3 +55,11 @@ def spread(values: Sequence[float], factor: float = 1.0, digits: int = 2) -> str
         return "–"
     text = f"{factor * mean(values):.{digits}f}"
     return f"{text} ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def spread_of_small(values: Sequence[float]) -> str:
+    """The same for numbers of any size: 1.23e-04 ± 5.6e-06."""
+    if not values:
+        return "–"
+    text = f"{mean(values):.2e}"
+    return f"{text} ± {stdev(values):.1e}" if len(values) > 1 else text

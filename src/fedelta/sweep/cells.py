@@ -13,7 +13,7 @@ from fedelta.config import Config, parse_config, set_key
 from fedelta.errors import FedeltaError
 from fedelta.runner import make_server
 from fedelta.sweep.grid import Grid
-from fedelta.sweep.results import Row, late_score, metric_of, result_settings
+from fedelta.sweep.results import Row, late_loss, late_score, metric_of, result_settings
 
 Choice = dict[str, Any]
 """Key → value that tuning chose."""
@@ -217,10 +217,11 @@ def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dic
         last: share of evaluations, from the end, over which and over the seeds the mean is taken.
 
     Returns:
-        Nothing for one of which a trial is missing, or all diverged. Among equals the candidate named first.
+        Nothing for one of which a trial is missing, or all diverged. Among equals the one with the lower loss: where
+        nothing has learned to tell classes apart yet, that says which was nearest to it.
     """
     missing = {trial.values for trial in trials if any(key not in rows for key in trial.keys)}
-    best: dict[Tuned, tuple[float, Choice]] = {}
+    best: dict[Tuned, tuple[float, float, Choice]] = {}
     for trial in trials:
         if trial.values in missing:
             continue
@@ -228,10 +229,12 @@ def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dic
         if None in scores:
             continue  # one that diverged under any seed is no choice
         score = mean(s for s in scores if s is not None)
+        loss = mean(late_loss(rows[key], last) for key in trial.keys)
         metric = metric_of(rows[trial.keys[0]])
-        if trial.values not in best or metric.better(score, best[trial.values][0]):
-            best[trial.values] = score, trial.choice
-    return {values: choice for values, (_, choice) in best.items()}
+        before, its_loss, _ = best.get(trial.values, (None, 0.0, {}))
+        if before is None or metric.better(score, before) or (score == before and loss < its_loss):
+            best[trial.values] = score, loss, trial.choice
+    return {values: choice for values, (_, _, choice) in best.items()}
 
 
 def chosen_by(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[Tuned, Choice] | None:

@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -36,7 +36,7 @@ _ROUND = pa.struct(
         ("up", _BYTES),
         ("ranks", pa.map_(pa.string(), pa.int32())),  # rank → clients that have it
         ("promoted", pa.list_(pa.string())),
-        ("deviation", pa.map_(pa.string(), pa.float32())),  # module → deviation
+        ("deviation", pa.map_(pa.string(), pa.float32())),  # module → relative deviation
         ("energy", pa.list_(pa.float32())),  # by rank index
         ("patch_width", pa.int32()),
         # Each client's own model before it was averaged in, where evaluation.clients asks for it.
@@ -57,6 +57,8 @@ SCHEMA = pa.schema(
         ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
         ("base_parameters", pa.int64()),  # of the whole model without LoRA; null in files of before it was counted
         ("rounds", pa.list_(_ROUND)),
+        # Module → scaled deviation, a round; null in files of before it was measured.
+        ("scaled_deviation", pa.list_(pa.map_(pa.string(), pa.float32()))),
         ("config", pa.string()),  # JSON
         ("seconds", pa.float64()),  # in rounds
         ("peak_mb", pa.float64()),
@@ -98,6 +100,8 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
             **{name: result[name] for name in ("test", "validation", "majority", "lora_parameters", "base_parameters")},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
+            # A run that was begun before it was measured lacks it.
+            "scaled_deviation": [record.get("scaled_deviation", {}) for record in run.records],
             "seconds": round(sum(sum(timing["seconds"].values()) for timing in timings), 2),
         }
     return row
@@ -222,5 +226,13 @@ def late_score(row: Row, share: float) -> float | None:
     """Mean validation score over the last share of evaluations; None for a cell that failed."""
     if row["failed"] is not None:
         return None
-    found = [value for _, value in evaluations(row)]
-    return mean(found[-max(1, round(share * len(found))) :])
+    return _late([value for _, value in evaluations(row)], share)
+
+
+def late_loss(row: Row, share: float) -> float:
+    """The same of the validation loss."""
+    return _late([r["validation"]["loss"] for r in row["rounds"] if r["validation"] is not None], share)
+
+
+def _late(values: Sequence[float], share: float) -> float:
+    return mean(values[-max(1, round(share * len(values))) :])

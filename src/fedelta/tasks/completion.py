@@ -4,6 +4,7 @@ import math
 import string
 import warnings
 from collections.abc import Sequence
+from statistics import fmean as mean
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -42,6 +43,7 @@ class Completion(Task):
             is of what it generates; None does not.
         scores: of what is generated, by the extra `generation`.
         answer: what of a generated text is compared for `exact`.
+        by: column for whose values `exact` is counted apart besides, as `exact/VALUE`.
         metric: by which runs are judged.
     """
 
@@ -54,6 +56,7 @@ class Completion(Task):
     generate: Generation | None = None
     scores: tuple[TextScore, ...] = ()
     answer: AnswerForm | None = None
+    by: str | None = None
 
     @field_validator("prompt", "completion")
     @classmethod
@@ -69,6 +72,8 @@ class Completion(Task):
     def _what_is_judged(self) -> "Completion":
         if (self.scores or self.answer) and self.generate is None:
             raise ValueError("scores and answer are of what is generated: say how, as generate: {max_new_tokens: 64}")
+        if self.by and not self.answer:
+            raise ValueError("by counts exact answers: say which form they have, as answer: number")
         made = (*OF_LOSS, *self.scores, *(["exact"] if self.answer else []))
         if self.metric not in made:
             raise ValueError(f"metric {self.metric} is not computed, found {', '.join(made)}")
@@ -82,7 +87,7 @@ class Completion(Task):
         check_installed(self.scores)
 
     def columns(self, data: DataSettings) -> dict[str, bool]:  # noqa: ARG002
-        names = [*_fields(self.prompt), *_fields(self.completion), *([self.group] if self.group else [])]
+        names = [*_fields(self.prompt), *_fields(self.completion), *(name for name in (self.group, self.by) if name)]
         return dict.fromkeys(names, False)
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Completions:  # noqa: ARG002
@@ -102,7 +107,8 @@ class Completion(Task):
         if cut:
             warnings.warn(f"{cut} of {len(lines)} texts are longer than data.max_length", CutWarning, stacklevel=2)
         groups = [str(line[self.group]) for line in lines] if self.group else prompts
-        return Completions(features, labels, asked, [text.strip() for text in completions], groups)
+        kinds = [str(line[self.by]) for line in lines] if self.by else ()
+        return Completions(features, labels, asked, [text.strip() for text in completions], groups, kinds)
 
     def makes_turns(self, tokenizer: Any) -> bool:
         """Whether prompt and completion become turns of a chat.
@@ -159,7 +165,10 @@ class Completion(Task):
             if self.answer:
                 extract = ANSWERS[self.answer]
                 right = [extract(text) in {extract(r) for r in wanted} - {None} for text, wanted in pairs]
-                scores["exact"] = sum(right) / len(right)
+                scores["exact"] = mean(right)
+                kinds = [examples.kinds[row] for row in sorted(texts)] if self.by else []
+                for kind in sorted(set(kinds)):
+                    scores[f"exact/{kind}"] = mean(r for r, own in zip(right, kinds, strict=True) if own == kind)
         return scores
 
 
