@@ -133,9 +133,18 @@ def test_what_can_not_be_tested_is_not() -> None:
 def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:
     (results,) = gather(GRID, made_up_rows())
     table = final(results)
-    assert table.head == ["method", "AG & News_4 %", "second_set", "all: difference", "95 % interval", "p", "pairs"]
+    assert table.head == [
+        "method",
+        "AG & News_4 %",
+        "second_set",
+        "all: mean",
+        "difference",
+        "95 % interval",
+        "p",
+        "pairs",
+    ]
     rows = rows_of(table)
-    assert rows["zero padding"] == ["52.00 ± 2.00", "70.00 ± 0.00", "", "", "", ""]
+    assert rows["zero padding"] == ["52.00 ± 2.00", "70.00 ± 0.00", "61.00 ± 1.00", "", "", "", ""]
     first, second = (
         paired(ACCURACY["replication", s], ACCURACY["zero padding", s]) for s in ("first_set", "second_set")
     )
@@ -149,6 +158,7 @@ def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline(
     assert rows["replication"] == [
         f"62.33 ± 3.21 ({first.p:.3f})",
         f"70.67 ± 1.53 ({second.p:.3f})",
+        "66.50 ± 2.00",
         f"{100 * both.mean:+.2f}",
         f"{100 * both.low:+.2f} to {100 * both.high:+.2f}",
         f"{both.p:.3f}",
@@ -198,7 +208,8 @@ def test_traffic_is_of_a_client_in_a_round() -> None:
     # Three of four clients have 10 parameters, one has 20; four were sent something, though two answered.
     table = traffic(results)
     assert table.head[1] == "AG & News_4 % LoRA parameters"
-    assert rows_of(table)["replication"][:5] == ["12", "1.000", "0.500", "0.000", "2.250"]
+    assert rows_of(table)["replication"][:6] == ["12", "1.000", "0.500", "0.000", "0.500", "2.250"]
+    assert rows_of(table)["full fine-tuning, computed"][:6] == ["1,000,000", "4.000", "4.000", "–", "–", "8.000"]
 
 
 def test_a_configured_target_is_the_target() -> None:

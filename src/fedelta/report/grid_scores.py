@@ -1,6 +1,7 @@
 """Tables of scores of a grid's experiments, with tests against the baseline."""
 
 from functools import partial
+from statistics import mean
 
 from fedelta.metrics import METRICS, Metric
 from fedelta.report.grid_results import (
@@ -85,14 +86,14 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
     # What is better must be more in all of them, or less.
     several = len(results.panels) > 1 and len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
     if several:
-        head += ["all: difference", "95 % interval", "p", "pairs"]
+        head += ["all: mean", "difference", "95 % interval", "p", "pairs"]
     lines = []
     for row in results.rows:
         line = [results.label(row)]
         for panel in results.panels:
             line.append(_with_failures(results, row, panel, measure) + _p(results, row, panel, measure))
         if several:
-            line += _difference(results, row, measure)
+            line += [_mean(results, row, measure), *_difference(results, row, measure)]
         lines.append(line)
     if len(results.seeds) > 1:
         baseline = results.label(results.baseline)
@@ -113,6 +114,13 @@ def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -
 def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
     found = None if row == results.baseline else paired(*results.pairs(row, [panel], measure))
     return "" if found is None else f" ({found.p:.3f})"
+
+
+def _mean(results: Results, row: str, measure: Measure) -> str:
+    """Over all columns, each seed's mean by itself; a dash where a column has no value."""
+    found = [results.values(row, panel, measure) for panel in results.panels]
+    seeds = [seed for seed in found[0] if all(seed in values for values in found)]
+    return spread([mean(values[seed] for values in found) for seed in seeds], results.metrics[0].factor)
 
 
 def _difference(results: Results, row: str, measure: Measure) -> list[str]:

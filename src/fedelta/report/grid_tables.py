@@ -28,7 +28,7 @@ def traffic(results: Results) -> TextTable:
     head = [results.experiment.rows]
     for panel in panels:
         label = panel.label if len(results.panels) > 1 else ""
-        head += [f"{label} LoRA parameters".strip(), "adapter down, MB", "adapter up, MB", "patch down, MB", "all, MB"]
+        head += [f"{label} LoRA parameters".strip(), *_PARTS]
     lines = []
     for row in results.rows:
         line = [results.label(row)]
@@ -36,16 +36,22 @@ def traffic(results: Results) -> TextTable:
             cells = list(results.trained(row, panel).values())
             line += [_averaged(cells, measure) for measure in _TRAFFIC] if cells else ["–"] * len(_TRAFFIC)
         lines.append(line)
+    whole = [
+        [n for row in results.rows for c in results.trained(row, panel).values() if (n := c["base_parameters"])]
+        for panel in panels
+    ]
+    if any(whole):
+        line = ["full fine-tuning, computed"]
+        for found in whole:
+            one = f"{4 * found[0] / MB:,.3f}" if found else "–"
+            both = f"{8 * found[0] / MB:,.3f}" if found else "–"
+            line += [f"{found[0]:,}" if found else "–", one, one, "–", "–", both]
+        lines.append(line)
     note = (
         "A client in a round, mean over those that were sent something: LoRA parameters at the ranks of the last "
-        "round, and 10⁶ bytes as serialised. All: both directions, with heads and overhead."
+        "round, and 10⁶ bytes as serialised: adapter (A and B, or the one of them that is sent), base patch, and "
+        "modules trained whole (heads), both ways. All: these with overhead. Full fine-tuning: all parameters in fp32."
     )
-    for panel in panels:
-        whole = [n for row in results.rows for c in results.trained(row, panel).values() if (n := c["base_parameters"])]
-        if whole:
-            label = f" {panel.label}" if len(panels) > 1 else ""
-            note += f" Full fine-tuning of{label or ' the model'} would send {whole[0]:,} parameters each way: "
-            note += f"{2 * 4 * whole[0] / MB:,.1f} MB in fp32."
     return TextTable(f"{results.name}-traffic", f"{results.title}: parameters and bytes a client", head, lines, note)
 
 
@@ -83,8 +89,10 @@ _TRAFFIC: list[tuple[Callable[[Row], float], float, int]] = [
     (_bytes("down", "adapter"), MB, 3),
     (_bytes("up", "adapter"), MB, 3),
     (_bytes("down", "patch"), MB, 3),
+    (lambda row: _bytes("down", "heads")(row) + _bytes("up", "heads")(row), MB, 3),
     (_all_bytes, MB, 3),
 ]
+_PARTS = ("adapter down, MB", "adapter up, MB", "patch down, MB", "heads, MB", "all, MB")
 
 
 def _averaged(cells: list[Row], measure: tuple[Callable[[Row], float], float, int]) -> str:
