@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from fedelta.config import Config, parse_config, set_key
+from fedelta.ranks import quota
 from fedelta.runner import run
 from fedelta.sweep.cells import Expansion
 from fedelta.sweep.grid import load_grid
+from fedelta.tasks.completion import Completion
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "exact_aggregation"
 TASKS = {"CoLA": "matthews", "RTE": "accuracy", "MRPC": "accuracy", "SST-2": "accuracy", "QNLI": "accuracy"}
@@ -42,17 +44,28 @@ def test_both_sizes_are_grids_with_the_papers_federation(grid: str, size: str) -
     expansion = Expansion(loaded)
     expansion.check()
     assert len(loaded.seeds) >= 3
-    trials = expansion.trials()[1]
     candidates: dict[Any, list[Any]] = {}
+    plan, trials = expansion.trials()
     for trial in trials:
         candidates.setdefault(trial.values, []).append(trial.choice)
     assert len({json.dumps(found) for found in candidates.values()}) == 1, "one budget for all methods and tasks"
+    tried, run = ({c.model.name for c in found.cells.values()} for found in (plan, expansion.cells(None)))
+    assert tried == run, "what is chosen with one model is for that model"
     first = next(iter(loaded.experiments))
     for values, config in cells(grid, size, first).items():
         assert config.federation.participation == 1
         assert config.partition.kind == "iid"
         assert config.partition.clients == (1 if "centralised" in values else 3)
         assert config.ranks.high == 4
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_clients_train_as_many_steps_however_many_they_are(size: str) -> None:
+    Expansion(load_grid(FOLDER / "when.yaml", size)).check()
+    for experiment in ("when", "when-refresh"):
+        assert len({config.training.steps for config in cells("when", size, experiment).values()}) == 1
+    for config in cells("when", size, "when", participation="half").values():
+        assert quota(config.federation.participation, config.partition.clients) > 1
 
 
 def test_the_full_size_of_glue_has_the_papers_settings() -> None:
@@ -116,7 +129,7 @@ def test_generation_starts_with_every_architecture(experiment: str, causal: Any,
     for i in range(90):
         asked, told = f"the colour of a ship {'small ' * (i % 3)}is :", "red ."
         rows.append({"mr": asked, "ref": told, "mr_id": i // 2, "query": asked, "response": told})
-        rows[-1] |= {"instruction": asked, "output": told}
+        rows[-1] |= {"instruction": asked, "output": told, "task": "boolq"}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     models = set()
     for values, config in cells("generation", "full", experiment, method="FedEx-LoRA").items():
@@ -128,12 +141,16 @@ def test_generation_starts_with_every_architecture(experiment: str, causal: Any,
             "data.test": 0.2,
             "data.validation": 0.1,
             "output": str(tmp_path / "runs"),
-            "name": "-".join([name, *(set(values) & {"GSM8K", "MATH"})]),
+            "name": name,
             "evaluation.harness": None,
         }
-        if config.task.kind == "completion" and config.task.generate is not None:
+        assert config.task.metric == "loss"
+        if isinstance(config.task, Completion) and config.task.generate is not None:
             changes["task.generate.max_new_tokens"] = 8
-            assert config.task.metric == "loss"
+        else:
+            assert config.evaluation.harness
+        if experiment == "e2e":
+            changes["task.scores"] = ["bleu", "nist", "rouge_l", "cider"]  # METEOR starts Java
         finished = run(started(config, **changes))
         assert len(finished.records) == 2
         modules = finished.records[0]["deviation"]
