@@ -145,6 +145,10 @@ def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
     assert (len(trainer.base.entries), bool(trainer.base.total)) == ((4, False) if large else (0, True))
     server = logits_of(trainer.model.peft, tokens)
     assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
+    lines = export_run(config.folder, None, config.folder / "merged")
+    assert lines == [
+        f"merged    {config.folder / 'merged'}: into the base of full precision; the run's had {bits} weights"
+    ]
     # A fresh quantised base with the exported adapter, in which the patch is.
     plain, _ = prepare(config.model_copy(update={"method": config.method.model_copy(update={"name": "fedit"})}))
     exported = open_adapter(finished.folder.adapter_folder).read()

@@ -63,5 +63,7 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None, rank: in
                 base.config.id2label = dict(enumerate(state.classes))
                 base.config.label2id = {label: i for i, label in enumerate(state.classes)}
             export_merged(merged, target, base, tokenizer)
-            lines.append(f"merged    {merged}")
+            bits = config.model.quantization
+            noted = "" if bits == "none" else f": into the base of full precision; the run's had {bits} weights"
+            lines.append(f"merged    {merged}{noted}")
     return lines
