@@ -235,6 +235,9 @@ def test_a_cell_run_again_is_compared_with_its_row(grid: Path, done: Path, capsy
     command = ("sweep", str(grid), "-o", str(done), "--check")
     assert fedelta(*command, key) == 0
     assert f"cell {key}: the same again" in capsys.readouterr().out
+    # A file of before they were measured.
+    write_rows(done, rows | {key: rows[key] | {"base_parameters": None, "scaled_deviation": None}})
+    assert fedelta(*command, key) == 0
     rows[key]["rounds"][1]["train_loss"] += 1e-9
     write_rows(done, rows)
     assert fedelta(*command, key) == 2

@@ -25,9 +25,7 @@ def sweep(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the run folder of each cell.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run cells again that diverged.")] = False,
-    check: Annotated[
-        str | None, typer.Option(help="Run this cell (tables/cells.md names them) again and compare.")
-    ] = None,
+    check: Annotated[str | None, typer.Option(help="Run this cell (cells.md names them) again and compare.")] = None,
 ) -> None:
     """Run a grid of configurations, each cell once: one Parquet file, tables and figures (docs/grids.md)."""
     from fedelta.config import read_override

@@ -1,6 +1,7 @@
 """A grid's results for people: tables, figures, and one page that holds them all, made from its Parquet file alone."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -132,8 +133,11 @@ def circumstances(rows: Mapping[str, Row], others: int = 0) -> str:
     if not rows:
         return f"None of the runs of this grid; the file holds {others} others."
     machines = sorted({row["machine"] for row in rows.values()})
-    found = sorted({json.dumps(row["versions"], sort_keys=True) for row in rows.values()})
-    versions = [", ".join(f"{name} {v}" for name, v in json.loads(text).items() if v) for text in found]
+    libraries = [{name: v for name, v in row["versions"].items() if v and name != "commit"} for row in rows.values()]
+    found = sorted({json.dumps(versions, sort_keys=True) for versions in libraries})
+    versions = [", ".join(f"{name} {v}" for name, v in json.loads(text).items()) for text in found]
+    commits = Counter(row["versions"].get("commit") for row in rows.values())
+    code = ", ".join(f"{commit} ({count} runs)" for commit, count in commits.most_common() if commit)
     hours = sum(row["seconds"] or 0 for row in rows.values()) / 3600
     failed = sum(row["failed"] is not None for row in rows.values())
     days = sorted({row["finished"][:10] for row in rows.values()})
@@ -142,5 +146,5 @@ def circumstances(rows: Mapping[str, Row], others: int = 0) -> str:
         f"{len(rows)} runs{f', {failed} of which diverged' if failed else ''}{f', {others} others' if others else ''}; "
         f"{lost} updates of clients were lost or refused. {hours:.2f} hours of rounds, summed over runs side by side, "
         f"{days[0]}{' to ' + days[-1] if days[-1] != days[0] else ''}, on {'; '.join(machines)}. "
-        f"Versions: {'; '.join(versions)}."
+        f"Versions: {'; '.join(versions)}.{f' Commits: {code}.' if code else ''}"
     )

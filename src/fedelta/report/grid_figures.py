@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 from fedelta.report import statistics
@@ -11,6 +12,8 @@ from fedelta.report.plot import draw_curve, pyplot, save
 
 ACROSS = 2
 """Panels beside each other."""
+CROWD = 6
+"""Lines up to which each has a band around it."""
 
 
 def curves(results: Results, folder: Path) -> list[Path]:
@@ -19,10 +22,11 @@ def curves(results: Results, folder: Path) -> list[Path]:
     for axes, panel in zip(grid, results.panels, strict=False):
         for i, row in enumerate(results.rows):
             found = mean_by_round(list(results.trained(row, panel).values()))
-            points = [(number, mean(values), statistics.deviation(values)) for number, values in found]
+            points = [(number, mean(values), _band(values, len(results.rows))) for number, values in found]
             if points:
                 draw_curve(axes, points, label=results.label(row), **_style(i, len(results.rows)))
-        axes.set(title=panel.label, ylabel=f"validation {results.metric(panel).title}, ± s.d.")
+        spreads = ", ± s.d." if len(results.rows) <= CROWD else ""
+        axes.set(title=panel.label, ylabel=f"validation {results.metric(panel).title}{spreads}")
     _legend(figure, grid)
     return save(_titled(figure, results), folder, f"{results.name}-curves")
 
@@ -91,7 +95,7 @@ def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., N
 
 def _draw_by_module(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:
     found = mean_by_module(cells)
-    style = {"marker": "o", "markersize": 3, "label": label, **_style(i, count)}
+    style = {"markersize": 3, "label": label, **_style(i, count)}
     axes.plot(range(len(found)), list(found.values()), **style)
     axes.set_xticks(range(len(found)), short_names(list(found)), rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7)
@@ -104,7 +108,7 @@ def _draw_by_round(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], la
         for number, by_module in enumerate(cell, 1):
             if by_module:
                 by_round.setdefault(number, []).append(mean(by_module.values()))
-    points = [(number, mean(found), statistics.deviation(found)) for number, found in sorted(by_round.items())]
+    points = [(number, mean(found), _band(found, count)) for number, found in sorted(by_round.items())]
     draw_curve(axes, points, label=label, **_style(i, count))
 
 
@@ -120,8 +124,15 @@ def short_names(modules: Sequence[str]) -> list[str]:
 
 
 def _style(i: int, count: int) -> dict[str, Any]:
-    colours = pyplot().get_cmap("tab10" if count <= 10 else "tab20").colors
-    return {"color": colours[i % len(colours)], "linewidth": 1.3}
+    """Colours, and in a crowd other markers and dashes, that tell lines apart, and no bands over each other."""
+    style = {"color": pyplot().get_cmap("tab10").colors[i % 10], "linewidth": 1.3, "marker": "o"}
+    if count > CROWD:
+        style |= {"marker": "osDv^Px*"[i % 8], "linestyle": "--" if i >= CROWD else "-"}
+    return style
+
+
+def _band(values: Sequence[float], count: int) -> float:
+    return statistics.deviation(values) if count <= CROWD else 0.0
 
 
 def _panels(count: int, across: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
@@ -144,5 +155,6 @@ def _legend(figure: Any, grid: list[Any]) -> None:
 
 def _titled(figure: Any, results: Results, panel: str = "") -> Any:
     left = f" ({results.missing} runs still missing)" if results.missing else ""
-    figure.suptitle(results.title + (f": {panel}" if panel else "") + left, fontsize=11)
+    # A narrow figure has a title of several lines.
+    figure.suptitle(fill(results.title + (f": {panel}" if panel else "") + left, 90), fontsize=11, wrap=True)
     return figure

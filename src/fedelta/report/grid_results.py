@@ -80,16 +80,11 @@ class Results:
         found = {seed: measure(cell) for seed, cell in self.trained(row, panel).items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def pairs(self, row: str, panels: Sequence[Panel], measure: "Measure") -> tuple[list[float], list[float]]:
-        """The measure of a row and of the baseline, in the same panels under the same seeds."""
-        ours: list[float] = []
-        theirs: list[float] = []
-        for panel in panels:
-            a, b = self.values(row, panel, measure), self.values(self.baseline, panel, measure)
-            for seed in a.keys() & b.keys():
-                ours.append(a[seed])
-                theirs.append(b[seed])
-        return ours, theirs
+    def pairs(self, row: str, panel: Panel, measure: "Measure") -> tuple[list[float], list[float]]:
+        """The measure of a row and of the baseline under the same seeds."""
+        ours, theirs = self.values(row, panel, measure), self.values(self.baseline, panel, measure)
+        seeds = sorted(ours.keys() & theirs.keys())
+        return [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
 
     def target(self, panel: Panel) -> float | None:
         """Validation score for «rounds to target»: as configured, or a share of the best final one."""

@@ -13,7 +13,7 @@ from fedelta.report.grid_results import (
     late_validation,
     rounds_to,
 )
-from fedelta.report.statistics import paired, spread
+from fedelta.report.statistics import p_value, paired, spread
 from fedelta.report.table import REACH
 from fedelta.report.tables import TextTable
 from fedelta.sweep.results import Row
@@ -86,7 +86,7 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
     # What is better must be more in all of them, or less.
     several = len(results.panels) > 1 and len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
     if several:
-        head += ["all: mean", "difference", "95 % interval", "p", "pairs"]
+        head += ["all: mean", "difference", "95 % interval", "p"]
     lines = []
     for row in results.rows:
         line = [results.label(row)]
@@ -98,7 +98,8 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
     if len(results.seeds) > 1:
         baseline = results.label(results.baseline)
         note += f" In brackets p of a paired t-test against {baseline} over seeds, not corrected for their number"
-        note += "; all: pairs of column and seed, taken as independent." if several else "."
+        # Columns under one seed share shards, sampling and test texts: they are no independent pairs.
+        note += "; all: of each seed's mean over the columns." if several else "."
         note += " What diverged is in no mean and no test."
     return TextTable(f"{results.name}-{name}", f"{results.title}: {title}", head, lines, note)
 
@@ -112,25 +113,30 @@ def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -
 
 
 def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
-    found = None if row == results.baseline else paired(*results.pairs(row, [panel], measure))
-    return "" if found is None else f" ({found.p:.3f})"
+    found = None if row == results.baseline else paired(*results.pairs(row, panel, measure))
+    return "" if found is None else f" ({p_value(found)})"
 
 
 def _mean(results: Results, row: str, measure: Measure) -> str:
-    """Over all columns, each seed's mean by itself; a dash where a column has no value."""
+    """Over all columns, each seed's mean by itself."""
+    return spread(list(_by_seed(results, row, measure).values()), results.metrics[0].factor)
+
+
+def _by_seed(results: Results, row: str, measure: Measure) -> dict[int, float]:
+    """Seed → mean over the columns, where each of them has a value."""
     found = [results.values(row, panel, measure) for panel in results.panels]
-    seeds = [seed for seed in found[0] if all(seed in values for values in found)]
-    return spread([mean(values[seed] for values in found) for seed in seeds], results.metrics[0].factor)
+    return {s: mean(values[s] for values in found) for s in found[0] if all(s in values for values in found)}
 
 
 def _difference(results: Results, row: str, measure: Measure) -> list[str]:
-    ours, theirs = results.pairs(row, results.panels, measure)
-    found = None if row == results.baseline else paired(ours, theirs)
+    ours, theirs = (_by_seed(results, of, measure) for of in (row, results.baseline))
+    seeds = sorted(ours.keys() & theirs.keys())
+    found = None if row == results.baseline else paired([ours[s] for s in seeds], [theirs[s] for s in seeds])
     if found is None:
-        return ["", "", "", ""]
+        return ["", "", ""]
     factor = results.metrics[0].factor
     interval = f"{factor * found.low:+.2f} to {factor * found.high:+.2f}"
-    return [f"{factor * found.mean:+.2f}", interval, f"{found.p:.3f}", str(found.pairs)]
+    return [f"{factor * found.mean:+.2f}", interval, p_value(found)]
 
 
 def rounds_to_target(results: Results) -> TextTable:
@@ -148,7 +154,8 @@ def rounds_to_target(results: Results) -> TextTable:
             line.append(spread(hits, digits=1) + missed if hits or not ran else "not reached")
         lines.append(line)
     note = (
-        "Finished rounds when the validation score first was at the target, and how many of the seeds reached it where "
-        f"not all did. The target is evaluation.target, or {100 * REACH:.0f} % of the column's best final score."
+        "Finished rounds when the validation score first was at the target, as far as it was evaluated, and how many "
+        f"of the seeds reached it where not all did. The target is evaluation.target, or "
+        f"{100 * REACH:.0f} % of the column's best final score."
     )
     return TextTable(f"{results.name}-rounds-to-target", f"{results.title}: rounds to target", head, lines, note)

@@ -56,12 +56,14 @@ def traffic(results: Results) -> TextTable:
 
 
 def _by_model(results: Results) -> list[Panel]:
-    """The first panel of each model and of each way in which ranks are given out: data change no bytes."""
+    """The first panel of each model and of each way in which ranks are given out: of data only the number of classes
+    counts, in the head."""
     found: dict[str, Panel] = {}
     for panel in results.panels:
         cells = [cell for row in results.rows for cell in results.trained(row, panel).values()]
         if cells:
             config = json.loads(cells[0]["config"])
+            del config["lora"]["alpha"]  # which is chosen for the data
             differing = [config[name] for name in ("model", "lora", "ranks", "federation")]
             found.setdefault(json.dumps(differing), panel)
     return list(found.values())
@@ -102,20 +104,25 @@ def _averaged(cells: list[Row], measure: tuple[Callable[[Row], float], float, in
 
 def deviation(results: Results) -> TextTable:
     """What averaging the factors apart would lose, mean over modules and rounds."""
+    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
+    kinds = [kind for kind in ("relative", "scaled") if any(any(deviations(cell, kind)) for cell in cells)]
     head = [results.experiment.rows]
-    head += [f"{panel.label} {kind}".strip() for panel in results.panels for kind in ("relative, %", "scaled")]
+    units = {"relative": "relative, %", "scaled": "scaled"}
+    head += [f"{panel.label} {units[kind]}".strip() for panel in results.panels for kind in kinds]
     lines = []
     for row in results.rows:
         line = [results.label(row)]
         for panel in results.panels:
-            for kind in ("relative", "scaled"):
+            for kind in kinds:
                 by_seed = [mean_by_module([deviations(cell, kind)]) for cell in results.trained(row, panel).values()]
                 found = [mean(by_module.values()) for by_module in by_seed if by_module]
                 line.append(spread(found, 100, 2) if kind == "relative" else spread_of_small(found))
         lines.append(line)
     note = (
-        "What averaging A and B apart would lose in a round: ‖ΔW − B̄Ā‖_F of a module relative to ‖ΔW‖_F, and scaled by "
-        "1/√(m·n); mean over modules and rounds ± standard deviation over seeds."
+        "What averaging A and B apart would lose in a round: ‖ΔW − B̄Ā‖_F of a module relative to ‖ΔW‖_F, and (scaled) "
+        "divided by √(m·n); mean over modules and rounds ± standard deviation over seeds. ΔW is the mean product of "
+        "the whole adapters: all that was learned since the adapter was last merged into the base, which some methods "
+        "do every round; the relative deviation compares methods of one kind alone."
     )
     return TextTable(f"{results.name}-deviation", f"{results.title}: deviation", head, lines, note)
 
@@ -133,7 +140,8 @@ def energy(results: Results) -> TextTable:
         lines.append(line)
     note = (
         "Share of the adapter's energy Σ‖b_j a_j‖² in rank indices above the lowest rank of any client, last round, "
-        "%; a dash where all ranks are equal, or the adapter has just been merged into the base."
+        "%; a dash where all ranks are equal, or the adapter has just been merged into the base. Where a method orders "
+        "rank indices by singular values, the last ones are small by that alone."
     )
     return TextTable(f"{results.name}-energy", f"{results.title}: energy above the lowest rank", head, lines, note)
 

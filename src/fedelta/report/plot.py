@@ -62,7 +62,7 @@ def draw_curve(axes: Any, points: Sequence[tuple[int, float, float]], **style: A
     from matplotlib.ticker import MaxNLocator
 
     rounds, means, spreads = zip(*points, strict=True)
-    line = axes.plot(rounds, means, marker="o", markersize=3, **style)[0]
+    line = axes.plot(rounds, means, **{"marker": "o", "markersize": 3, **style})[0]
     low = [m - s for m, s in zip(means, spreads, strict=True)]
     high = [m + s for m, s in zip(means, spreads, strict=True)]
     axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)

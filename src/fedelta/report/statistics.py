@@ -44,6 +44,11 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
     )
 
 
+def p_value(found: Difference) -> str:
+    """To three digits."""
+    return f"{found.p:.3f}" if found.p >= 0.0005 else "<0.001"
+
+
 def deviation(values: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 of a single one."""
     return stdev(values) if len(values) > 1 else 0.0

@@ -69,6 +69,8 @@ SCHEMA = pa.schema(
 )
 CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
 """What may differ between two runs of the same cell."""
+ADDED = ("base_parameters", "scaled_deviation")
+"""What files of before it was measured lack."""
 
 
 def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | None, failed: str | None = None) -> Row:
@@ -178,13 +180,15 @@ def as_stored(row: Row) -> Row:
 def first_difference(old: Row, new: Row) -> str | None:
     """Where two rows of one cell differ in more than their circumstances; None where they do not.
 
-    A score that only one of them knows is no difference.
+    What only one of them knows, because the other was made before it was measured, is no difference.
     """
     old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
         if name == "config":
             if not _agree(json.loads(old[name]), json.loads(new[name])):
                 return "config"
+        elif name in ADDED and None in (old[name], new[name]):
+            continue
         elif name not in CIRCUMSTANCES and old[name] != new[name]:
             if name == "rounds":
                 pairs = enumerate(zip(old[name], new[name], strict=False), 1)
