@@ -213,6 +213,19 @@ def test_traffic_is_of_a_client_in_a_round() -> None:
     assert rows_of(table)["full fine-tuning, computed"][:6] == ["1,000,000", "4.000", "4.000", "–", "–", "8.000"]
 
 
+def test_what_changes_no_bytes_makes_no_column() -> None:
+    """α chosen for a data set, and a row that is older than a setting."""
+    rows = made_up_rows()
+    for row in rows.values():
+        config = json.loads(row["config"])
+        if row["test"]["accuracy"] >= 0.69:
+            config["lora"]["alpha"] = 99
+            del config["federation"]["keep"]
+        row["config"] = json.dumps(config)
+    (results,) = gather(GRID, rows)
+    assert len(traffic(results).head) == 7
+
+
 def test_a_configured_target_is_the_target() -> None:
     grid = GRID.model_copy(update={"config": {**GRID.config, "evaluation": {"target": 0.55, "clients": 1}}})
     (results,) = gather(grid, made_up_rows())

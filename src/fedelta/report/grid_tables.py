@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from statistics import mean
+from typing import Any
 
 from fedelta.config import parse_config
 from fedelta.corpus import client_names
@@ -19,7 +20,7 @@ from fedelta.report.grid_scores import headings
 from fedelta.report.statistics import spread, spread_of_small
 from fedelta.report.table import MB
 from fedelta.report.tables import TextTable
-from fedelta.sweep.results import Row
+from fedelta.sweep.results import Row, agree
 
 
 def traffic(results: Results) -> TextTable:
@@ -58,15 +59,16 @@ def traffic(results: Results) -> TextTable:
 def _by_model(results: Results) -> list[Panel]:
     """The first panel of each model and of each way in which ranks are given out: of data only the number of classes
     counts, in the head."""
-    found: dict[str, Panel] = {}
+    found: list[tuple[list[Any], Panel]] = []
     for panel in results.panels:
         cells = [cell for row in results.rows for cell in results.trained(row, panel).values()]
         if cells:
             config = json.loads(cells[0]["config"])
             del config["lora"]["alpha"]  # which is chosen for the data
             differing = [config[name] for name in ("model", "lora", "ranks", "federation")]
-            found.setdefault(json.dumps(differing), panel)
-    return list(found.values())
+            if not any(agree(differing, other) for other, _ in found):
+                found.append((differing, panel))
+    return [panel for _, panel in found]
 
 
 def lora_parameters(row: Row) -> float:

@@ -120,12 +120,15 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 def is_result_of(row: Row, config: Config) -> bool:
     """Whether a row was made under this configuration, as far as both know the same settings."""
-    return _agree(json.loads(row["config"]), result_settings(config))
+    return agree(json.loads(row["config"]), result_settings(config))
 
 
-def _agree(before: Any, now: Any) -> bool:
+def agree(before: Any, now: Any) -> bool:
+    """Whether settings are equal, as far as both sides know them: a file may be older than a setting."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return all(_agree(before[key], now[key]) for key in before.keys() & now.keys())
+        return all(agree(before[key], now[key]) for key in before.keys() & now.keys())
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(map(agree, before, now))
     return bool(before == now)
 
 
@@ -185,7 +188,7 @@ def first_difference(old: Row, new: Row) -> str | None:
     old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
         if name == "config":
-            if not _agree(json.loads(old[name]), json.loads(new[name])):
+            if not agree(json.loads(old[name]), json.loads(new[name])):
                 return "config"
         elif name in ADDED and None in (old[name], new[name]):
             continue
