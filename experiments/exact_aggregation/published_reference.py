@@ -20,7 +20,6 @@ from fedelta.adapter import Adapter, LoraPair
 from fedelta.contribution import Contribution
 from fedelta.methods import make_method
 from fedelta.model import LoraModel, LoraSettings
-from fedelta.patch_log import fold
 from fedelta.report.tables import TextTable
 
 CLIENTS, RANK, ALPHA = 3, 4, 8
@@ -84,9 +83,7 @@ def ours(model: LoraModel, clients: list[Adapter]) -> dict[str, str]:
     method = make_method("fedex")
     state = method.start(model.shapes, RANK, 0)
     after, patch = method.step(state, [Contribution(f"client-{i}", 1.0, adapter) for i, adapter in enumerate(clients)])
-    total: dict[str, Tensor] = {}
-    fold(total, patch)
-    model.set_patch(total)
+    model.patch.set(patch)
     model.load(after.adapter.with_scale(SCALE), model.head_tensors())
     return {}
 
