@@ -36,9 +36,6 @@ class Metric:
         """A score with its unit; one digit more where it is no share."""
         return f"{100 * score:.{digits}f} %" if self.percent else f"{score:.{digits + 1}f}"
 
-    def better(self, one: float, other: float) -> bool:
-        return one < other if self.lower else one > other
-
     def best(self, scores: Sequence[float]) -> float:
         return min(scores) if self.lower else max(scores)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from textwrap import fill
 from typing import Any
 
 from fedelta.report import statistics
@@ -78,11 +77,10 @@ def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., N
         drawn = False
         for axes, panel in zip(grid, results.panels, strict=False):
             for i, row in enumerate(results.rows):
-                cells = list(results.trained(row, panel).values())
-                found = [by_module for cell in cells for by_module in deviations(cell, kind)]
-                if any(found):
+                found = [deviations(cell, kind) for cell in results.trained(row, panel).values()]
+                if any(map(any, found)):
                     drawn = True
-                    draw(axes, [deviations(cell, kind) for cell in cells], results.label(row), i, len(results.rows))
+                    draw(axes, found, results.label(row), i, len(results.rows))
             axes.set(title=panel.label, ylabel=label, ylim=(0, None))
         if drawn:
             _legend(figure, grid)
@@ -155,6 +153,5 @@ def _legend(figure: Any, grid: list[Any]) -> None:
 
 def _titled(figure: Any, results: Results, panel: str = "") -> Any:
     left = f" ({results.missing} runs still missing)" if results.missing else ""
-    # A narrow figure has a title of several lines.
-    figure.suptitle(fill(results.title + (f": {panel}" if panel else "") + left, 90), fontsize=11, wrap=True)
+    figure.suptitle(results.title + (f": {panel}" if panel else "") + left, fontsize=11, wrap=True)
     return figure

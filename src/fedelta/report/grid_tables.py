@@ -44,9 +44,11 @@ def traffic(results: Results) -> TextTable:
     if any(whole):
         line = ["full fine-tuning, computed"]
         for found in whole:
-            one = f"{4 * found[0] / MB:,.3f}" if found else "–"
-            both = f"{8 * found[0] / MB:,.3f}" if found else "–"
-            line += [f"{found[0]:,}" if found else "–", one, one, "–", "–", both]
+            if found:
+                one, both = (f"{size * found[0] / MB:,.3f}" for size in (4, 8))
+                line += [f"{found[0]:,}", one, one, "–", "–", both]
+            else:
+                line += ["–"] * len(_TRAFFIC)
         lines.append(line)
     note = (
         "A client in a round, mean over those that were sent something: LoRA parameters at the ranks of the last "

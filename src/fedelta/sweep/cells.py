@@ -221,7 +221,7 @@ def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dic
         nothing has learned to tell classes apart yet, that says which was nearest to it.
     """
     missing = {trial.values for trial in trials if any(key not in rows for key in trial.keys)}
-    best: dict[Tuned, tuple[float, float, Choice]] = {}
+    best: dict[Tuned, tuple[tuple[float, float], Choice]] = {}
     for trial in trials:
         if trial.values in missing:
             continue
@@ -230,11 +230,10 @@ def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dic
             continue  # one that diverged under any seed is no choice
         score = mean(s for s in scores if s is not None)
         loss = mean(late_loss(rows[key], last) for key in trial.keys)
-        metric = metric_of(rows[trial.keys[0]])
-        before, its_loss, _ = best.get(trial.values, (None, 0.0, {}))
-        if before is None or metric.better(score, before) or (score == before and loss < its_loss):
-            best[trial.values] = score, loss, trial.choice
-    return {values: choice for values, (_, _, choice) in best.items()}
+        place = (score if metric_of(rows[trial.keys[0]]).lower else -score, loss)
+        if trial.values not in best or place < best[trial.values][0]:
+            best[trial.values] = place, trial.choice
+    return {values: choice for values, (_, choice) in best.items()}
 
 
 def chosen_by(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[Tuned, Choice] | None:
