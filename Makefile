@@ -8,8 +8,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --co
 demo: $(VENV)/.demo  ## Train and compare three methods on the built-in example
 	$(VENV)/bin/fedelta compare --resume
 
-test: $(VENV)/.dev  ## Everything but the slow tests
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/.dev  ## Everything but the slow tests, at most four of them side by side
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/.dev  ## The slow tests alone
 	$(VENV)/bin/python -m pytest -m slow

@@ -96,9 +96,16 @@ def started(config: Config, **changes: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("task", "method"), [("CoLA", "FedEx-LoRA"), ("STS-B", "FFA-LoRA"), ("MRPC", "FedSVD"), ("SST-2", "centralised")]
+    ("model", "task", "method"),
+    [
+        ("first", "CoLA", "FedEx-LoRA"),
+        ("first", "STS-B", "FFA-LoRA"),
+        ("first", "MRPC", "FedSVD"),
+        ("first", "SST-2", "centralised"),
+        ("second", "RTE", "FedEx-LoRA"),
+    ],
 )
-def test_glue_starts_with_a_roberta(task: str, method: str, tiny_bert: Path, tmp_path: Path) -> None:
+def test_glue_starts_with_a_roberta(model: str, task: str, method: str, tiny_bert: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_bert, model_input_names=["input_ids", "attention_mask"])
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
@@ -116,7 +123,7 @@ def test_glue_starts_with_a_roberta(task: str, method: str, tiny_bert: Path, tmp
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data.source": str(tmp_path), "data.configuration": None, "model.name": str(tmp_path / "model")}
-    (found,) = cells("understanding", "full", "glue", model="first", task=task, method=method).values()
+    (found,) = cells("understanding", "full", "glue", model=model, task=task, method=method).values()
     finished = run(started(found, output=str(tmp_path / "runs"), **changes))
     assert len(finished.records) == 2
     assert found.task.metric in finished.result["test"]
