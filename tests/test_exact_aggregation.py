@@ -155,7 +155,8 @@ def test_generation_starts_with_every_architecture(experiment: str, causal: Any,
         if isinstance(config.task, Completion) and config.task.generate is not None:
             changes["task.generate.max_new_tokens"] = 8
         else:
-            assert config.evaluation.harness
+            assert config.evaluation.harness is not None
+            assert config.evaluation.harness.include == "experiments/exact_aggregation/harness"
         if experiment == "e2e":
             changes["task.scores"] = ["bleu", "nist", "rouge_l", "cider"]  # METEOR starts Java
         finished = run(started(config, **changes))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedelta.report import grid_tables
 from fedelta.report.grid import write_grid_report
-from fedelta.report.grid_figures import short_names
+from fedelta.report.grid_figures import in_depth, short_names
 from fedelta.report.grid_results import gather
 from fedelta.report.grid_scores import final, late, rounds_to_target
 from fedelta.report.grid_tables import energy, first_aggregation, high_rank_clients, traffic
@@ -213,6 +213,15 @@ def test_traffic_is_of_a_client_in_a_round() -> None:
     assert rows_of(table)["full fine-tuning, computed"][:6] == ["1,000,000", "4.000", "4.000", "–", "–", "8.000"]
 
 
+def test_the_first_round_has_no_patch_to_send() -> None:
+    rows = made_up_rows()
+    for row in rows.values():
+        for record in row["rounds"][1:]:
+            record["down"] = BYTES | {"patch": 700_000 * record["sampled"]}
+    (results,) = gather(GRID, rows)
+    assert rows_of(traffic(results))["replication"][3] == "0.700"
+
+
 def test_what_changes_no_bytes_makes_no_column() -> None:
     """α chosen for a data set, and a row that is older than a setting."""
     rows = made_up_rows()
@@ -320,6 +329,12 @@ def test_a_modules_short_name_tells_it_from_its_neighbours() -> None:
     names = [f"bert.encoder.layer.0.{name}.dense" for name in ("attention.output", "intermediate", "output")]
     assert short_names(names) == ["0 attention.output.dense", "0 layer.intermediate.dense", "0 layer.output.dense"]
     assert short_names(["h.0.attn.c_proj", "h.1.attn.c_proj"]) == ["0 c_proj", "1 c_proj"]
+
+
+def test_layer_ten_comes_after_layer_two() -> None:
+    names = [f"encoder.layer.{i}.{name}" for i in range(12) for name in ("key", "query")]
+    assert in_depth(sorted(names)) == names
+    assert sorted(names) != names
 
 
 def test_an_experiment_without_results_is_left_out(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A run judged by lm-evaluation-harness, on tasks of a folder: no hub."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import pytest
 
 from causal import COLOURS
 from fedelta.errors import FedeltaError
-from fedelta.runner import run
+from fedelta.harness import HarnessSettings, check_harness
+from fedelta.runner import run, warm
 
 COMMON = """
 task: {name}
@@ -56,6 +59,42 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
         run(causal_config(name="y", rounds=1, evaluation={"harness": {"tasks": ["broken"], "include": str(folder)}}))
     with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'colors'"):
         run(causal_config(name="x", evaluation={"harness": {"tasks": ["colors"], "include": str(folder)}}))
+
+
+MATH = Path(__file__).parents[1] / "experiments" / "exact_aggregation" / "harness"
+
+
+def test_math_is_read_as_metamath_answers(tmp_path: Path) -> None:
+    """The papers' task file, on rows of ours in the place of the hub's."""
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path / "tasks"
+    shutil.copytree(MATH, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    rows = tmp_path / "math.jsonl"
+    rows.write_text(json.dumps({"problem": "What is 2+4?", "solution": r"It is $\boxed{6}$."}) + "\n")
+    file = folder / "metamath_math.yaml"
+    path = "dataset_path: EleutherAI/hendrycks_math"
+    assert path in file.read_text()
+    ours = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}"
+    file.write_text(file.read_text().replace(path, ours))
+    check_harness(HarnessSettings(tasks=("metamath_math",), include=str(folder)))
+    tasks = TaskManager(include_path=str(folder)).load(["metamath_math"])["tasks"]
+    assert len(tasks) == 7
+    task = tasks["metamath_math::algebra"]
+    (row,) = task.test_docs()
+    assert task.doc_to_text(row) == "Question: What is 2+4?\nAnswer:"
+    for text, right in {
+        "2+4 is $6$ and not $7$.\nThe answer is: 6": 1.0,
+        r"Therefore, the answer is $\boxed{6}$.": 1.0,
+        "6 seems near.\nThe answer is: 7": 0.0,
+        "Six.": 0.0,
+    }.items():
+        assert task.process_results(row, [text]) == {"exact_match": right}
+
+
+def test_a_task_that_the_harness_lacks_is_told_before_a_grid(causal_config: Any) -> None:
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'colors'"):
+        warm(causal_config(evaluation={"harness": {"tasks": ["colors"]}}))
 
 
 def test_the_harness_is_of_language_models(

@@ -760,6 +760,8 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
         ("fedsa", {"norm_weighting": True}, "method fedsa can't have norm_weighting: the server sees no B"),
         ("fed-sb", {"server_optimizer": "fedavgm"}, "method fed-sb can't have server_optimizer: it would move B"),
         ("rolora", {"refresh": 3}, "method rolora: refresh 3 would restart when it is the other factor's turn"),
+        ("fedex-keep", {"refresh": 2}, "method fedex-keep can't have refresh: clients would go on from what they kept"),
+        ("fedex-keep", {"residual_step": 0.5}, "method fedex-keep can't have residual_step"),
         ("fedit", {"name": "x"}, "method fedit has no option 'name'"),
         ("ffa", {"refresh": "often"}, "method ffa: refresh: input should be a valid integer"),
     ],

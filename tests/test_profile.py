@@ -39,6 +39,14 @@ def test_the_cost_of_a_text_follows_from_its_length(training: bool, tiny_bert: P
     assert (1.5 if training else 1) * per_token < cost.linear < (3 if training else 1.5) * per_token
 
 
+def test_a_token_that_is_predicted_costs_the_vocabulary_too(causal: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(causal("llama"))
+    base = load_base(ModelSettings(name=str(causal("llama"))), 0, tokenizer, seed=1, kind="completion")
+    cost = text_cost(LoraModel(base, LoraSettings()), tokenizer, training=False)
+    hidden, inner, words = 24, 40, base.config.vocab_size
+    assert cost.linear > 2 * (2 * 3 * hidden * inner + hidden * words)
+
+
 def test_a_table_shows_what_each_worker_took_and_how_long_they_waited() -> None:
     counts = {"texts": 10, "tokens": 100, "squares": 1200, "padded_tokens": 125}
     counts |= {f"evaluated_{name}": 1 for name in ("texts", "tokens", "squares")}

@@ -244,7 +244,7 @@ def test_a_method_for_equal_ranks_refuses_mixed_ones(name: str) -> None:
 
 @every_variant
 def test_options_survive_the_message_that_tells_clients(name: str, options: dict) -> None:
-    method = method_of(name, {**options, "residual_step": 0.5})
+    method = method_of(name, {**options, "server_learning_rate": 0.5})
     assert make_method(method.name, **method.options) == method
 
 
@@ -252,7 +252,7 @@ def test_options_survive_the_message_that_tells_clients(name: str, options: dict
 def test_a_refresh_moves_the_product_into_the_base_and_changes_nothing_else(name: str, options: dict) -> None:
     federation = Federation([3, 3, 3], [1.0, 2.0, 0.5], [1.0, 2.0, 3.0], 3, 8)
     plain = method_of(name, options)
-    if plain.personal:
+    if "refresh" in dict(plain.refused):
         with pytest.raises(FedeltaError, match="can't have refresh"):
             method_of(name, {**options, "refresh": 4})
         return

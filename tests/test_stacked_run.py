@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fedelta import runner
 from fedelta.client import Trainer
 from fedelta.engines import measure
+from fedelta.errors import FedeltaError
 from fedelta.runner import Run, run
 
 TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 0.01}
@@ -192,3 +193,11 @@ def test_the_fastest_stack_is_found(
     monkeypatch.setattr(measure, "train_stacked", stacked)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     assert measure.fastest_stack(trainer, corpus.train, [2, 4, 2, 4, 2]) == best
+
+
+def test_a_pass_that_is_limited_is_not_of_a_stack(calm_config: Any) -> None:
+    limited = {"training": {**TRAINING, "micro_batch_size": 2, "stack": 3}}
+    with pytest.raises(FedeltaError, match="training: micro_batch_size needs stack: 1, or auto, found stack: 3"):
+        calm_config(3, **limited)
+    limited["training"]["stack"] = "auto"
+    assert run(calm_config("auto", **limited)).folder.config["training"]["stack"] == 1

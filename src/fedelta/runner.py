@@ -77,8 +77,10 @@ def warm(config: Config) -> None:
     """Read and tokenise what a run needs, ahead of the runs of processes that are forked from this one.
 
     Raises:
-        FedeltaError: if the data or the tokenizer are not there.
+        FedeltaError: if the data or the tokenizer are not there, or the harness has not what is asked of it.
     """
+    if config.evaluation.harness is not None:
+        check_harness(config.evaluation.harness)
     _corpus(corpus_key(config))
 
 

@@ -36,7 +36,7 @@ def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], st
         steps: that each trains.
     """
     model = trainer.model
-    if can_stack(model):
+    if trainer.settings.micro_batch_size is not None or can_stack(model):
         return 1
     heads = model.head_tensors()
     settings = trainer.settings.model_copy(update={"steps": steps})

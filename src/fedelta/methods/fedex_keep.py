@@ -57,7 +57,11 @@ class FedExKeep(Method):
     mixed_ranks = False
     remembers_clients = True
     covariance = "total"
-    refused = (("norm_weighting", "what clients started from is weighed too"),)
+    refused = (
+        ("norm_weighting", "what clients started from is weighed too"),
+        ("refresh", "clients would go on from what they kept"),
+        ("residual_step", "it would step over what clients started from too"),
+    )
     offline = "clients go on from factors of earlier rounds"
     variants = ({"keep": "A"}, {"keep": "B"})
 

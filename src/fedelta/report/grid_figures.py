@@ -1,6 +1,6 @@
 """Figures of a grid's experiments, as SVG and PNG."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -93,11 +93,21 @@ def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., N
 
 def _draw_by_module(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:
     found = mean_by_module(cells)
+    modules = in_depth(found)
     style = {"markersize": 3, "label": label, **_style(i, count)}
-    axes.plot(range(len(found)), list(found.values()), **style)
-    axes.set_xticks(range(len(found)), short_names(list(found)), rotation=60, ha="right")
+    axes.plot(range(len(modules)), [found[module] for module in modules], **style)
+    axes.set_xticks(range(len(modules)), short_names(modules), rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(alpha=0.25)
+
+
+def in_depth(modules: Iterable[str]) -> list[str]:
+    """By the numbers in their names: layer 2 before layer 10."""
+
+    def place(module: str) -> list[tuple[int, str]]:
+        return [(len(part) if part.isdigit() else 0, part) for part in module.split(".")]
+
+    return sorted(modules, key=place)
 
 
 def _draw_by_round(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:

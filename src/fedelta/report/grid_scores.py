@@ -28,7 +28,10 @@ def final(results: Results) -> TextTable:
 def late(results: Results) -> TextTable:
     """Validation score, mean of the last evaluations."""
     what = f"mean of the last {LATE:.0%} of evaluations"
-    note = f"Validation {headings(results)}, {what}: mean ± standard deviation over seeds."
+    note = (
+        f"Validation {headings(results)}, {what}: mean ± standard deviation over seeds. What was tuned was chosen on "
+        "the same rows, under another seed."
+    )
     return _compared(results, "late-score", late_validation, f"late validation {titles(results)}", note)
 
 

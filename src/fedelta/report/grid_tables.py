@@ -52,8 +52,9 @@ def traffic(results: Results) -> TextTable:
         lines.append(line)
     note = (
         "A client in a round, mean over those that were sent something: LoRA parameters at the ranks of the last "
-        "round, and 10⁶ bytes as serialised: adapter (A and B, or the one of them that is sent), base patch, and "
-        "modules trained whole (heads), both ways. All: these with overhead. Full fine-tuning: all parameters in fp32."
+        "round, and 10⁶ bytes as serialised: adapter (A and B, or the one of them that is sent), base patch (from the "
+        "second round on: in the first there is none), and modules trained whole (heads), both ways. All: these with "
+        "overhead. Full fine-tuning: all parameters in fp32."
     )
     return TextTable(f"{results.name}-traffic", f"{results.title}: parameters and bytes a client", head, lines, note)
 
@@ -81,7 +82,9 @@ def lora_parameters(row: Row) -> float:
 
 def _bytes(direction: str, part: str) -> Callable[[Row], float]:
     def measure(row: Row) -> float:
-        return sum(r[direction][part] for r in row["rounds"]) / sum(r["sampled"] for r in row["rounds"])
+        # Before the first aggregation there is no patch to send.
+        rounds = row["rounds"][1:] if part == "patch" else row["rounds"]
+        return sum(r[direction][part] for r in rounds) / max(1, sum(r["sampled"] for r in rounds))
 
     return measure
 

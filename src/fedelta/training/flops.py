@@ -44,7 +44,8 @@ def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix |
     found = []
     for length in LENGTHS:
         token = tokenizer.pad_token_id + 1 if tokenizer.pad_token_id is not None else 1
-        text = Examples([{"input_ids": [token] * length}], [0])
+        label = [token] * length if model.task_type == "CAUSAL_LM" else 0
+        text = Examples([{"input_ids": [token] * length}], [label])
         batch = text.batch([0], tokenizer, model.device)
         if prefix:
             prefix.fill(text)

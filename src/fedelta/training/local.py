@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -38,7 +38,7 @@ class TrainingSettings(Settings):
             passes.
         stack: clients that train in one pass over the base, which is faster where each brings few tokens to a GPU;
             equal to one by one up to rounding and to which elements drop out. `auto` measures when a run begins, and
-            keeps the number with it.
+            keeps the number with it; it is 1 where `micro_batch_size` limits a pass.
     """
 
     epochs: int = Field(default=1, ge=1)
@@ -53,6 +53,12 @@ class TrainingSettings(Settings):
     micro_batches: bool = True
     micro_batch_size: int | None = Field(default=None, ge=1)
     stack: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+
+    @model_validator(mode="after")
+    def _passes_of_a_stack(self) -> "TrainingSettings":
+        if self.micro_batch_size is not None and self.stack not in (1, "auto"):
+            raise ValueError(f"micro_batch_size needs stack: 1, or auto, found stack: {self.stack}")
+        return self
 
 
 class LocalSteps:
