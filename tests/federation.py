@@ -20,7 +20,7 @@ def label(value: object) -> str:
     """A variant's name in a test's id."""
     if isinstance(value, dict):
         return ",".join(f"{k}={v}" for k, v in value.items()) or "default"
-    return str(value)
+    return getattr(value, "__name__", str(value))
 
 
 @dataclass(frozen=True)
