@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from causal import TASK, build_tokenizer
+from causal import COLOURS, TASK, build_tokenizer
 from fedelta.base_model import ModelSettings, load_base, load_tokenizer
 from fedelta.corpus import read_splits
 from fedelta.data import DataSettings
@@ -373,7 +373,8 @@ def test_partitions_by_class_are_for_classes(causal_config: Any) -> None:
 def test_a_template_that_does_not_take_a_row_is_named(causal_config: Any) -> None:
     with pytest.raises(FedeltaError, match="expected names of columns alone in braces"):
         causal_config(task=TASK | {"prompt": "{} {thing}"})
-    with pytest.raises(FedeltaError, match=r"template '\{thing:\.2f\}' does not take .*(ship|star|hill|wave|barn|m)"):
+    thing = "|".join(COLOURS)
+    with pytest.raises(FedeltaError, match=rf"template '\{{thing:\.2f\}}' does not take .*({thing})"):
         run(causal_config(task=TASK | {"prompt": "{thing:.2f}"}))
 
 
