@@ -14,7 +14,7 @@ from fedelta.report import grid_tables
 from fedelta.report.grid import write_grid_report
 from fedelta.report.grid_figures import in_depth, short_names
 from fedelta.report.grid_results import gather
-from fedelta.report.grid_scores import final, late, rounds_to_target
+from fedelta.report.grid_scores import all_scores, final, late, rounds_to_target
 from fedelta.report.grid_tables import energy, first_aggregation, high_rank_clients, traffic
 from fedelta.report.statistics import paired, spread
 from fedelta.report.tables import TextTable
@@ -128,6 +128,18 @@ def test_what_can_not_be_tested_is_not() -> None:
     assert paired([0.5, 0.6], [0.5, 0.6]) is None
     assert paired([0.3, 0.5, 0.9], [0.1, 0.3, 0.7]) is None, "equal up to rounding"
     assert (spread([]), spread([0.5], 100), spread([0.5, 0.6], 100)) == ("–", "50.00", "55.00 ± 7.07")
+
+
+def test_a_tasks_column_stands_where_the_task_has_that_score() -> None:
+    rows = made_up_rows()
+    for row in rows.values():
+        if json.loads(row["config"])["lora"]["alpha"] == 1:
+            row["test"] = {"pearson": row["test"]["accuracy"], "loss": 1.5}
+    (results,) = gather(GRID, rows)
+    table = all_scores(results)
+    first, second = "AG & News_4 %, ", "second_set, "
+    assert table.head == ["method", f"{first}Pearson correlation, %", f"{first}loss", f"{second}accuracy, %"]
+    assert rows_of(table)["zero padding"][1:] == ["1.500 ± 0.000", "70.00 ± 0.00"]
 
 
 def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:

@@ -37,13 +37,12 @@ def late(results: Results) -> TextTable:
 
 def all_scores(results: Results) -> TextTable:
     """Every test score of the final model that a task computes."""
-    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
-    found = {name for cell in cells for name in cell["test"]}
-    names = [*(name for name in METRICS if name in found), *sorted(found - METRICS.keys())]
     head = [results.experiment.rows]
     columns = []
     for panel in results.panels:
-        for name in names:
+        # Tasks have scores of their own: a correlation, an accuracy.
+        found = {name for row in results.rows for cell in results.trained(row, panel).values() for name in cell["test"]}
+        for name in [*(name for name in METRICS if name in found), *sorted(found - METRICS.keys())]:
             columns.append((panel, _metric(name)))
             several = panel.label and len(results.panels) > 1
             head.append(f"{panel.label}, {columns[-1][1].heading}" if several else columns[-1][1].heading)
