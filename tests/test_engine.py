@@ -22,6 +22,7 @@ from fedelta.patch_log import PatchedBase, PatchLog
 from fedelta.runner import Run, run
 from fedelta.server import Server, ServerState
 from fedelta.tasks import Classification, evaluate
+from federation import VARIANTS, label
 
 CHURN = {"participation": 0.5}
 HARD = {"epochs": 4, "batch_size": 8, "learning_rate": 0.01}
@@ -67,6 +68,14 @@ def test_every_method_learns(name: str, tiny_config: Any) -> None:
     assert [r["round"] for r in finished.records] == list(range(12))
     for record in finished.records:
         assert all(0 <= d < 3 for d in record["deviation"].values())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=label)
+def test_what_every_variant_sends_can_be_sent(name: str, options: dict[str, Any], tiny_config: Any) -> None:
+    """At α = r nothing is scaled on its way into a message: what a method gives twice is one tensor there."""
+    ranks, method = {"allocation": "uniform", "high": 4}, {"name": name, **options}
+    finished = run(tiny_config(method=method, ranks=ranks, rounds=3, lora={"alpha": 4}))
+    assert len(finished.records) == 3
 
 
 def test_equal_runs_give_equal_bytes(tiny_config: Any) -> None:

@@ -65,8 +65,13 @@ def count_bytes(blob: bytes) -> ByteCount:
 
 def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
     """Tensors and JSON facts as one safetensors blob; equal content gives equal bytes."""
-    contiguous = {key: tensors[key].detach().contiguous() for key in sorted(tensors)}
-    return safetensors.torch.save(contiguous, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    # safetensors refuses tensors of one storage; a method may well send the mean both as a factor and in a tail.
+    apart, storages = {}, set[int]()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().contiguous()
+        apart[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+    return safetensors.torch.save(apart, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
 
 
 def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
