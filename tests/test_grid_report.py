@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedelta.report import grid_tables
 from fedelta.report.grid import write_grid_report
+from fedelta.report.grid_differences import by_axis
 from fedelta.report.grid_figures import in_depth, short_names
 from fedelta.report.grid_results import gather
 from fedelta.report.grid_scores import all_scores, final, late, rounds_to_target
@@ -128,6 +129,34 @@ def test_what_can_not_be_tested_is_not() -> None:
     assert paired([0.5, 0.6], [0.5, 0.6]) is None
     assert paired([0.3, 0.5, 0.9], [0.1, 0.3, 0.7]) is None, "equal up to rounding"
     assert (spread([]), spread([0.5], 100), spread([0.5, 0.6], 100)) == ("–", "50.00", "55.00 ± 7.07")
+
+
+def test_differences_by_axis_are_paired_over_seeds_within_the_columns_of_a_value() -> None:
+    (results,) = gather(GRID, made_up_rows())
+    table = by_axis(results)
+    assert table.head == [
+        "columns",
+        "zero padding: deviation, %",
+        "replication, test",
+        "replication, late validation",
+    ]
+    first, second, both = table.rows
+    assert [row[0] for row in table.rows] == ["AG & News_4 %", "second_set", "all"]
+
+    def expected(columns: list[str]) -> str:
+        ours, theirs = (
+            [mean(ACCURACY[method, c][seed] for c in columns) for seed in range(3)]
+            for method in ("replication", "zero padding")
+        )
+        found = paired(ours, theirs)
+        assert found is not None
+        return f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f}, p {found.p:.3f})"
+
+    assert first[2] == expected(["first_set"])
+    assert second[2] == expected(["second_set"])
+    assert both[2] == expected(["first_set", "second_set"])
+    # (0 + 0.1 + 0.2 + 0.3)/4 of one layer, twice that of the other.
+    assert both[1] == "22.50 ± 0.00"
 
 
 def test_a_tasks_column_stands_where_the_task_has_that_score() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
-from fedelta.report import grid_figures, grid_scores, grid_tables
+from fedelta.report import grid_differences, grid_figures, grid_scores, grid_tables
 from fedelta.report.grid_results import Results, gather, places
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
@@ -18,6 +18,7 @@ TABLES: Mapping[View, Callable[[Results], TextTable]] = {
     "score": grid_scores.final,
     "late-score": grid_scores.late,
     "all-scores": grid_scores.all_scores,
+    "by-axis": grid_differences.by_axis,
     "rounds-to-target": grid_scores.rounds_to_target,
     "traffic": grid_tables.traffic,
     "energy": grid_tables.energy,

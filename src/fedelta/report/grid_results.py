@@ -184,6 +184,12 @@ def mean_by_module(cells: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, 
     return {module: mean(values) for module, values in found.items()}
 
 
+def mean_deviation(row: Row, kind: str) -> float | None:
+    """Mean over modules and rounds of a run."""
+    by_module = mean_by_module([deviations(row, kind)])
+    return mean(by_module.values()) if by_module else None
+
+
 def shares_of_energy(row: Row) -> list[list[float]]:
     """For each round the share of the adapter's energy in each rank index; zeros where it has none."""
     result = []

@@ -1,9 +1,9 @@
 """Tables of scores of a grid's experiments, with tests against the baseline."""
 
 from functools import partial
-from statistics import mean
 
 from fedelta.metrics import METRICS, Metric
+from fedelta.report.grid_differences import by_seed, difference, one_scale
 from fedelta.report.grid_results import (
     LATE,
     Measure,
@@ -85,8 +85,7 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
     metrics = {panel: results.metric(panel) for panel in results.panels}
     different = len(results.metrics) > 1
     head += [f"{p.label}, {metrics[p].title}" if different else p.label or title for p in results.panels]
-    # What is better must be more in all of them, or less.
-    several = len(results.panels) > 1 and len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
+    several = len(results.panels) > 1 and one_scale(results)
     if several:
         head += ["all: mean", "difference", "95 % interval", "p"]
     lines = []
@@ -100,7 +99,6 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
     if len(results.seeds) > 1:
         baseline = results.label(results.baseline)
         note += f" In brackets p of a paired t-test against {baseline} over seeds, not corrected for their number"
-        # Columns under one seed share shards, sampling and test texts: they are no independent pairs.
         note += "; all: of each seed's mean over the columns." if several else "."
         note += " What diverged is in no mean and no test."
     return TextTable(f"{results.name}-{name}", f"{results.title}: {title}", head, lines, note)
@@ -121,19 +119,11 @@ def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
 
 def _mean(results: Results, row: str, measure: Measure) -> str:
     """Over all columns, each seed's mean by itself."""
-    return spread(list(_by_seed(results, row, measure).values()), results.metrics[0].factor)
-
-
-def _by_seed(results: Results, row: str, measure: Measure) -> dict[int, float]:
-    """Seed → mean over the columns, where each of them has a value."""
-    found = [results.values(row, panel, measure) for panel in results.panels]
-    return {s: mean(values[s] for values in found) for s in found[0] if all(s in values for values in found)}
+    return spread(list(by_seed(results, row, measure, results.panels).values()), results.metrics[0].factor)
 
 
 def _difference(results: Results, row: str, measure: Measure) -> list[str]:
-    ours, theirs = (_by_seed(results, of, measure) for of in (row, results.baseline))
-    seeds = sorted(ours.keys() & theirs.keys())
-    found = None if row == results.baseline else paired([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    found = difference(results, row, measure, results.panels)
     if found is None:
         return ["", "", ""]
     factor = results.metrics[0].factor

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedelta.report.grid_results import (
     Panel,
     Results,
     deviations,
-    mean_by_module,
+    mean_deviation,
     shares_of_energy,
 )
 from fedelta.report.grid_scores import headings
@@ -121,8 +122,7 @@ def deviation(results: Results) -> TextTable:
         line = [results.label(row)]
         for panel in results.panels:
             for kind in kinds:
-                by_seed = [mean_by_module([deviations(cell, kind)]) for cell in results.trained(row, panel).values()]
-                found = [mean(by_module.values()) for by_module in by_seed if by_module]
+                found = list(results.values(row, panel, partial(mean_deviation, kind=kind)).values())
                 line.append(spread(found, 100, 2) if kind == "relative" else spread_of_small(found))
         lines.append(line)
     note = (

@@ -29,6 +29,7 @@ View = Literal[
     "score",
     "late-score",
     "all-scores",
+    "by-axis",
     "rounds-to-target",
     "curves",
     "traffic",

@@ -1,0 +1,82 @@
+"""Where a difference is, and where it is not: each row against the baseline, by the values of the other axes."""
+
+from collections.abc import Sequence
+from functools import partial
+from statistics import mean
+
+from fedelta.report.grid_results import LATE, Measure, Panel, Results, final_score, late_validation, mean_deviation
+from fedelta.report.statistics import Difference, p_value, paired, spread
+from fedelta.report.tables import TextTable
+
+MEASURES: dict[str, Measure] = {"test": final_score, "late validation": late_validation}
+
+
+def by_seed(results: Results, row: str, measure: Measure, panels: Sequence[Panel]) -> dict[int, float]:
+    """Seed → mean over these columns, where each of them has a value."""
+    found = [results.values(row, panel, measure) for panel in panels]
+    return {s: mean(values[s] for values in found) for s in found[0] if all(s in values for values in found)}
+
+
+def difference(results: Results, row: str, measure: Measure, panels: Sequence[Panel]) -> Difference | None:
+    """A row against the baseline, each seed's mean over these columns against the same seed's.
+
+    Columns under one seed share shards, sampling and test texts: they are no independent pairs.
+    """
+    if row == results.baseline:
+        return None
+    ours, theirs = (by_seed(results, of, measure, panels) for of in (row, results.baseline))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return paired([ours[s] for s in seeds], [theirs[s] for s in seeds])
+
+
+def one_scale(results: Results) -> bool:
+    """Whether scores of all columns can be averaged: as large, and better in one direction."""
+    return len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
+
+
+def by_axis(results: Results) -> TextTable:
+    """For each value of each other axis: the differences to the baseline over all columns with that value."""
+    others = [row for row in results.rows if row != results.baseline]
+    baseline = results.label(results.baseline)
+    lost = bool(_deviation(results, results.panels))
+    head = ["columns", *([f"{baseline}: deviation, %"] if lost else [])]
+    head += [f"{results.label(row)}, {title}" for row in others for title in MEASURES]
+    lines = []
+    for label, panels in _groups(results) if one_scale(results) else []:
+        line = [label]
+        if lost:
+            line.append(spread(_deviation(results, panels), 100))
+        for row in others:
+            for measure in MEASURES.values():
+                line.append(_text(difference(results, row, measure, panels), results.metrics[0].factor))
+        lines.append(line)
+    note = (
+        f"Differences to {baseline}, of the final model on the test split and of the last {LATE:.0%} of validations, "
+        "in units of the scores: mean over the columns with that value, 95 % interval and p of a paired t-test over "
+        "seeds, not corrected for their number."
+    )
+    if lost:
+        note += f" Deviation: what averaging A and B apart lost in a round of {baseline}, relative to ‖ΔW‖_F."
+    return TextTable(f"{results.name}-by-axis", f"{results.title}: differences by axis", head, lines, note)
+
+
+def _groups(results: Results) -> list[tuple[str, list[Panel]]]:
+    """Columns with each value of each axis that has several, and all of them."""
+    groups = []
+    for axis, values in results.experiment.axes.items():
+        if axis != results.experiment.rows and len(values) > 1:
+            for value in values:
+                groups.append((results.label(value), [p for p in results.panels if (axis, value) in p.values]))
+    return [(label, panels) for label, panels in [*groups, ("all", results.panels)] if panels]
+
+
+def _deviation(results: Results, panels: Sequence[Panel]) -> list[float]:
+    """Of the baseline, each seed's mean."""
+    measure = partial(mean_deviation, kind="relative")
+    return list(by_seed(results, results.baseline, measure, panels).values())
+
+
+def _text(found: Difference | None, factor: float) -> str:
+    if found is None:
+        return "–"
+    return f"{factor * found.mean:+.2f} ({factor * found.low:+.2f} to {factor * found.high:+.2f}, p {p_value(found)})"
