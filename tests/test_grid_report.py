@@ -141,7 +141,7 @@ def test_differences_by_axis_are_paired_over_seeds_within_the_columns_of_a_value
         "replication, late validation",
     ]
     first, second, both = table.rows
-    assert [row[0] for row in table.rows] == ["AG & News_4 %", "second_set", "all"]
+    assert [row[0] for row in table.rows] == ["data: AG & News_4 %", "data: second_set", "all columns"]
 
     def expected(columns: list[str]) -> str:
         ours, theirs = (

@@ -66,8 +66,10 @@ def _groups(results: Results) -> list[tuple[str, list[Panel]]]:
     for axis, values in results.experiment.axes.items():
         if axis != results.experiment.rows and len(values) > 1:
             for value in values:
-                groups.append((results.label(value), [p for p in results.panels if (axis, value) in p.values]))
-    return [(label, panels) for label, panels in [*groups, ("all", results.panels)] if panels]
+                groups.append(
+                    (f"{axis}: {results.label(value)}", [p for p in results.panels if (axis, value) in p.values])
+                )
+    return [(label, panels) for label, panels in [*groups, ("all columns", results.panels)] if panels]
 
 
 def _deviation(results: Results, panels: Sequence[Panel]) -> list[float]:
