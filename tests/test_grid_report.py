@@ -132,29 +132,34 @@ def test_what_can_not_be_tested_is_not() -> None:
 
 
 def test_differences_by_axis_are_paired_over_seeds_within_the_columns_of_a_value() -> None:
-    (results,) = gather(GRID, made_up_rows())
+    rows = made_up_rows()
+    for row in rows.values():
+        if row["method"] == "replication":
+            row["rounds"][0]["validation"]["accuracy"] += 0.05
+            row["test"]["accuracy"] += 0.1
+    (results,) = gather(GRID, rows)
     table = by_axis(results)
     assert table.head == [
         "columns",
         "zero padding: deviation, %",
-        "replication, test",
+        "replication, first validation",
         "replication, late validation",
+        "replication, test",
     ]
     first, second, both = table.rows
     assert [row[0] for row in table.rows] == ["data: AG & News_4 %", "data: second_set", "all columns"]
 
-    def expected(columns: list[str]) -> str:
+    def expected(columns: list[str], more: float) -> str:
         ours, theirs = (
             [mean(ACCURACY[method, c][seed] for c in columns) for seed in range(3)]
             for method in ("replication", "zero padding")
         )
-        found = paired(ours, theirs)
+        found = paired([value + more for value in ours], theirs)
         assert found is not None
         return f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f}, p {found.p:.3f})"
 
-    assert first[2] == expected(["first_set"])
-    assert second[2] == expected(["second_set"])
-    assert both[2] == expected(["first_set", "second_set"])
+    for row, columns in ((first, ["first_set"]), (second, ["second_set"]), (both, ["first_set", "second_set"])):
+        assert row[2:] == [expected(columns, more) for more in (0.05, 0, 0.1)]
     # (0 + 0.1 + 0.2 + 0.3)/4 of one layer, twice that of the other.
     assert both[1] == "22.50 ± 0.00"
 

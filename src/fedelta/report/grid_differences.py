@@ -4,11 +4,24 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import mean
 
-from fedelta.report.grid_results import LATE, Measure, Panel, Results, final_score, late_validation, mean_deviation
+from fedelta.report.grid_results import (
+    LATE,
+    Measure,
+    Panel,
+    Results,
+    final_score,
+    first_validation,
+    late_validation,
+    mean_deviation,
+)
 from fedelta.report.statistics import Difference, p_value, paired, spread
 from fedelta.report.tables import TextTable
 
-MEASURES: dict[str, Measure] = {"test": final_score, "late validation": late_validation}
+MEASURES: dict[str, Measure] = {
+    "first validation": first_validation,
+    "late validation": late_validation,
+    "test": final_score,
+}
 
 
 def by_seed(results: Results, row: str, measure: Measure, panels: Sequence[Panel]) -> dict[int, float]:
@@ -51,9 +64,9 @@ def by_axis(results: Results) -> TextTable:
                 line.append(_text(difference(results, row, measure, panels), results.metrics[0].factor))
         lines.append(line)
     note = (
-        f"Differences to {baseline}, of the final model on the test split and of the last {LATE:.0%} of validations, "
-        "in units of the scores: mean over the columns with that value, 95 % interval and p of a paired t-test over "
-        "seeds, not corrected for their number."
+        f"Differences to {baseline} in the first validation, in the mean of the last {LATE:.0%} of them, and of the "
+        "final model on the test split, in units of the scores: mean over the columns with that value, 95 % interval "
+        "and p of a paired t-test over seeds, not corrected for their number."
     )
     if lost:
         note += f" Deviation: what averaging A and B apart lost in a round of {baseline}, relative to ‖ΔW‖_F."

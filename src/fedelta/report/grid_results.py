@@ -116,6 +116,11 @@ def late_validation(row: Row) -> float | None:
     return late_score(row, LATE)
 
 
+def first_validation(row: Row) -> float | None:
+    """Before later rounds have made up for what an aggregation lost."""
+    return next((found for _, found in evaluations(row)), None)
+
+
 def rounds_to(target: float) -> Measure:
     """Finished rounds when the validation score first was at the target; None if it never was."""
     return lambda row: next((float(r) for r, found in evaluations(row) if metric_of(row).reaches(found, target)), None)
