@@ -69,8 +69,9 @@ def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
     apart, storages = {}, set[int]()
     for key in sorted(tensors):
         tensor = tensors[key].detach().contiguous()
-        apart[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
-        storages.add(tensor.untyped_storage().data_ptr())
+        storage = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     return safetensors.torch.save(apart, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
 
 

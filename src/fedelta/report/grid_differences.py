@@ -14,7 +14,7 @@ from fedelta.report.grid_results import (
     late_validation,
     mean_deviation,
 )
-from fedelta.report.statistics import Difference, p_value, paired, spread
+from fedelta.report.statistics import Difference, interval, p_value, paired, spread
 from fedelta.report.tables import TextTable
 
 MEASURES: dict[str, Measure] = {
@@ -79,9 +79,8 @@ def _groups(results: Results) -> list[tuple[str, list[Panel]]]:
     for axis, values in results.experiment.axes.items():
         if axis != results.experiment.rows and len(values) > 1:
             for value in values:
-                groups.append(
-                    (f"{axis}: {results.label(value)}", [p for p in results.panels if (axis, value) in p.values])
-                )
+                panels = [panel for panel in results.panels if (axis, value) in panel.values]
+                groups.append((f"{axis}: {results.label(value)}", panels))
     return [(label, panels) for label, panels in [*groups, ("all columns", results.panels)] if panels]
 
 
@@ -94,4 +93,4 @@ def _deviation(results: Results, panels: Sequence[Panel]) -> list[float]:
 def _text(found: Difference | None, factor: float) -> str:
     if found is None:
         return "–"
-    return f"{factor * found.mean:+.2f} ({factor * found.low:+.2f} to {factor * found.high:+.2f}, p {p_value(found)})"
+    return f"{factor * found.mean:+.2f} ({interval(found, factor)}, p {p_value(found)})"

@@ -13,7 +13,7 @@ from fedelta.report.grid_results import (
     late_validation,
     rounds_to,
 )
-from fedelta.report.statistics import p_value, paired, spread
+from fedelta.report.statistics import interval, p_value, paired, spread
 from fedelta.report.table import REACH
 from fedelta.report.tables import TextTable
 from fedelta.sweep.results import Row
@@ -127,8 +127,7 @@ def _difference(results: Results, row: str, measure: Measure) -> list[str]:
     if found is None:
         return ["", "", ""]
     factor = results.metrics[0].factor
-    interval = f"{factor * found.low:+.2f} to {factor * found.high:+.2f}"
-    return [f"{factor * found.mean:+.2f}", interval, p_value(found)]
+    return [f"{factor * found.mean:+.2f}", interval(found, factor), p_value(found)]
 
 
 def rounds_to_target(results: Results) -> TextTable:

@@ -49,6 +49,11 @@ def p_value(found: Difference) -> str:
     return f"{found.p:.3f}" if found.p >= 0.0005 else "<0.001"
 
 
+def interval(found: Difference, factor: float = 1.0) -> str:
+    """The confidence interval as text."""
+    return f"{factor * found.low:+.2f} to {factor * found.high:+.2f}"
+
+
 def deviation(values: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 of a single one."""
     return stdev(values) if len(values) > 1 else 0.0
