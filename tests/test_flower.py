@@ -291,6 +291,24 @@ def test_a_message_ends_where_it_says(tmp_path: Path) -> None:
         receive(mine)
 
 
+def test_an_answer_may_come_before_the_question_returns() -> None:
+    mine, other = socket.socketpair()
+
+    class AnsweredAtOnce(socket.socket):
+        """Whose other end has read a message, answered it and gone before `sendall` returns."""
+
+        def sendall(self, *data: Any) -> None:
+            super().sendall(*data)
+            if other.fileno() != -1:
+                receive(other)
+                other.sendall((8).to_bytes(8, "big") + b'{"ok":1}' + bytes(8))
+                other.close()
+
+    with AnsweredAtOnce(fileno=mine.detach()) as connection:
+        send(connection, {"kind": "query"})
+        assert receive(connection) == ({"ok": 1}, b"")
+
+
 def test_the_client_app_starts_without_torch() -> None:
     code = "import sys, fedelta.engines.flower.client_app; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -37,7 +37,10 @@ def listen(path: Path) -> socket.socket:
 def send(connection: socket.socket, facts: dict[str, Any], blob: bytes = b"") -> None:
     head = json.dumps(facts).encode()
     connection.sendall(LENGTH.pack(len(head)) + head + LENGTH.pack(len(blob)))
-    connection.sendall(blob)
+    # A message without a blob has ended: it may be answered already and the other side gone, where even sending
+    # nothing is a broken pipe.
+    if blob:
+        connection.sendall(blob)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
