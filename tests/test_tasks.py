@@ -255,6 +255,34 @@ def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Pat
         assert (found["exact/colour 0"], found["exact/colour 1"]) == (1, 0)
 
 
+def test_every_kind_of_question_counts_alike_in_the_macro_mean(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": "red", "task": "many" if i else "one"} for i in range(16)]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings(source=str(file), test=0.01)
+    shared = {"prompt": "{question} :", "completion": "{answer}", "answer": "text", "by": "task"}
+    task = Completion(**shared, metric="exact_macro", generate=Generation(max_new_tokens=3))
+    examples = task.examples(load_splits(settings, task.columns(settings))["train"], settings, [], build_tokenizer())
+    units = task.units(examples, 4, final=False)
+    found = task.score(
+        examples,
+        units,
+        [
+            [
+                [1.0, 1, None] if unit.what == "answer" else ["red" if examples.kinds[row] == "many" else "no"]
+                for row in unit.rows
+            ]
+            for unit in units
+        ],
+    )
+    many, one = found["exact/many"], found["exact/one"]
+    assert (many, one) == (1, 0)
+    assert found["exact_macro"] == 0.5
+    assert found["exact"] == (len(examples) - 1) / len(examples)
+    with pytest.raises(ValueError, match="metric exact_macro is not computed, found loss, perplexity, exact"):
+        Completion(**shared | {"by": None}, metric="exact_macro", generate=Generation())
+
+
 def test_a_number_is_learned_and_judged_by_correlation(tiny_config: Any, texts: Path, tmp_path: Path) -> None:
     lines = texts.read_text().splitlines()
     value = {"sea": "0.5", "sky": "2.5", "land": "4.5"}

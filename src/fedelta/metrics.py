@@ -63,6 +63,7 @@ METRICS = {
         Metric("rouge_l", "ROUGE-L"),
         Metric("cider", "CIDEr", percent=False),
         Metric("exact", "exact answers"),
+        Metric("exact_macro", "exact answers, mean of kinds"),
     )
 }
 

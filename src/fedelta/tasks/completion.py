@@ -43,12 +43,13 @@ class Completion(Task):
             is of what it generates; None does not.
         scores: of what is generated, by the extra `generation`.
         answer: what of a generated text is compared for `exact`.
-        by: column for whose values `exact` is counted apart besides, as `exact/VALUE`.
+        by: column for whose values `exact` is counted apart besides, as `exact/VALUE`, with `exact_macro`, the mean of
+            these: each value counts alike there, in `exact` each prompt.
         metric: by which runs are judged.
     """
 
     kind: Literal["completion"] = "completion"
-    metric: Literal["loss", "perplexity", "bleu", "nist", "meteor", "rouge_l", "cider", "exact"] = "loss"
+    metric: Literal["loss", "perplexity", "bleu", "nist", "meteor", "rouge_l", "cider", "exact", "exact_macro"] = "loss"
     prompt: str = "{prompt}"
     completion: str = "{completion}"
     chat: bool | None = None
@@ -74,7 +75,7 @@ class Completion(Task):
             raise ValueError("scores and answer are of what is generated: say how, as generate: {max_new_tokens: 64}")
         if self.by and not self.answer:
             raise ValueError("by counts exact answers: say which form they have, as answer: number")
-        made = (*OF_LOSS, *self.scores, *(["exact"] if self.answer else []))
+        made = (*OF_LOSS, *self.scores, *(["exact"] if self.answer else []), *(["exact_macro"] if self.by else []))
         if self.metric not in made:
             raise ValueError(f"metric {self.metric} is not computed, found {', '.join(made)}")
         return self
@@ -167,8 +168,13 @@ class Completion(Task):
                 right = [extract(text) in {extract(r) for r in wanted} - {None} for text, wanted in pairs]
                 scores["exact"] = mean(right)
                 kinds = [examples.kinds[row] for row in sorted(texts)] if self.by else []
-                for kind in sorted(set(kinds)):
-                    scores[f"exact/{kind}"] = mean(r for r, own in zip(right, kinds, strict=True) if own == kind)
+                by_kind = {
+                    kind: mean(r for r, own in zip(right, kinds, strict=True) if own == kind)
+                    for kind in sorted(set(kinds))
+                }
+                if by_kind:
+                    scores["exact_macro"] = mean(by_kind.values())
+                    scores |= {f"exact/{kind}": share for kind, share in by_kind.items()}
         return scores
 
 
