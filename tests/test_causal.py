@@ -12,7 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fedelta.adapter import Adapter, LoraPair, lora_scale
 from fedelta.checkpoint import load_checkpoint
+from fedelta.errors import FedeltaError
 from fedelta.methods import methods
+from fedelta.model import LoraModel, LoraSettings
 from fedelta.patch_log import PatchedBase
 from fedelta.peft_io import open_adapter
 from fedelta.run_export import export_run
@@ -48,6 +50,32 @@ def in_float64(finished: Run, base: Path, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
     return model.eval()(input_ids=tokens).logits.double()
+
+
+def test_lora_on_a_weight_that_two_modules_share_is_refused(causal: Any) -> None:
+    """The patch of a tied output layer would be added to the embedding too."""
+    for architecture in ("llama", "mistral"):  # tied, and not
+        base = AutoModelForCausalLM.from_pretrained(causal(architecture))
+        if base.config.tie_word_embeddings:
+            with pytest.raises(FedeltaError, match=r"module lm_head: its weight is model\.embed_tokens\.weight too"):
+                LoraModel(base, LoraSettings(target_modules=("lm_head", "q_proj")))
+        else:
+            model = LoraModel(base, LoraSettings(target_modules=("lm_head", "q_proj")))
+            assert "lm_head" in model.shapes
+
+
+def test_an_embedding_may_be_trained_whole_on_a_bf16_base(causal_config: Any, causal: Any) -> None:
+    finished = run(
+        causal_config(
+            "mistral",
+            model={"name": str(causal("mistral")), "dtype": "bfloat16"},
+            lora={"alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        )
+    )
+    before = AutoModelForCausalLM.from_pretrained(causal("mistral")).get_input_embeddings().weight.detach()
+    plain = AutoModelForCausalLM.from_pretrained(causal("mistral"))
+    plain = peft.PeftModel.from_pretrained(plain, str(finished.folder.adapter_folder))
+    assert distance(plain.get_input_embeddings().weight.detach(), before) > 1e-3, "it has learned"
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,12 @@ def test_unknown_target_modules_are_refused(tiny_bert: Path) -> None:
         make(tiny_bert, target_modules=("no_such_layer",))
 
 
+@pytest.mark.parametrize("pattern", ["(", "a[", "*"])
+def test_a_pattern_that_is_none_is_refused(pattern: str, tiny_bert: Path) -> None:
+    with pytest.raises(FedeltaError, match=r"lora\.target_modules: .* is no pattern"):
+        make(tiny_bert, target_modules=pattern)
+
+
 @pytest.mark.parametrize("named", [("bert.pooler",), ("pooler",), ()])
 def test_whatever_peft_trains_is_a_head_in_the_messages(named: tuple[str, ...], tiny_bert: Path) -> None:
     """PEFT adds the classifier to what it is asked for: a head outside the messages would leak between clients."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
-from causal import COLOURS, TASK, build_tokenizer
+from causal import COLOURS, SPECIAL, TASK, WORDS, build_tokenizer
 from fedelta.base_model import ModelSettings, load_base, load_tokenizer
 from fedelta.corpus import read_splits
 from fedelta.data import DataSettings
@@ -84,12 +86,19 @@ def test_what_a_model_is_asked_does_not_depend_on_the_answer(things: Path) -> No
 
 
 def test_a_token_across_the_seam_is_the_completions(things: Path) -> None:
-    """A word-piece tokenizer that puts a space before every text must not put one inside."""
-    tokenizer = build_tokenizer()
-    apart = colours(things, tokenizer, prompt="the colour of {article} {thing} is", completion=" : {answer} .")
-    together = colours(things, tokenizer)
-    assert [f["input_ids"] for f in apart.features] == [f["input_ids"] for f in together.features]
-    assert apart.weight([0]) == together.weight([0]) + 1
+    """Where a token holds the space before its word, as in Llama's vocabulary, a prompt may end within one."""
+    words = sorted({f"▁{word}" for word in WORDS} | {*WORDS, "▁"})
+    joined = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
+    joined.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, pad_token="<pad>", eos_token="</s>")
+    seam = colours(things, tokenizer, prompt="the colour of {article} {thing} is : ", completion="{answer} .")
+    clean = colours(things, tokenizer)
+    for i in range(len(seam)):
+        tokens, labels = seam.features[i]["input_ids"], seam.labels[i]
+        assert tokens == clean.features[i]["input_ids"], "as the one text that it is"
+        learned = tokenizer.convert_ids_to_tokens([token for token in labels if token != IGNORED])
+        assert learned == [f"▁{seam.references[i].split()[0]}", "▁.", "</s>"]
+        assert seam.prompts[i] == tokens[: len(tokens) - 3]
 
 
 def test_a_chat_template_makes_turns(things: Path) -> None:
@@ -104,6 +113,14 @@ def test_a_chat_template_makes_turns(things: Path) -> None:
     told = with_turns.features[0]["input_ids"][len(with_turns.prompts[0]) :]
     assert tokenizer.decode(told).split() == [*with_turns.references[0].split(), "</s>"]
     assert plain.prompts[0][0] == BEGIN
+    with pytest.warns(CutWarning):
+        cut = colours(things, tokenizer, 10)
+    assert {text["input_ids"][0] for text in cut.features} == {with_turns.prompts[0][0]}
+    for short, long in zip(cut.prompts, with_turns.prompts, strict=True):
+        header = 2  # «user :», which is not cut
+        assert short == [*long[:header], *long[header:][-(10 - header) :]]
+    with pytest.raises(FedeltaError, match=r"data\.max_length 3 leaves no room beside 2 tokens before every prompt"):
+        colours(things, tokenizer, 3)
     for template, reason in (
         ("{{ messages[0].content }}", "puts no special token after an answer"),
         ("{{ x.y }}", "fails"),

@@ -5,6 +5,7 @@ scale and heads are copied into it before it trains. What a client trains is the
 pass, not a second implementation of LoRA.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -78,6 +79,8 @@ class LoraModel:
                     "name its layers, or say all-linear"
                 ) from error
             raise FedeltaError(f"lora.target_modules: {error}") from error
+        except re.error as error:
+            raise FedeltaError(f"lora.target_modules: {settings.target_modules!r} is no pattern: {error}") from error
         prefix = "base_model.model."
         self.layers: dict[str, Any] = {
             name.removeprefix(prefix): module
@@ -87,6 +90,7 @@ class LoraModel:
         for name, layer in self.layers.items():
             if layer.lora_embedding_A:
                 raise FedeltaError(f"module {name}: LoRA on an embedding is not supported")
+        self._refuse_shared_weights()
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sorted(self.layers.items())}
         # As PEFT wrapped them, which is not always what it was asked for: whatever trains must be in the messages.
         self._head_wrappers: dict[str, Any] = {
@@ -98,6 +102,17 @@ class LoraModel:
         self.patch = BasePatch(self.layers, self.dtype)
         self._prepare_heads()
         self._quicken()
+
+    def _refuse_shared_weights(self) -> None:
+        """A base patch of a tied output layer would change the embedding too, and PEFT would merge it into both."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.peft.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name.removeprefix("base_model.model."))
+        for name, layer in self.layers.items():
+            own = f"{name}.base_layer.weight"
+            others = [other for other in names[id(layer.get_base_layer().weight)] if other != own]
+            if others:
+                raise FedeltaError(f"module {name}: its weight is {others[0]} too, and LoRA there would change both")
 
     def _quicken(self) -> None:
         if self.device.type == "cpu":
@@ -122,6 +137,9 @@ class LoraModel:
         for wrapper in self._head_wrappers.values():
             head = wrapper.modules_to_save[self.active].float()
             head.register_forward_pre_hook(_inputs_to_float32, with_kwargs=True)
+            if isinstance(head, nn.Embedding):
+                # What follows it is the backbone, and not the label.
+                head.register_forward_hook(lambda module, args, found: found.to(self.dtype))  # noqa: ARG005
 
     @property
     def parameters(self) -> list[nn.Parameter]:

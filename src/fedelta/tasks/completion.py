@@ -99,6 +99,9 @@ class Completion(Task):
         read = turns.read if self.makes_turns(tokenizer) else plain.read
         features, labels, asked, cut = [], [], [], 0
         for begin, before, after in read(prompts, completions, tokenizer):
+            if len(begin) + 2 > data.max_length:
+                found = f"{len(begin)} tokens before every prompt"
+                raise FedeltaError(f"data.max_length {data.max_length} leaves no room beside {found}")
             tokens, known = fit(begin, before, after, data.max_length)
             cut += len(tokens) < len(begin) + len(before) + len(after)
             features.append({"input_ids": tokens})

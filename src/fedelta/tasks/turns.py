@@ -8,12 +8,13 @@ from fedelta.tasks.plain import Tokens
 
 
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
-    """Of each text nothing apart, the tokens up to the answer, and those of the answer up to its end.
+    """Of each text the tokens before the user's words, the others up to the answer, and the answer's up to its end.
 
     Raises:
         FedeltaError: if the template fails, changes what it has said once an answer follows, or gives it no end.
     """
     end = end_of_answer(tokenizer)
+    begin = _before_the_user(tokenizer)
     for prompt, completion in zip(prompts, completions, strict=True):
         asked = _apply(tokenizer, [("user", prompt)], True)
         told = _apply(tokenizer, [("user", prompt), ("assistant", completion)], False)
@@ -21,7 +22,14 @@ def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> 
             raise FedeltaError("the tokenizer's chat template puts something else before an answer than before none")
         answer = told[len(asked) :]
         # After the end there may be a line break, which nobody has to learn.
-        yield [], asked, answer[: len(answer) - answer[::-1].index(end)]
+        own = begin if asked[: len(begin)] == begin else []
+        yield own, asked[len(own) :], answer[: len(answer) - answer[::-1].index(end)]
+
+
+def _before_the_user(tokenizer: Any) -> Tokens:
+    """What the template puts before any prompt: a text's beginning, a system's turn, the header of the user's."""
+    one, other = (_apply(tokenizer, [("user", prompt)], True) for prompt in ("a", "b"))
+    return one[: next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), 0)]
 
 
 def end_of_answer(tokenizer: Any) -> int:
