@@ -10,9 +10,9 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
-from fedelta.report import grid_tables
+from fedelta.report import grid_deviations
 from fedelta.report.grid import write_grid_report
-from fedelta.report.grid_differences import by_axis
+from fedelta.report.grid_differences import by_axis, by_round
 from fedelta.report.grid_figures import in_depth, short_names
 from fedelta.report.grid_results import gather
 from fedelta.report.grid_scores import all_scores, final, late, rounds_to_target
@@ -49,7 +49,15 @@ ACCURACY = {
     ("zero padding", "second_set"): (0.70, 0.70, 0.70),
     ("replication", "second_set"): (0.69, 0.72, 0.71),
 }
-FIGURES = ("curves", "deviation", "deviation-by-round", "deviation-by-round-scaled", "deviation-scaled", "energy")
+FIGURES = (
+    "curves",
+    "deviation",
+    "deviation-by-round",
+    "deviation-by-round-scaled",
+    "deviation-scaled",
+    "difference-by-round",
+    "energy",
+)
 BYTES = {"adapter": 4_000_000, "heads": 1_000_000, "patch": 0, "overhead": 500_000}
 
 
@@ -142,8 +150,8 @@ def test_differences_by_axis_are_paired_over_seeds_within_the_columns_of_a_value
     assert table.head == [
         "columns",
         "zero padding: deviation, %",
-        "replication, first validation",
-        "replication, late validation",
+        "replication, after round 1",
+        "replication, late",
         "replication, test",
     ]
     first, second, both = table.rows
@@ -254,9 +262,28 @@ def test_traffic_is_of_a_client_in_a_round() -> None:
     (results,) = gather(GRID, made_up_rows())
     # Three of four clients have 10 parameters, one has 20; four were sent something, though two answered.
     table = traffic(results)
-    assert table.head[1] == "AG & News_4 % LoRA parameters"
-    assert rows_of(table)["replication"][:6] == ["12", "1.000", "0.500", "0.000", "0.500", "2.250"]
-    assert rows_of(table)["full fine-tuning, computed"][:6] == ["1,000,000", "4.000", "4.000", "–", "–", "8.000"]
+    # One column for both sets, of which α alone differs. Of fp32: 1 MB down and half of it up are 375,000 numbers.
+    assert table.head[1:3] == ["LoRA parameters", "communicated"]
+    found = rows_of(table)
+    assert found["replication"] == ["12", "375,000", "1.000", "0.500", "0.000", "0.500", "2.250"]
+    assert found["full fine-tuning, computed"] == ["1,000,000", "2,000,000", "4.000", "4.000", "–", "–", "8.000"]
+
+
+def test_columns_of_traffic_are_named_by_what_tells_them_apart() -> None:
+    rows = made_up_rows()
+    for row in rows.values():
+        config = json.loads(row["config"])
+        if config["lora"]["alpha"] == 2:
+            row["clients"] = 30  # whose patches are wider
+            config["federation"]["precision"] = "int8"
+        row["config"] = json.dumps(config)
+    (results,) = gather(GRID, rows)
+    table = traffic(results)
+    assert [name for name in table.head if "LoRA" in name] == [
+        "AG & News_4 % LoRA parameters",
+        "second_set LoRA parameters",
+    ]
+    assert rows_of(table)["replication"][8] == "–", "bytes of int8 are no fourth parts of numbers"
 
 
 def test_the_first_round_has_no_patch_to_send() -> None:
@@ -265,7 +292,8 @@ def test_the_first_round_has_no_patch_to_send() -> None:
         for record in row["rounds"][1:]:
             record["down"] = BYTES | {"patch": 700_000 * record["sampled"]}
     (results,) = gather(GRID, rows)
-    assert rows_of(traffic(results))["replication"][3] == "0.700"
+    assert rows_of(traffic(results))["replication"][4] == "0.700"
+    assert rows_of(traffic(results))["replication"][1] == "550,000"
 
 
 def test_what_changes_no_bytes_makes_no_column() -> None:
@@ -278,7 +306,7 @@ def test_what_changes_no_bytes_makes_no_column() -> None:
             del config["federation"]["keep"]
         row["config"] = json.dumps(config)
     (results,) = gather(GRID, rows)
-    assert len(traffic(results).head) == 7
+    assert len(traffic(results).head) == 8
 
 
 def test_a_configured_target_is_the_target() -> None:
@@ -363,12 +391,78 @@ def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(t
 def test_the_table_of_deviation_is_of_means_over_modules_and_rounds() -> None:
     rows = made_up_rows()
     results = gather(GRID, rows)[0]
-    found = rows_of(grid_tables.deviation(results))["replication"]
+    found = rows_of(grid_deviations.deviation(results))["replication"]
     assert found[:2] == ["22.50 ± 0.00", "3.00e-03 ± 0.0e+00"]
     for row in rows.values():
         row["scaled_deviation"] = None  # as in a file of before it was measured
-    without = grid_tables.deviation(gather(GRID, rows)[0])
+    without = grid_deviations.deviation(gather(GRID, rows)[0])
     assert without.head[1:] == ["AG & News_4 % relative, %", "second_set relative, %"]
+
+
+def test_deviations_by_layer_matrix_and_round_are_means_over_all_else() -> None:
+    rows = made_up_rows()
+    for row in rows.values():
+        if row["method"] == "replication":
+            for record, scaled in zip(row["rounds"], row["scaled_deviation"], strict=True):
+                record["deviation"]["head"] = 0.9
+                scaled["head"] = 9e-3
+        else:
+            for record in row["rounds"]:
+                record["deviation"] = dict.fromkeys(record["deviation"], 0.0)
+            row["scaled_deviation"] = [dict.fromkeys(found, 0.0) for found in row["scaled_deviation"]]
+    results = gather(GRID, rows)[0]
+    layers, matrices, rounds = (
+        table(results) for table in (grid_deviations.by_layer, grid_deviations.by_matrix, grid_deviations.by_round)
+    )
+    for table in (layers, matrices, rounds):
+        assert [row[:2] for row in table.rows] == [
+            ["replication", "AG & News_4 %"],
+            ["replication", "second_set"],
+            ["replication", "all"],
+        ], "what loses nothing is left out"
+    assert layers.head[2:] == ["layer 0, relative, %", "layer 1, relative, %", "layer 0, scaled", "layer 1, scaled"]
+    assert layers.rows[0][2:] == ["15.00 ± 0.00", "30.00 ± 0.00", "1.50e-03 ± 0.0e+00", "4.50e-03 ± 0.0e+00"]
+    assert layers.rows[2][2:] == ["15.00", "30.00", "1.50e-03", "4.50e-03"]
+    assert matrices.head[2:4] == ["matrix head, relative, %", "matrix query, relative, %"]
+    assert matrices.rows[1][2:] == ["90.00 ± 0.00", "22.50 ± 0.00", "9.00e-03 ± 0.0e+00", "3.00e-03 ± 0.0e+00"]
+    assert rounds.head[2:6] == [f"round {r}, relative, %" for r in (1, 2, 3, 4)]
+    assert rounds.rows[0][2:6] == ["30.00 ± 0.00", "40.00 ± 0.00", "50.00 ± 0.00", "60.00 ± 0.00"]
+    for row in rows.values():
+        row["scaled_deviation"] = None
+        row["rounds"] = row["rounds"] * 5
+    many = grid_deviations.by_round(gather(GRID, rows)[0])
+    assert many.head[2:] == [f"round {r}, relative, %" for r in (1, 4, 6, 9, 12, 15, 17, 20)]
+
+
+def test_differences_round_by_round_are_paired_over_seeds() -> None:
+    rows = made_up_rows()
+    gains = {0: (0.05, 0.04, 0.06), 2: (0.01, -0.01, 0.0), 3: (0.02, 0.02, 0.03)}
+    for row in rows.values():
+        if row["method"] == "replication":
+            for r, gain in gains.items():
+                row["rounds"][r]["validation"]["accuracy"] += gain[row["seed"]]
+    (results,) = gather(GRID, rows)
+    table = by_round(results)
+    assert table.head == ["after round", "replication"]
+    assert [row[0] for row in table.rows] == ["1", "3", "4"], "the second round was not evaluated"
+
+    def accuracy(method: str, seed: int) -> float:
+        return mean(ACCURACY[method, data][seed] for data in ("first_set", "second_set"))
+
+    for (r, gain), row in zip(gains.items(), table.rows, strict=True):
+        ours = [accuracy("replication", seed) - 0.1 * (3 - r) + gain[seed] for seed in range(3)]
+        found = paired(ours, [accuracy("zero padding", seed) - 0.1 * (3 - r) for seed in range(3)])
+        assert found is not None
+        low, high = 100 * found.low, 100 * found.high
+        assert row[1] == f"{100 * found.mean:+.2f} ({low:+.2f} to {high:+.2f}, p {found.p:.3f})"
+
+
+def test_what_all_columns_share_is_in_the_title() -> None:
+    shown = GRID.model_dump() | {"experiments": {}}
+    shown["experiments"]["one"] = {"axes": {"method": "all", "data": "first_set"}, "rows": "method", "title": "One"}
+    grid = Grid.model_validate(shown)
+    assert gather(grid, made_up_rows())[0].title == "One, AG & News_4 %"
+    assert gather(GRID, made_up_rows())[0].title == "Main"
 
 
 def test_a_modules_short_name_tells_it_from_its_neighbours() -> None:

@@ -100,9 +100,13 @@ def residuals() -> tuple[TextTable, list[Path]]:
     ]
     figure, axes = pyplot().subplots(figsize=(7, 4.4), layout="constrained")
     for name, found in curves.items():
-        style = {"linestyle": "--"} if name.startswith("mean") else {}
+        style = {"marker": "o", "markersize": 3, "label": name, "linestyle": "--" if name.startswith("mean") else "-"}
         style["color"] = COLOURS[name.rpartition(" ")[2]] if not name.startswith("fedelta") else "k"
-        axes.plot(SPREADS, [mean(values) for values in found], marker="o", markersize=3, label=name, **style)
+        if name == "fedelta, fp32 arithmetic on bfloat16":
+            style |= {"linestyle": ":", "marker": "s"}
+        axes.plot(
+            SPREADS, [mean(values) for values in found], **{"marker": "o", "markersize": 3, "label": name} | style
+        )
     axes.axhspan(1, 1e12, color="grey", alpha=0.2)
     axes.text(0.4, 2, "noise", fontsize=9)
     axes.set(xscale="log", yscale="log", ylim=(1e-17, 1e9), xlabel="spread of clients / size of their mean")
@@ -155,7 +159,9 @@ def folding() -> tuple[TextTable, list[Path]]:
         seeds = [folded(step, seed) for seed in SEEDS]
         for name in seeds[0]:
             values = [[seed[name][r] for seed in seeds] for r in range(ROUNDS)]
-            draw_curve(axes, [(r + 1, mean(v), deviation(v)) for r, v in enumerate(values)], label=name)
+            # A single residual is kept as it is: an error of 0 has no place on this scale.
+            points = [(r + 1, mean(v), deviation(v)) for r, v in enumerate(values) if mean(v) > 0]
+            draw_curve(axes, points, label=name)
             lines.setdefault(name, [name]).append(_shown(values[-1]))
         axes.set(yscale="log", title=f"residuals of {step:g} ‖W‖", ylim=(1e-8, 3))
     grid[0].set_ylabel("relative error of the sum of residuals")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedelta.atomic import write_file
 from fedelta.errors import FedeltaError
-from fedelta.report import grid_differences, grid_figures, grid_scores, grid_tables
+from fedelta.report import grid_deviations, grid_differences, grid_figures, grid_scores, grid_tables
 from fedelta.report.grid_results import Results, gather, places
 from fedelta.report.tables import TextTable
 from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
@@ -24,13 +24,18 @@ TABLES: Mapping[View, Callable[[Results], TextTable]] = {
     "energy": grid_tables.energy,
     "first-aggregation": grid_tables.first_aggregation,
     "high-rank-clients": grid_tables.high_rank_clients,
-    "deviation": grid_tables.deviation,
+    "deviation": grid_deviations.deviation,
+    "deviation-by-layer": grid_deviations.by_layer,
+    "deviation-by-matrix": grid_deviations.by_matrix,
+    "deviation-by-round": grid_deviations.by_round,
+    "difference-by-round": grid_differences.by_round,
 }
 FIGURES: Mapping[View, Callable[[Results, Path], list[Path]]] = {
     "curves": grid_figures.curves,
     "energy": grid_figures.energy,
     "deviation": grid_figures.deviation,
     "deviation-by-round": grid_figures.deviation_by_round,
+    "difference-by-round": grid_figures.difference_by_round,
 }
 
 
@@ -98,8 +103,10 @@ def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
         scores = [late_score(rows[key], grid.tuning.last) for key in trial.keys if key in rows]
         text = "–"
         if scores:
-            factor = next(metric_of(rows[key]).factor for key in trial.keys if key in rows)
-            text = "diverged" if None in scores else f"{factor * sum(s or 0 for s in scores) / len(scores):.2f}"
+            metric = next(metric_of(rows[key]) for key in trial.keys if key in rows)
+            digits = 2 if metric.percent else 4
+            text = f"{metric.factor * sum(s or 0 for s in scores) / len(scores):.{digits}f}"
+            text = "diverged" if None in scores else text
         if chosen.get(trial.values) == trial.choice:
             text = f"{text} *"
         lines.setdefault(trial.values, [grid.labels_of(trial.values)]).append(text)

@@ -16,12 +16,7 @@ from fedelta.report.grid_results import (
 )
 from fedelta.report.statistics import Difference, interval, p_value, paired, spread
 from fedelta.report.tables import TextTable
-
-MEASURES: dict[str, Measure] = {
-    "first validation": first_validation,
-    "late validation": late_validation,
-    "test": final_score,
-}
+from fedelta.sweep.results import Row, evaluations
 
 
 def by_seed(results: Results, row: str, measure: Measure, panels: Sequence[Panel]) -> dict[int, float]:
@@ -47,26 +42,61 @@ def one_scale(results: Results) -> bool:
     return len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
 
 
+def measures(results: Results) -> dict[str, Measure]:
+    """What is compared, by its heading."""
+    first = {evaluations(cell)[0][0] for at in results.cells.values() for cell in at.values() if evaluations(cell)}
+    after = ", ".join(map(str, sorted(first)))
+    return {f"after round {after}": first_validation, "late": late_validation, "test": final_score}
+
+
+def rounds(results: Results) -> list[int]:
+    """After which any run was evaluated."""
+    return sorted({r for at in results.cells.values() for cell in at.values() for r, _ in evaluations(cell)})
+
+
+def validation_after(number: int, row: Row) -> float | None:
+    return dict(evaluations(row)).get(number)
+
+
+def by_round(results: Results) -> TextTable:
+    """The differences to the baseline round by round, over all columns."""
+    others = [row for row in results.rows if row != results.baseline]
+    baseline = results.label(results.baseline)
+    lines = []
+    for number in rounds(results) if one_scale(results) else []:
+        measure = partial(validation_after, number)
+        found = [difference(results, row, measure, results.panels) for row in others]
+        lines.append([str(number), *(_text(one, results.metrics[0].factor) for one in found)])
+    note = (
+        f"Validation scores less those of {baseline}, in units of the scores: mean over all columns, 95 % interval and "
+        "p of a paired t-test over seeds, not corrected for their number."
+    )
+    head = ["after round", *map(results.label, others)]
+    name, title = f"{results.name}-difference-by-round", f"{results.title}: differences to {baseline} by round"
+    return TextTable(name, title, head, lines, note)
+
+
 def by_axis(results: Results) -> TextTable:
     """For each value of each other axis: the differences to the baseline over all columns with that value."""
     others = [row for row in results.rows if row != results.baseline]
+    compared = measures(results)
     baseline = results.label(results.baseline)
     lost = bool(_deviation(results, results.panels))
     head = ["columns", *([f"{baseline}: deviation, %"] if lost else [])]
-    head += [f"{results.label(row)}, {title}" for row in others for title in MEASURES]
+    head += [f"{results.label(row)}, {title}" for row in others for title in compared]
     lines = []
     for label, panels in _groups(results) if one_scale(results) else []:
         line = [label]
         if lost:
             line.append(spread(_deviation(results, panels), 100))
         for row in others:
-            for measure in MEASURES.values():
+            for measure in compared.values():
                 line.append(_text(difference(results, row, measure, panels), results.metrics[0].factor))
         lines.append(line)
     note = (
-        f"Differences to {baseline} in the first validation, in the mean of the last {LATE:.0%} of them, and of the "
-        "final model on the test split, in units of the scores: mean over the columns with that value, 95 % interval "
-        "and p of a paired t-test over seeds, not corrected for their number."
+        f"Differences to {baseline} in the first validation, in the mean of the last {LATE:.0%} of them (late), and "
+        "of the final model on the test split, in units of the scores: mean over the columns with that value, 95 % "
+        "interval and p of a paired t-test over seeds, not corrected for their number."
     )
     if lost:
         note += f" Deviation: what averaging A and B apart lost in a round of {baseline}, relative to ‖ΔW‖_F."

@@ -1,11 +1,13 @@
 """Figures of a grid's experiments, as SVG and PNG."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from fedelta.report import statistics
+from fedelta.report.grid_differences import difference, one_scale, rounds, validation_after
 from fedelta.report.grid_results import Results, deviations, mean_by_module, mean_by_round, shares_of_energy
 from fedelta.report.plot import draw_curve, pyplot, save
 
@@ -69,18 +71,46 @@ def deviation_by_round(results: Results, folder: Path) -> list[Path]:
     return _deviations(results, folder, "deviation-by-round", _draw_by_round)
 
 
+def difference_by_round(results: Results, folder: Path) -> list[Path]:
+    """Each row's validation score less the baseline's, over all columns, with the 95 % interval."""
+    if not one_scale(results):
+        return []
+    figure, (axes,) = _panels(1, 1, (6.4, 4.0))
+    others = [row for row in results.rows if row != results.baseline]
+    factor, drawn = results.metrics[0].factor, False
+    for i, row in enumerate(others):
+        measured = [
+            (r, difference(results, row, partial(validation_after, r), results.panels)) for r in rounds(results)
+        ]
+        points = [(r, factor * found.mean, factor * (found.high - found.low) / 2) for r, found in measured if found]
+        if points:
+            drawn = True
+            draw_curve(axes, points, label=results.label(row), **_style(i, len(others)))
+    if not drawn:
+        pyplot().close(figure)
+        return []
+    axes.axhline(0, color="black", linewidth=0.8)
+    unit = "points" if factor == 100 else "units of the score"
+    axes.set(ylabel=f"validation less {results.label(results.baseline)}'s, {unit}; 95 % interval")
+    _legend(figure, [axes])
+    return save(_titled(figure, results), folder, f"{results.name}-difference-by-round")
+
+
 def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., None]) -> list[Path]:
     """One figure of relative deviations, and one of scaled ones where they were measured."""
     paths = []
     for kind, label in (("relative", "‖ΔW − B̄Ā‖ / ‖ΔW‖"), ("scaled", "‖ΔW − B̄Ā‖ / √(mn)")):
-        figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
+        # One scale, or half as much would look like as much.
+        figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8), share=True)
         drawn = False
         for axes, panel in zip(grid, results.panels, strict=False):
             for i, row in enumerate(results.rows):
                 found = [deviations(cell, kind) for cell in results.trained(row, panel).values()]
-                if any(map(any, found)):
+                if any(value for cell in found for by_module in cell for value in by_module.values()):
                     drawn = True
                     draw(axes, found, results.label(row), i, len(results.rows))
+                elif any(map(any, found)):
+                    axes.plot([], [], " ", label=f"{results.label(row)}: 0")
             axes.set(title=panel.label, ylabel=label, ylim=(0, None))
         if drawn:
             _legend(figure, grid)
@@ -143,11 +173,11 @@ def _band(values: Sequence[float], count: int) -> float:
     return statistics.deviation(values) if count <= CROWD else 0.0
 
 
-def _panels(count: int, across: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _panels(count: int, across: int, size: tuple[float, float], share: bool = False) -> tuple[Any, list[Any]]:
     across = min(count, across)
     down = -(-count // across)
     figure, grid = pyplot().subplots(
-        down, across, figsize=(size[0] * across, size[1] * down), layout="constrained", squeeze=False
+        down, across, figsize=(size[0] * across, size[1] * down), layout="constrained", squeeze=False, sharey=share
     )
     flat = list(grid.flat)
     for empty in flat[count:]:

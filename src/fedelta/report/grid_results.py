@@ -55,7 +55,9 @@ class Results:
 
     @property
     def title(self) -> str:
-        return self.experiment.title or self.name
+        """With the values that all columns share, which no column names."""
+        alone = [values[0] for axis, values in self.experiment.axes.items() if len(values) == 1]
+        return ", ".join([self.experiment.title or self.name, *map(self.label, alone)])
 
     @property
     def rows(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -10,15 +9,9 @@ from fedelta.config import parse_config
 from fedelta.corpus import client_names
 from fedelta.packing import ByteCount
 from fedelta.ranks import initial_ranks, quota
-from fedelta.report.grid_results import (
-    Panel,
-    Results,
-    deviations,
-    mean_deviation,
-    shares_of_energy,
-)
+from fedelta.report.grid_results import Panel, Results, shares_of_energy
 from fedelta.report.grid_scores import headings
-from fedelta.report.statistics import spread, spread_of_small
+from fedelta.report.statistics import spread
 from fedelta.report.table import MB
 from fedelta.report.tables import TextTable
 from fedelta.sweep.results import Row, agree
@@ -28,8 +21,7 @@ def traffic(results: Results) -> TextTable:
     """Parameters and measured bytes of a client in a round."""
     panels = _by_model(results)
     head = [results.experiment.rows]
-    for panel in panels:
-        label = panel.label if len(results.panels) > 1 else ""
+    for label in _told_apart(results, panels):
         head += [f"{label} LoRA parameters".strip(), *_PARTS]
     lines = []
     for row in results.rows:
@@ -47,15 +39,16 @@ def traffic(results: Results) -> TextTable:
         for found in whole:
             if found:
                 one, both = (f"{size * found[0] / MB:,.3f}" for size in (4, 8))
-                line += [f"{found[0]:,}", one, one, "–", "–", both]
+                line += [f"{found[0]:,}", f"{2 * found[0]:,}", one, one, "–", "–", both]
             else:
                 line += ["–"] * len(_TRAFFIC)
         lines.append(line)
     note = (
-        "A client in a round, mean over those that were sent something: LoRA parameters at the ranks of the last "
-        "round, and 10⁶ bytes as serialised: adapter (A and B, or the one of them that is sent), base patch (from the "
-        "second round on: in the first there is none), and modules trained whole (heads), both ways. All: these with "
-        "overhead. Full fine-tuning: all parameters in fp32."
+        "A client in a round, mean over those that were sent something: LoRA parameters that it has at the ranks of "
+        "the last round; parameters that are communicated, of adapter and base patch both ways (a dash where messages "
+        "are not of fp32); and 10⁶ bytes as serialised: adapter (A and B, or the one of them that is sent), base patch "
+        "(from the second round on: in the first there is none), and modules trained whole (heads), both ways. All: "
+        "these with overhead. Full fine-tuning: all parameters in fp32."
     )
     return TextTable(f"{results.name}-traffic", f"{results.title}: parameters and bytes a client", head, lines, note)
 
@@ -70,9 +63,18 @@ def _by_model(results: Results) -> list[Panel]:
             config = json.loads(cells[0]["config"])
             del config["lora"]["alpha"]  # which is chosen for the data
             differing = [config[name] for name in ("model", "lora", "ranks", "federation")]
+            # A patch grows with the clients that it is of.
+            differing.append(max(cell["clients"] for cell in cells))
             if not any(agree(differing, other) for other, _ in found):
                 found.append((differing, panel))
     return [panel for _, panel in found]
+
+
+def _told_apart(results: Results, panels: list[Panel]) -> list[str]:
+    """A label for each of these columns: the values in which they differ from each other."""
+    values = [dict(panel.values) for panel in panels]
+    axes = [axis for axis in (values[0] if values else {}) if len({of[axis] for of in values}) > 1]
+    return [", ".join(results.label(of[axis]) for axis in axes) for of in values]
 
 
 def lora_parameters(row: Row) -> float:
@@ -94,44 +96,29 @@ def _all_bytes(row: Row) -> float:
     return sum(_bytes(direction, part)(row) for direction in ("down", "up") for part in ByteCount._fields)
 
 
-_TRAFFIC: list[tuple[Callable[[Row], float], float, int]] = [
+def _communicated(row: Row) -> float | None:
+    if json.loads(row["config"])["federation"].get("precision", "float32") != "float32":
+        return None
+    parts = (("down", "adapter"), ("up", "adapter"), ("down", "patch"))
+    return sum(_bytes(direction, part)(row) for direction, part in parts) / 4
+
+
+_TRAFFIC: list[tuple[Callable[[Row], float | None], float, int]] = [
     (lora_parameters, 1, 0),
+    (_communicated, 1, 0),
     (_bytes("down", "adapter"), MB, 3),
     (_bytes("up", "adapter"), MB, 3),
     (_bytes("down", "patch"), MB, 3),
     (lambda row: _bytes("down", "heads")(row) + _bytes("up", "heads")(row), MB, 3),
     (_all_bytes, MB, 3),
 ]
-_PARTS = ("adapter down, MB", "adapter up, MB", "patch down, MB", "heads, MB", "all, MB")
+_PARTS = ("communicated", "adapter down, MB", "adapter up, MB", "patch down, MB", "heads, MB", "all, MB")
 
 
-def _averaged(cells: list[Row], measure: tuple[Callable[[Row], float], float, int]) -> str:
+def _averaged(cells: list[Row], measure: tuple[Callable[[Row], float | None], float, int]) -> str:
     function, unit, digits = measure
-    return f"{mean(function(cell) for cell in cells) / unit:,.{digits}f}"
-
-
-def deviation(results: Results) -> TextTable:
-    """What averaging the factors apart would lose, mean over modules and rounds."""
-    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
-    kinds = [kind for kind in ("relative", "scaled") if any(any(deviations(cell, kind)) for cell in cells)]
-    head = [results.experiment.rows]
-    units = {"relative": "relative, %", "scaled": "scaled"}
-    head += [f"{panel.label} {units[kind]}".strip() for panel in results.panels for kind in kinds]
-    lines = []
-    for row in results.rows:
-        line = [results.label(row)]
-        for panel in results.panels:
-            for kind in kinds:
-                found = list(results.values(row, panel, partial(mean_deviation, kind=kind)).values())
-                line.append(spread(found, 100, 2) if kind == "relative" else spread_of_small(found))
-        lines.append(line)
-    note = (
-        "What averaging A and B apart would lose in a round: ‖ΔW − B̄Ā‖_F of a module relative to ‖ΔW‖_F, and (scaled) "
-        "divided by √(m·n); mean over modules and rounds ± standard deviation over seeds. ΔW is the mean product of "
-        "the whole adapters: all that was learned since the adapter was last merged into the base, which some methods "
-        "do every round; the relative deviation compares methods of one kind alone."
-    )
-    return TextTable(f"{results.name}-deviation", f"{results.title}: deviation", head, lines, note)
+    found = [value for cell in cells if (value := function(cell)) is not None]
+    return f"{mean(found) / unit:,.{digits}f}" if found else "–"
 
 
 def energy(results: Results) -> TextTable:

@@ -35,7 +35,10 @@ View = Literal[
     "traffic",
     "energy",
     "deviation",
+    "deviation-by-layer",
+    "deviation-by-matrix",
     "deviation-by-round",
+    "difference-by-round",
     "first-aggregation",
     "high-rank-clients",
 ]
