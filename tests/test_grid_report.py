@@ -423,7 +423,7 @@ def test_deviations_by_layer_matrix_and_round_are_means_over_all_else() -> None:
     assert layers.head[2:] == ["layer 0, relative, %", "layer 1, relative, %", "layer 0, scaled", "layer 1, scaled"]
     assert layers.rows[0][2:] == ["15.00 ± 0.00", "30.00 ± 0.00", "1.50e-03 ± 0.0e+00", "4.50e-03 ± 0.0e+00"]
     assert layers.rows[2][2:] == ["15.00", "30.00", "1.50e-03", "4.50e-03"]
-    assert matrices.head[2:4] == ["matrix head, relative, %", "matrix query, relative, %"]
+    assert matrices.head[2:4] == ["head, relative, %", "query, relative, %"]
     assert matrices.rows[1][2:] == ["90.00 ± 0.00", "22.50 ± 0.00", "9.00e-03 ± 0.0e+00", "3.00e-03 ± 0.0e+00"]
     assert rounds.head[2:6] == [f"round {r}, relative, %" for r in (1, 2, 3, 4)]
     assert rounds.rows[0][2:6] == ["30.00 ± 0.00", "40.00 ± 0.00", "50.00 ± 0.00", "60.00 ± 0.00"]

@@ -82,7 +82,8 @@ def _table(results: Results, what: str, key: Callable[[int, str], str | None]) -
                     line += [_spread([m[c] for m in found[kind] if c in m], kind, len(panels)) for c in columns[kind]]
                 lines.append(line)
     head = [results.experiment.rows, "column"]
-    head += [f"{what} {column}, {KINDS[kind]}" for kind in kinds for column in columns[kind]]
+    prefix = "" if what == "matrix" else f"{what} "
+    head += [f"{prefix}{column}, {KINDS[kind]}" for kind in kinds for column in columns[kind]]
     note = (
         "‖ΔW − B̄Ā‖_F of a module in a round, relative to ‖ΔW‖_F and scaled by 1/√(m·n): mean over all else ± standard "
         "deviation over seeds (over all columns the mean alone). Methods that lose nothing are left out."
