@@ -110,7 +110,7 @@ class LoraModel:
             names.setdefault(id(parameter), []).append(name.removeprefix("base_model.model."))
         for name, layer in self.layers.items():
             own = f"{name}.base_layer.weight"
-            others = [other for other in names[id(layer.get_base_layer().weight)] if other != own]
+            others = [other for other in names.get(id(layer.get_base_layer().weight), []) if other != own]
             if others:
                 raise FedeltaError(f"module {name}: its weight is {others[0]} too, and LoRA there would change both")
 
