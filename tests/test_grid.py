@@ -10,7 +10,7 @@ import yaml
 from fedelta.config import Config, parse_config
 from fedelta.errors import FedeltaError
 from fedelta.metrics import METRICS
-from fedelta.sweep.cells import Expansion, Trial, cell_key, choose
+from fedelta.sweep.cells import Expansion, Plan, Trial, cell_key, choose
 from fedelta.sweep.grid import Grid, load_grid
 from fedelta.sweep.results import is_result_of, result_settings
 
@@ -118,6 +118,20 @@ def test_every_value_is_tuned_with_the_same_candidates_and_keeps_its_own_choice(
         assert config.rounds == 3
     only = Expansion(load(tmp_path, tuning=TUNING), (), {"method": ["mean"]})
     assert {trial.values for trial in only.trials()[1]} == {("mean",)}, "nothing is tuned that does not run"
+
+
+def test_an_experiment_may_go_through_what_others_are_tuned_by(tmp_path: Path) -> None:
+    rates = {"axes": {"rank": "all", "rate": "all"}, "rows": "rate", "tuned": False}
+    axes = GRID["axes"] | {"rate": {str(r): {"training.learning_rate": r} for r in (0.1, 0.2)}}
+    grid = load(tmp_path, tuning=TUNING, axes=axes, experiments=GRID["experiments"] | {"rates": rates})
+    alone = Expansion(grid, ["rates"])
+    assert alone.trials() == (Plan(), []), "nothing is tuned for it"
+    plan = Expansion(grid).cells({("mean",): {"training.learning_rate": 0.3}})
+    mine = [place for place in plan.places if place.experiment == "rates"]
+    assert len(mine) == 2 * 2 * 2
+    assert {plan.cells[place.key].training.learning_rate for place in mine} == {0.1, 0.2}
+    others = {plan.cells[p.key].training.learning_rate for p in plan.places if p.experiment == "all"}
+    assert others == {0.3}
 
 
 def test_combinations_of_axes_are_tuned_apart(tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ class Metric:
         return 100.0 if self.percent else 1.0
 
     @property
+    def digits(self) -> int:
+        """That are shown; one more where it is no share."""
+        return 2 if self.percent else 3
+
+    @property
     def heading(self) -> str:
         """Title and unit."""
         return f"{self.title}, %" if self.percent else self.title

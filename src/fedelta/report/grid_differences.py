@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import mean
 
+from fedelta.metrics import Metric
 from fedelta.report.grid_results import (
     LATE,
     Measure,
@@ -66,7 +67,7 @@ def by_round(results: Results) -> TextTable:
     for number in rounds(results) if one_scale(results) else []:
         measure = partial(validation_after, number)
         found = [difference(results, row, measure, results.panels) for row in others]
-        lines.append([str(number), *(_text(one, results.metrics[0].factor) for one in found)])
+        lines.append([str(number), *(_text(one, results.metrics[0]) for one in found)])
     note = (
         f"Validation scores less those of {baseline}, in units of the scores: mean over all columns, 95 % interval and "
         "p of a paired t-test over seeds, not corrected for their number."
@@ -91,7 +92,7 @@ def by_axis(results: Results) -> TextTable:
             line.append(spread(_deviation(results, panels), 100))
         for row in others:
             for measure in compared.values():
-                line.append(_text(difference(results, row, measure, panels), results.metrics[0].factor))
+                line.append(_text(difference(results, row, measure, panels), results.metrics[0]))
         lines.append(line)
     note = (
         f"Differences to {baseline} in the first validation, in the mean of the last {LATE:.0%} of them (late), and "
@@ -120,7 +121,8 @@ def _deviation(results: Results, panels: Sequence[Panel]) -> list[float]:
     return list(by_seed(results, results.baseline, measure, panels).values())
 
 
-def _text(found: Difference | None, factor: float) -> str:
+def _text(found: Difference | None, metric: Metric) -> str:
     if found is None:
         return "–"
-    return f"{factor * found.mean:+.2f} ({interval(found, factor)}, p {p_value(found)})"
+    factor, digits = metric.factor, metric.digits
+    return f"{factor * found.mean:+.{digits}f} ({interval(found, factor, digits)}, p {p_value(found)})"

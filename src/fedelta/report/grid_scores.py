@@ -52,7 +52,7 @@ def all_scores(results: Results) -> TextTable:
         for panel, metric in columns:
             measure = partial(_test_score, metric.name)
             values = list(results.values(row, panel, measure).values())
-            line.append(spread(values, metric.factor, 2 if metric.percent else 3) + _p(results, row, panel, measure))
+            line.append(spread(values, metric.factor, metric.digits) + _p(results, row, panel, measure))
         lines.append(line)
     note = (
         "Final model on the test split: mean ± standard deviation over seeds; in brackets p of a paired t-test against "
@@ -107,7 +107,7 @@ def _compared(results: Results, name: str, measure: Measure, title: str, note: s
 def _with_failures(results: Results, row: str, panel: Panel, measure: Measure) -> str:
     metric = results.metric(panel)
     values = list(results.values(row, panel, measure).values())
-    text = spread(values, metric.factor, 2 if metric.percent else 3)
+    text = spread(values, metric.factor, metric.digits)
     failed = len(results.cells.get((row, panel), {})) - len(results.trained(row, panel))
     return f"{text}, {failed} diverged" if failed else text
 
@@ -119,15 +119,19 @@ def _p(results: Results, row: str, panel: Panel, measure: Measure) -> str:
 
 def _mean(results: Results, row: str, measure: Measure) -> str:
     """Over all columns, each seed's mean by itself."""
-    return spread(list(by_seed(results, row, measure, results.panels).values()), results.metrics[0].factor)
+    return spread(
+        list(by_seed(results, row, measure, results.panels).values()),
+        results.metrics[0].factor,
+        results.metrics[0].digits,
+    )
 
 
 def _difference(results: Results, row: str, measure: Measure) -> list[str]:
     found = difference(results, row, measure, results.panels)
     if found is None:
         return ["", "", ""]
-    factor = results.metrics[0].factor
-    return [f"{factor * found.mean:+.2f}", interval(found, factor), p_value(found)]
+    factor, digits = results.metrics[0].factor, results.metrics[0].digits
+    return [f"{factor * found.mean:+.{digits}f}", interval(found, factor, digits), p_value(found)]
 
 
 def rounds_to_target(results: Results) -> TextTable:

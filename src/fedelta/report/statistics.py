@@ -49,9 +49,9 @@ def p_value(found: Difference) -> str:
     return f"{found.p:.3f}" if found.p >= 0.0005 else "<0.001"
 
 
-def interval(found: Difference, factor: float = 1.0) -> str:
+def interval(found: Difference, factor: float = 1.0, digits: int = 2) -> str:
     """The confidence interval as text."""
-    return f"{factor * found.low:+.2f} to {factor * found.high:+.2f}"
+    return f"{factor * found.low:+.{digits}f} to {factor * found.high:+.{digits}f}"
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -119,7 +119,8 @@ class Expansion:
         tuning = self.grid.tuning
         if tuning is None:
             return plan, trials
-        wanted = {tuple(at[a] for a in tuning.axes) for name in self.experiments for at in self._crossed(name)}
+        tuned = [name for name, experiment in self.experiments.items() if experiment.tuned]
+        wanted = {tuple(at[a] for a in tuning.axes) for name in tuned for at in self._crossed(name)}
         for values in itertools.product(*(self.grid.axes[axis] for axis in tuning.axes)):
             if values not in wanted:
                 continue
@@ -141,8 +142,8 @@ class Expansion:
                 all, as they are without any tuning.
         """
         plan = Plan()
-        tuned = self.grid.tuning.axes if self.grid.tuning and chosen is not None else None
         for name, experiment in self.experiments.items():
+            tuned = self.grid.tuning.axes if self.grid.tuning and chosen is not None and experiment.tuned else None
             for seed in self.grid.seeds:
                 for values in self._crossed(name):
                     choice = (chosen or {}).get(tuple(values[axis] for axis in tuned)) if tuned else {}

@@ -77,6 +77,7 @@ class Experiment(Settings):
         rows: the axis whose values are compared: rows of tables, lines of plots. The other axes make the columns.
         baseline: the value of `rows` against which the others are tested; None is the first.
         show: tables and plots to make.
+        tuned: whether its cells have what was chosen; without it an axis may go through the candidates.
     """
 
     title: str = ""
@@ -85,6 +86,7 @@ class Experiment(Settings):
     rows: str
     baseline: str | None = None
     show: tuple[View, ...] = ("score", "curves")
+    tuned: bool = True
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -168,7 +170,7 @@ class Grid(Settings):
                 raise ValueError(f"experiments.{name}.rows is {experiment.rows!r}, expected one of its axes")
             if experiment.baseline not in (None, *experiment.axes[experiment.rows]):
                 raise ValueError(f"experiments.{name}.baseline {experiment.baseline!r} is none of its rows")
-            for axis in self.tuning.axes if self.tuning is not None else ():
+            for axis in self.tuning.axes if self.tuning is not None and experiment.tuned else ():
                 if axis not in experiment.axes:
                     raise ValueError(f"experiments.{name} lacks the axis {axis!r}, which is tuned")
         if self.tuning is not None:
