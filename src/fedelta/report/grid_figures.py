@@ -91,7 +91,7 @@ def difference_by_round(results: Results, folder: Path) -> list[Path]:
         return []
     axes.axhline(0, color="black", linewidth=0.8)
     unit = "points" if factor == 100 else "units of the score"
-    axes.set(ylabel=f"validation less {results.label(results.baseline)}'s, {unit}; 95 % interval")
+    axes.set(ylabel=f"validation less {results.label(results.baseline)}'s,\n{unit}; 95 % interval")
     _legend(figure, [axes])
     return save(_titled(figure, results), folder, f"{results.name}-difference-by-round")
 
@@ -111,7 +111,9 @@ def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., N
                     draw(axes, found, results.label(row), i, len(results.rows))
                 elif any(map(any, found)):
                     axes.plot([], [], " ", label=f"{results.label(row)}: 0")
-            axes.set(title=panel.label, ylabel=label, ylim=(0, None))
+            axes.set(title=panel.label, ylabel=label)
+        # When all is drawn: a limit on one panel ends the growing of the scale that they share.
+        grid[0].set_ylim(bottom=0)
         if drawn:
             _legend(figure, grid)
             suffix = "" if kind == "relative" else f"-{kind}"
