@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
-from fedelta.report import grid_deviations
+from fedelta.report import grid_deviations, grid_figures
 from fedelta.report.grid import write_grid_report
 from fedelta.report.grid_differences import by_axis, by_round
 from fedelta.report.grid_figures import in_depth, short_names
@@ -455,6 +455,28 @@ def test_differences_round_by_round_are_paired_over_seeds() -> None:
         assert found is not None
         low, high = 100 * found.low, 100 * found.high
         assert row[1] == f"{100 * found.mean:+.2f} ({low:+.2f} to {high:+.2f}, p {found.p:.3f})"
+
+
+@pytest.mark.parametrize("draw", [grid_figures.deviation, grid_figures.deviation_by_round])
+def test_panels_of_deviation_share_a_scale_that_holds_all_of_them(
+    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = made_up_rows()
+    for row in rows.values():
+        if row["test"]["accuracy"] >= 0.69:  # of the second panel
+            for record in row["rounds"]:
+                record["deviation"] = {module: 7 * value for module, value in record["deviation"].items()}
+    seen = []
+    monkeypatch.setattr(grid_figures, "save", lambda figure, *_: seen.append(figure) or [])
+    draw(gather(GRID, rows)[0], tmp_path)
+    assert len(seen) == 2
+    for figure in seen:
+        panels = [axes for axes in figure.axes if axes.lines]
+        assert len({axes.get_ylim() for axes in panels}) == 1
+        for axes in panels:
+            low, high = axes.get_ylim()
+            assert low == 0
+            assert max(max(line.get_ydata()) for line in axes.lines) <= high
 
 
 def test_what_all_columns_share_is_in_the_title() -> None:

@@ -252,6 +252,12 @@ def test_unknown_target_modules_are_refused(tiny_bert: Path) -> None:
         make(tiny_bert, target_modules=("no_such_layer",))
 
 
+def test_a_target_without_a_layer_is_refused_beside_one_that_has_some(tiny_bert: Path) -> None:
+    with pytest.raises(FedeltaError, match=r"lora\.target_modules: no layer's name is or ends with 'vlaue'"):
+        make(tiny_bert, target_modules=("query", "vlaue"))
+    assert len(make(tiny_bert, target_modules=("query", "layer.0.attention.self.value")).shapes) == 3
+
+
 @pytest.mark.parametrize("pattern", ["(", "a[", "*"])
 def test_a_pattern_that_is_none_is_refused(pattern: str, tiny_bert: Path) -> None:
     with pytest.raises(FedeltaError, match=r"lora\.target_modules: .* is no pattern"):

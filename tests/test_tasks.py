@@ -77,6 +77,12 @@ def test_a_completion_that_is_too_long_leaves_the_prompt_half_of_the_room(things
     assert all(label[:4] == [IGNORED] * 4 and IGNORED not in label[4:] for label in cut.labels)
 
 
+def test_answers_that_may_not_be_long_enough_are_told(things: Path) -> None:
+    generate = {"max_new_tokens": 2}
+    with pytest.warns(CutWarning, match=r"(\d+) of \1 completions are longer than task\.generate\.max_new_tokens 2"):
+        colours(things, build_tokenizer(), generate=generate)
+
+
 def test_what_a_model_is_asked_does_not_depend_on_the_answer(things: Path) -> None:
     with pytest.warns(CutWarning):
         short, long = (

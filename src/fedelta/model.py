@@ -90,6 +90,7 @@ class LoraModel:
         for name, layer in self.layers.items():
             if layer.lora_embedding_A:
                 raise FedeltaError(f"module {name}: LoRA on an embedding is not supported")
+        self._refuse_missing_targets()
         self._refuse_shared_weights()
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sorted(self.layers.items())}
         # As PEFT wrapped them, which is not always what it was asked for: whatever trains must be in the messages.
@@ -102,6 +103,13 @@ class LoraModel:
         self.patch = BasePatch(self.layers, self.dtype)
         self._prepare_heads()
         self._quicken()
+
+    def _refuse_missing_targets(self) -> None:
+        """PEFT passes over a name without a layer, as long as another one has some."""
+        targets = self.settings.target_modules
+        for name in targets if isinstance(targets, tuple) else ():
+            if not any(f".{layer}".endswith(f".{name}") for layer in self.layers):
+                raise FedeltaError(f"lora.target_modules: no layer's name is or ends with {name!r}")
 
     def _refuse_shared_weights(self) -> None:
         """A base patch of a tied output layer would change the embedding too, and PEFT would merge it into both."""
