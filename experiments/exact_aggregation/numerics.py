@@ -104,9 +104,7 @@ def residuals() -> tuple[TextTable, list[Path]]:
         style["color"] = COLOURS[name.rpartition(" ")[2]] if not name.startswith("fedelta") else "k"
         if name == "fedelta, fp32 arithmetic on bfloat16":
             style |= {"linestyle": ":", "marker": "s"}
-        axes.plot(
-            SPREADS, [mean(values) for values in found], **{"marker": "o", "markersize": 3, "label": name} | style
-        )
+        axes.plot(SPREADS, [mean(values) for values in found], **style)
     axes.axhspan(1, 1e12, color="grey", alpha=0.2)
     axes.text(0.4, 2, "noise", fontsize=9)
     axes.set(xscale="log", yscale="log", ylim=(1e-17, 1e9), xlabel="spread of clients / size of their mean")

@@ -1,13 +1,12 @@
 """Tables of what averaging A and B apart would lose: as a whole, by depth, by matrix, by round."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import mean
 
-from fedelta.report.grid_results import Results, deviations, mean_deviation
+from fedelta.report.grid_results import Results, deviations, mean_by, mean_deviation
 from fedelta.report.statistics import spread, spread_of_small
 from fedelta.report.tables import TextTable
-from fedelta.sweep.results import Row
 
 KINDS = {"relative": "relative, %", "scaled": "scaled"}
 MOST = 8
@@ -16,7 +15,8 @@ MOST = 8
 
 def deviation(results: Results) -> TextTable:
     """What averaging the factors apart would lose, mean over modules and rounds."""
-    kinds = _kinds(results)
+    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
+    kinds = [kind for kind in KINDS if any(any(deviations(cell, kind)) for cell in cells)]
     head = [results.experiment.rows]
     head += [f"{panel.label} {KINDS[kind]}".strip() for panel in results.panels for kind in kinds]
     lines = []
@@ -44,7 +44,7 @@ def by_layer(results: Results) -> TextTable:
 
 def by_matrix(results: Results) -> TextTable:
     """The same by a module's name within its layer."""
-    return _table(results, "matrix", lambda _, module: matrix(module))
+    return _table(results, "matrix", lambda _, module: _matrix(module))
 
 
 def by_round(results: Results) -> TextTable:
@@ -52,7 +52,7 @@ def by_round(results: Results) -> TextTable:
     return _table(results, "round", lambda number, _: str(number))
 
 
-def matrix(module: str) -> str:
+def _matrix(module: str) -> str:
     """What comes after the last number in a module's name: `layer.0.attention.query` → `attention.query`."""
     parts = module.split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
@@ -65,25 +65,32 @@ def _table(results: Results, what: str, key: Callable[[int, str], str | None]) -
     Args:
         key: of a round, counted from 1, and a module; None leaves it out.
     """
-    kinds = _kinds(results)
-    lines, columns = [], {kind: _some(_keys(results, kind, key), what) for kind in kinds}
+    measured = {
+        (row, panel): [
+            {kind: mean_by([deviations(cell, kind)], key) for kind in KINDS}
+            for cell in results.trained(row, panel).values()
+        ]
+        for row in results.rows
+        for panel in results.panels
+    }
+    every = [means for cells in measured.values() for means in cells]
+    columns = {kind: _some({name for means in every for name in means[kind]}) for kind in KINDS}
     wholes = [(panel.label or "all", [panel]) for panel in results.panels]
     if len(results.panels) > 1:
         wholes.append(("all", results.panels))
+    lines = []
     for row in results.rows:
         for label, panels in wholes:
-            found = {
-                kind: [_means(cell, kind, key) for panel in panels for cell in results.trained(row, panel).values()]
-                for kind in kinds
-            }
-            if any(any(means.values()) for cells in found.values() for means in cells):
+            found = [means for panel in panels for means in measured[row, panel]]
+            if any(any(by_key.values()) for means in found for by_key in means.values()):
                 line = [results.label(row), label]
-                for kind in kinds:
-                    line += [_spread([m[c] for m in found[kind] if c in m], kind, len(panels)) for c in columns[kind]]
+                for kind, names in columns.items():
+                    values = [[means[kind][name] for means in found if name in means[kind]] for name in names]
+                    line += [_spread(of, kind, len(panels)) for of in values]
                 lines.append(line)
     head = [results.experiment.rows, "column"]
-    prefix = "" if what == "matrix" else f"{what} "
-    head += [f"{prefix}{column}, {KINDS[kind]}" for kind in kinds for column in columns[kind]]
+    for kind, names in columns.items():
+        head += [f"{what} {name}, {KINDS[kind]}" if name.isdigit() else f"{name}, {KINDS[kind]}" for name in names]
     note = (
         "‖ΔW − B̄Ā‖_F of a module in a round, relative to ‖ΔW‖_F and scaled by 1/√(m·n): mean over all else ± standard "
         "deviation over seeds (over all columns the mean alone). Methods that lose nothing are left out."
@@ -91,33 +98,12 @@ def _table(results: Results, what: str, key: Callable[[int, str], str | None]) -
     return TextTable(f"{results.name}-deviation-by-{what}", f"{results.title}: deviation by {what}", head, lines, note)
 
 
-def _kinds(results: Results) -> list[str]:
-    """Those that were measured."""
-    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
-    return [kind for kind in KINDS if any(any(deviations(cell, kind)) for cell in cells)]
-
-
-def _keys(results: Results, kind: str, key: Callable[[int, str], str | None]) -> list[str]:
-    cells = [cell for row in results.rows for panel in results.panels for cell in results.trained(row, panel).values()]
-    return list(dict.fromkeys(name for cell in cells for name in _means(cell, kind, key)))
-
-
-def _some(keys: Iterable[str], what: str) -> list[str]:
-    found = sorted(keys, key=lambda name: (len(name) if name.isdigit() else 0, name))
-    if what == "matrix" or len(found) <= MOST:
+def _some(names: Iterable[str]) -> list[str]:
+    """In order; of many numbers some."""
+    found = sorted(names, key=lambda name: (len(name) if name.isdigit() else 0, name))
+    if len(found) <= MOST or not all(map(str.isdigit, found)):
         return found
     return [found[round(i * (len(found) - 1) / (MOST - 1))] for i in range(MOST)]
-
-
-def _means(row: Row, kind: str, key: Callable[[int, str], str | None]) -> Mapping[str, float]:
-    """Key → mean over the modules and rounds of a run that have it."""
-    found: dict[str, list[float]] = {}
-    for number, by_module in enumerate(deviations(row, kind), 1):
-        for module, value in by_module.items():
-            name = key(number, module)
-            if name is not None:
-                found.setdefault(name, []).append(value)
-    return {name: mean(values) for name, values in found.items()}
 
 
 def _spread(values: Sequence[float], kind: str, panels: int = 1) -> str:

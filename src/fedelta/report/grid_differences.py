@@ -50,12 +50,16 @@ def measures(results: Results) -> dict[str, Measure]:
     return {f"after round {after}": first_validation, "late": late_validation, "test": final_score}
 
 
-def rounds(results: Results) -> list[int]:
-    """After which any run was evaluated."""
-    return sorted({r for at in results.cells.values() for cell in at.values() for r, _ in evaluations(cell)})
+def over_rounds(results: Results, row: str) -> dict[int, Difference | None]:
+    """Finished rounds → a row's validation score against the baseline's, over all columns; nothing where these can't be
+    averaged."""
+    if not one_scale(results):
+        return {}
+    numbers = sorted({r for at in results.cells.values() for cell in at.values() for r, _ in evaluations(cell)})
+    return {r: difference(results, row, partial(_validation_after, r), results.panels) for r in numbers}
 
 
-def validation_after(number: int, row: Row) -> float | None:
+def _validation_after(number: int, row: Row) -> float | None:
     return dict(evaluations(row)).get(number)
 
 
@@ -63,11 +67,9 @@ def by_round(results: Results) -> TextTable:
     """The differences to the baseline round by round, over all columns."""
     others = [row for row in results.rows if row != results.baseline]
     baseline = results.label(results.baseline)
-    lines = []
-    for number in rounds(results) if one_scale(results) else []:
-        measure = partial(validation_after, number)
-        found = [difference(results, row, measure, results.panels) for row in others]
-        lines.append([str(number), *(_text(one, results.metrics[0]) for one in found)])
+    found = [over_rounds(results, row) for row in others]
+    numbers = found[0] if found else ()
+    lines = [[str(r), *(_text(by_number[r], results.metrics[0]) for by_number in found)] for r in numbers]
     note = (
         f"Validation scores less those of {baseline}, in units of the scores: mean over all columns, 95 % interval and "
         "p of a paired t-test over seeds, not corrected for their number."

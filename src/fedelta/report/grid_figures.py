@@ -1,13 +1,12 @@
 """Figures of a grid's experiments, as SVG and PNG."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from fedelta.report import statistics
-from fedelta.report.grid_differences import difference, one_scale, rounds, validation_after
+from fedelta.report.grid_differences import over_rounds
 from fedelta.report.grid_results import Results, deviations, mean_by_module, mean_by_round, shares_of_energy
 from fedelta.report.plot import draw_curve, pyplot, save
 
@@ -73,22 +72,18 @@ def deviation_by_round(results: Results, folder: Path) -> list[Path]:
 
 def difference_by_round(results: Results, folder: Path) -> list[Path]:
     """Each row's validation score less the baseline's, over all columns, with the 95 % interval."""
-    if not one_scale(results):
+    factor = results.metrics[0].factor
+    others = [row for row in results.rows if row != results.baseline]
+    lines = []
+    for row in others:
+        found = [(number, one) for number, one in over_rounds(results, row).items() if one]
+        lines.append([(number, factor * one.mean, factor * (one.high - one.low) / 2) for number, one in found])
+    if not any(lines):
         return []
     figure, (axes,) = _panels(1, 1, (6.4, 4.0))
-    others = [row for row in results.rows if row != results.baseline]
-    factor, drawn = results.metrics[0].factor, False
-    for i, row in enumerate(others):
-        measured = [
-            (r, difference(results, row, partial(validation_after, r), results.panels)) for r in rounds(results)
-        ]
-        points = [(r, factor * found.mean, factor * (found.high - found.low) / 2) for r, found in measured if found]
+    for i, (row, points) in enumerate(zip(others, lines, strict=True)):
         if points:
-            drawn = True
             draw_curve(axes, points, label=results.label(row), **_style(i, len(others)))
-    if not drawn:
-        pyplot().close(figure)
-        return []
     axes.axhline(0, color="black", linewidth=0.8)
     unit = "points" if factor == 100 else "units of the score"
     axes.set(ylabel=f"validation less {results.label(results.baseline)}'s,\n{unit}; 95 % interval")

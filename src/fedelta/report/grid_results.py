@@ -181,14 +181,25 @@ def deviations(row: Row, kind: str) -> list[dict[str, float]]:
     return [record["deviation"] for record in row["rounds"]] if kind == "relative" else row["scaled_deviation"] or []
 
 
-def mean_by_module(cells: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
-    """Module → deviation, mean over rounds and cells."""
+def mean_by(cells: Sequence[Sequence[Mapping[str, float]]], key: Callable[[int, str], str | None]) -> dict[str, float]:
+    """Key → deviation, mean over the rounds, modules and cells that have it.
+
+    Args:
+        key: of a round, counted from 1, and a module; None leaves it out.
+    """
     found: dict[str, list[float]] = {}
     for cell in cells:
-        for by_module in cell:
+        for number, by_module in enumerate(cell, 1):
             for module, value in by_module.items():
-                found.setdefault(module, []).append(value)
-    return {module: mean(values) for module, values in found.items()}
+                name = key(number, module)
+                if name is not None:
+                    found.setdefault(name, []).append(value)
+    return {name: mean(values) for name, values in found.items()}
+
+
+def mean_by_module(cells: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Module → deviation, mean over rounds and cells."""
+    return mean_by(cells, lambda _, module: module)
 
 
 def mean_deviation(row: Row, kind: str) -> float | None:

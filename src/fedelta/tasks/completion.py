@@ -97,23 +97,18 @@ class Completion(Task):
         prompts = [_fill(self.prompt, line) for line in lines]
         completions = [_fill(self.completion, line) for line in lines]
         read = turns.read if self.makes_turns(tokenizer) else plain.read
-        features, labels, asked, told, cut = [], [], [], [], 0
+        features, labels, asked, cut, longer = [], [], [], 0, 0
         for begin, before, after in read(prompts, completions, tokenizer):
-            if len(begin) + 2 > data.max_length:
-                found = f"{len(begin)} tokens before every prompt"
-                raise FedeltaError(f"data.max_length {data.max_length} leaves no room beside {found}")
             tokens, known = fit(begin, before, after, data.max_length)
             cut += len(tokens) < len(begin) + len(before) + len(after)
-            told.append(after)
+            longer += self.generate is not None and len(after) > self.generate.max_new_tokens
             features.append({"input_ids": tokens})
             labels.append([*[IGNORED] * known, *tokens[known:]])
             # Cut whatever the answer is: an answer's length must not tell what it is.
             asked.append(fit(begin, before, [], data.max_length)[0])
-        if self.generate is not None:
-            longer = sum(len(after) > self.generate.max_new_tokens for after in told)
-            if longer:
-                what = f"completions are longer than task.generate.max_new_tokens {self.generate.max_new_tokens}"
-                warnings.warn(f"{longer} of {len(lines)} {what}", CutWarning, stacklevel=2)
+        if self.generate is not None and longer:
+            what = f"completions are longer than task.generate.max_new_tokens {self.generate.max_new_tokens}"
+            warnings.warn(f"{longer} of {len(lines)} {what}", CutWarning, stacklevel=2)
         if cut:
             warnings.warn(f"{cut} of {len(lines)} texts are longer than data.max_length", CutWarning, stacklevel=2)
         groups = [str(line[self.group]) for line in lines] if self.group else prompts

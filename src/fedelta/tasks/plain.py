@@ -41,7 +41,12 @@ def fit(begin: Tokens, before: Tokens, after: Tokens, length: int) -> tuple[Toke
     """All of a text in so many tokens, and how many of them are known before the completion.
 
     A long prompt loses its beginning, down to half of the room; what is left over is cut from the end.
+
+    Raises:
+        FedeltaError: if there is no room for a token of each.
     """
     room = length - len(begin)
+    if room < 2:
+        raise FedeltaError(f"data.max_length {length} leaves no room beside {len(begin)} tokens before every prompt")
     kept = max(0, min(len(before), max(room - len(after), room // 2)))
     return [*begin, *before[len(before) - kept :], *after][:length], min(len(begin) + kept, length)
