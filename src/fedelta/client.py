@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedelta.adapter import Adapter
 from fedelta.contribution import finite
 from fedelta.corpus import Shard
+from fedelta.device import device_errors, synchronize
 from fedelta.lowrank import LowRank
 from fedelta.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.methods import Method, make_method
@@ -68,7 +70,9 @@ class Trainer:
         kept: client → the adapter that it ended its last round with, where the method has it keep factors.
         remainders: client → what its last message left out, where messages are rounded.
         prefix: of the model, if it has one; an engine decides of which texts it keeps activations.
-        watch: counts seconds by phase, and tokens; an engine sets a new one for what it wants apart.
+        watch: counts seconds by phase, and tokens; an engine starts a new one for what it wants apart.
+        timed: whether a phase on a GPU ends when the GPU has done it. Else it ends when the work is queued, which is
+            faster, and the wait counts for the phase that reads a result.
     """
 
     def __init__(
@@ -89,8 +93,14 @@ class Trainer:
         self.base = PatchedBase(model.patch.factor_bytes)
         self.kept: dict[str, Adapter] = {}
         self.remainders: dict[str, Remainder] = {}
+        self.timed = False
         self.watch = Stopwatch()
         self.prefix = find_prefix(model, tokenizer)
+
+    def start_watch(self) -> Stopwatch:
+        """A new `watch`."""
+        self.watch = Stopwatch(partial(synchronize, self.model.device) if self.timed else None)
+        return self.watch
 
     def catch_up(self, delta: Any) -> None:
         """Fold the patches that this base has not seen."""
@@ -125,7 +135,8 @@ class Trainer:
         broadcast, model = task.broadcast, self.model
         model.load(task.start, broadcast.heads, broadcast.wire.train, broadcast.seed)
         self.watch.lap("loading")
-        with self.with_tail(broadcast.tail):
+        smaller = self._smaller(self.settings.micro_batch_size or self.settings.batch_size)
+        with self.with_tail(broadcast.tail), device_errors(f"{broadcast.client} trains", smaller):
             loss = train(
                 model,
                 self.tokenizer,
@@ -137,6 +148,21 @@ class Trainer:
                 prefix=self.prefix,
             )
             return self._update(task, loss)
+
+    def _smaller(self, texts: int) -> list[str]:
+        """Settings with which training would need less memory.
+
+        Args:
+            texts: in a pass now.
+        """
+        base = self.model.peft.get_base_model()
+        found = [f"lower training.micro_batch_size (now {texts})"] if texts > 1 else []
+        found.append("lower data.max_length")
+        if not getattr(base, "is_gradient_checkpointing", False):
+            found.append("set model.gradient_checkpointing: true")
+        if self.model.dtype == torch.float32:
+            found.append("set model.dtype: bfloat16")
+        return found
 
     def answer_together(self, blobs: Sequence[bytes], shards: Sequence[Shard]) -> list[bytes] | None:
         """The updates of several clients that train in one pass; None where these can only train one by one.
@@ -162,9 +188,9 @@ class Trainer:
         ]
         self.watch.lap("loading")
         updates = []
-        for task, trained in zip(
-            tasks, train_stacked(self.model, self.tokenizer, clients, self.settings, self.watch), strict=True
-        ):
+        with device_errors(f"{len(clients)} clients train in one pass", ["lower training.stack"]):
+            found = train_stacked(self.model, self.tokenizer, clients, self.settings, self.watch)
+        for task, trained in zip(tasks, found, strict=True):
             self.model.load(trained.adapter, trained.heads)
             updates.append(self._update(task, trained.loss))
         return updates
@@ -186,7 +212,8 @@ class Trainer:
         wire, client = broadcast.wire, broadcast.client
         metrics = {"train_loss": loss}
         if broadcast.wants_validation and len(shard.validation) > 0:
-            scores = evaluate(self.task, self.model, self.tokenizer, shard.validation, self.evaluation_batch)
+            with device_errors(f"{client} is evaluated", ["lower evaluation.batch_size"]):
+                scores = evaluate(self.task, self.model, self.tokenizer, shard.validation, self.evaluation_batch)
             metrics["validation_loss"] = scores["loss"]
             self.watch.lap("evaluation")
         trained = task.method.finish(broadcast.round, task.start, self.model.read())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedelta.data import Examples
 from fedelta.model import LoraModel
+from fedelta.seeds import torch_seed
 
 FILL_BATCH = 64
 TRIALS = 3
@@ -77,8 +78,7 @@ class Prefix:
         hook = self._frozen[-1].register_forward_hook(stop)
         before = self._model.peft.training
         try:
-            with torch.random.fork_rng():
-                torch.manual_seed(training or 0)
+            with torch_seed(training or 0, self._model.device):
                 self._model.peft.train(training is not None)
                 self._model.peft(**batch)
         except _Reached:

@@ -169,6 +169,7 @@ def _run(
             raise FedeltaError(f"evaluation.harness: method {server.method.name} has no global model")
         check_harness(config.evaluation.harness)
     trainer, data = prepare(config, partitioned=sites is None)
+    trainer.timed = profile
     clients = sites or {client: len(shard.train) for client, shard in data.shards.items()}
     corpus, model = _corpus(corpus_key(config))[0], trainer.model
     if checkpoint is None:

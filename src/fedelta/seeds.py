@@ -5,8 +5,11 @@ same choices, and so does a client that is asked alone.
 """
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 
 def derive_seed(seed: int, purpose: str, *indices: int | str) -> int:
@@ -14,3 +17,14 @@ def derive_seed(seed: int, purpose: str, *indices: int | str) -> int:
     words = [zlib.crc32(str(part).encode()) for part in (purpose, *indices)]
     high, low = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint32)
     return (int(high) << 32 | int(low)) >> 1
+
+
+@contextmanager
+def torch_seed(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's global generators for what runs inside, and restore those of the CPU and of `device` afterwards.
+
+    Dropout and the initialization of layers draw from a global generator; inside, they depend on the seed alone.
+    """
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

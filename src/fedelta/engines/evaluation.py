@@ -9,6 +9,7 @@ from fedelta.adapter import Adapter
 from fedelta.client import Trainer
 from fedelta.contribution import receive
 from fedelta.data import Examples
+from fedelta.device import device_errors
 from fedelta.engines.observer import Observer
 from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Result, Workers
@@ -90,7 +91,9 @@ class Evaluator:
             if which != loaded[0]:
                 model.load(adapters[which], heads)
                 loaded[0] = which
-            answers = task.judge(model, tokenizer, examples, unit, self.trainer.prefix)
+            lower = "task.generate.batch_size" if unit.what == "generate" else "evaluation.batch_size"
+            with device_errors(f"the model is evaluated ({split})", [f"lower {lower} (now {len(unit.rows)})"]):
+                answers = task.judge(model, tokenizer, examples, unit, self.trainer.prefix)
             counted = count_texts([examples.length(row) for row in unit.rows])
             counts = {f"evaluated_{name}": count for name, count in counted.items()}
             return Result({"answers": answers, "counts": counts})

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedelta.corpus import Shard
+from fedelta.device import DeviceError
 from fedelta.engines.rounds import Answer, Draw, Engine, explain, read_update
 from fedelta.engines.workers import Result
 from fedelta.errors import in_one_line
@@ -60,7 +61,7 @@ class LocalEngine(Engine):
 
     def _train(self, state: ServerState, clients: Sequence[str], absent: frozenset[str]) -> Result:
         """The part of some clients in a round, in whichever process: bytes of each update, and what it keeps."""
-        watch = self.trainer.watch = Stopwatch()
+        watch = self.trainer.start_watch()
         facts: dict[str, Any] = {"clients": []}
         blobs: list[bytes] = []
         down = {client: self.server.broadcast(state, client).to_bytes() for client in clients}
@@ -74,6 +75,9 @@ class LocalEngine(Engine):
                 update = together.get(client) or self.trainer.answer(down[client], self.shards[client])
                 blobs += [update, self.trainer.kept_bytes(client)]
                 mine["answered"] = True
+            except DeviceError:
+                # All clients train on this device, and the next one would not fare better.
+                raise
             except Exception as error:
                 mine |= explain(error)
             facts["clients"].append(mine)

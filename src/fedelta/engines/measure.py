@@ -8,7 +8,9 @@ import torch
 from fedelta.adapter import initial_adapter
 from fedelta.client import Trainer
 from fedelta.data import Examples
+from fedelta.device import synchronize
 from fedelta.engines.workers import Result, Workers, can_fork
+from fedelta.seeds import torch_seed
 from fedelta.training import train
 from fedelta.training.flops import gemm_rate
 from fedelta.training.stacked import StackedClient, can_stack, train_stacked
@@ -61,6 +63,7 @@ def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], st
     def seconds_each(size: int) -> float:
         begin = time.perf_counter()
         one_by_one() if size == 1 else stacked(size)
+        synchronize(model.device)
         return (time.perf_counter() - begin) / size
 
     best, fastest = 1, min(seconds_each(1) for _ in range(3))
@@ -90,7 +93,7 @@ def fastest_workers(trainer: Trainer, examples: Examples) -> int:
 
     def probe(task: int) -> Result:  # noqa: ARG001
         model = trainer.model
-        with torch.random.fork_rng(devices=[]):
+        with torch_seed(0, model.device):
             model.peft.train()
             # A client's training is long beside the birth of its worker, so the trial must not be too short.
             for _ in range(PROBE_STEPS):

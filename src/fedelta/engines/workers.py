@@ -86,7 +86,7 @@ class Workers:
 
 def can_fork() -> bool:
     """Whether a process that has loaded a model may be forked: not where a GPU or another system is in play."""
-    return hasattr(os, "fork") and os.uname().sysname == "Linux" and not torch.cuda.is_available()
+    return hasattr(os, "fork") and os.uname().sysname == "Linux" and not torch.cuda.is_initialized()
 
 
 def _order(costs: Sequence[float], window: int) -> list[int]:

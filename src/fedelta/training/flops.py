@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fedelta.data import Examples
+from fedelta.device import synchronize
 from fedelta.model import LoraModel
 from fedelta.prefix import Prefix, replayed
+from fedelta.seeds import torch_seed
 
 LENGTHS = (8, 16, 32)
 """Tokens of the three texts from which the cost of every other length follows."""
@@ -49,7 +51,7 @@ def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix |
         batch = text.batch([0], tokenizer, model.device)
         if prefix:
             prefix.fill(text)
-        with FlopCounterMode(display=False) as counter, torch.random.fork_rng(devices=[]):
+        with FlopCounterMode(display=False) as counter, torch_seed(0, model.device):
             model.peft.train(training)
             with torch.set_grad_enabled(training), replayed(prefix, text, [0], batch):
                 loss = model.peft(**batch).loss
@@ -61,14 +63,15 @@ def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix |
     return TextCost(*torch.linalg.solve(powers, torch.tensor(found, dtype=torch.float64)).tolist())
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """FLOP/s of one square product, the best of some."""
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of one square product, the best of some; large enough to fill the device."""
+    size = 8192 if device.type == "cuda" else 1024
     X = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(8):
+        synchronize(device)
         begin = time.perf_counter()
         X @ X
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from fedelta.data import Examples
+from fedelta.device import deterministic
 from fedelta.errors import FedeltaError
 from fedelta.model import LoraModel
 from fedelta.prefix import Prefix, replayed
-from fedelta.seeds import derive_seed
+from fedelta.seeds import derive_seed, torch_seed
 from fedelta.settings import Settings
 from fedelta.stopwatch import Stopwatch
 from fedelta.training.flops import count_texts
@@ -39,6 +40,8 @@ class TrainingSettings(Settings):
         stack: clients that train in one pass over the base, which is faster where each brings few tokens to a GPU;
             equal to one by one up to rounding and to which elements drop out. `auto` measures when a run begins, and
             keeps the number with it; it is 1 where `micro_batch_size` limits a pass.
+        deterministic: on a GPU, use only kernels that give the same bits each time, so that a resumed run ends
+            bit-identical. `false` can be faster; a CPU gives the same bits either way.
     """
 
     epochs: int = Field(default=1, ge=1)
@@ -53,6 +56,7 @@ class TrainingSettings(Settings):
     micro_batches: bool = True
     micro_batch_size: int | None = Field(default=None, ge=1)
     stack: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    deterministic: bool = True
 
     @model_validator(mode="after")
     def _passes_of_a_stack(self) -> "TrainingSettings":
@@ -85,7 +89,9 @@ class LocalSteps:
         per_epoch = -(-len(examples) // settings.batch_size)
         self.total = settings.steps or settings.epochs * per_epoch
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
-        self._optimizer = kind(self.parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+        # One kernel for all tensors of a step, where torch has one.
+        fused = True if self.parameters[0].is_cuda else None
+        self._optimizer = kind(self.parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
         name = settings.schedule if settings.schedule != "constant" else "constant_with_warmup"
         self._scheduler = get_scheduler(name, self._optimizer, int(settings.warmup * self.total), self.total)
 
@@ -136,15 +142,14 @@ def train(
     """
     steps = LocalSteps(model.parameters, examples, settings, seed)
     watch = watch or Stopwatch()
-    losses: list[float] = []
-    # Dropout draws from the global generator: fork it, so that a client's training depends on its seed alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    losses: list[list[Tensor]] = []
+    # Dropout draws from the global generator: seed it, so that a client's training depends on its seed alone.
+    with torch_seed(seed, model.device), deterministic(model.device, settings.deterministic):
         model.peft.train()
         for rows in steps.batches():
             parts = _parts(rows, examples, settings, model)
             whole = examples.weight(rows)
-            total = 0.0
+            losses.append([])
             for part in parts:
                 batch = examples.batch(part, tokenizer, model.device)
                 count_tokens(watch, examples, part, batch)
@@ -152,7 +157,8 @@ def train(
                 # The model's loss is a mean over texts, or over tokens: a part counts by its share of them.
                 with replayed(prefix, examples, part, batch):
                     loss = model.peft(**batch).loss * (examples.weight(part) / whole)
-                total += float(loss.detach())
+                # Read after the last step: a GPU would wait for each number that is read here.
+                losses[-1].append(loss.detach())
                 watch.lap("forward")
                 loss.backward()
                 watch.lap("backward")
@@ -161,8 +167,7 @@ def train(
                 extra.backward()
             steps.update()
             watch.lap("optimiser")
-            losses.append(total)
-    return sum(losses) / len(losses)
+    return sum(sum(map(float, parts)) for parts in losses) / len(losses)
 
 
 def _parts(rows: list[int], examples: Examples, settings: TrainingSettings, model: LoraModel) -> list[list[int]]:

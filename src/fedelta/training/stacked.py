@@ -22,8 +22,10 @@ from torch.nn.functional import pad
 
 from fedelta.adapter import Adapter, LoraPair
 from fedelta.data import Examples
+from fedelta.device import deterministic
 from fedelta.dropout import Dropout, draw_mask
 from fedelta.model import LoraModel
+from fedelta.seeds import torch_seed
 from fedelta.stopwatch import Stopwatch
 from fedelta.training.flops import count_texts
 from fedelta.training.local import LocalSteps, TrainingSettings
@@ -135,10 +137,10 @@ def train_stacked(
         LocalSteps(stack.parameters[k], client.examples, settings, client.seed) for k, client in enumerate(clients)
     ]
     batches = [each.batches() for each in steps]
-    losses: list[list[float]] = [[] for _ in clients]
+    losses: list[list[Tensor]] = [[] for _ in clients]
     model.peft.train()
-    with stack.installed(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(clients[0].seed)
+    device = model.device
+    with stack.installed(), torch_seed(clients[0].seed, device), deterministic(device, settings.deterministic):
         while True:
             rows = {k: mine for k in range(len(clients)) if (mine := next(batches[k], None))}
             if not rows:
@@ -158,10 +160,10 @@ def train_stacked(
             watch.lap("backward")
             for k, loss in found.items():
                 steps[k].update()
-                losses[k].append(float(loss.detach()))
+                losses[k].append(loss.detach())
             watch.lap("optimiser")
     return [
-        Trained(stack.adapter(k).map(_copy), stack.heads(k), sum(losses[k]) / len(losses[k]))
+        Trained(stack.adapter(k).map(_copy), stack.heads(k), sum(map(float, losses[k])) / len(losses[k]))
         for k in range(len(clients))
     ]
 
