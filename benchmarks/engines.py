@@ -15,10 +15,10 @@ from typing import Any
 
 from machine import Machine, keep, table
 
-from fedelta.config import load_config
-from fedelta.engines.flower.deployment import run_on_loopback
-from fedelta.engines.observer import Observer
-from fedelta.runner import Run, run
+from fedelta.federation.engines.observer import Observer
+from fedelta.flower.loopback import run_on_loopback
+from fedelta.runs.config import load_config
+from fedelta.runs.runner import Run, run
 
 CLIENTS = 3
 SETTINGS = [

@@ -30,10 +30,10 @@ def work() -> Any:
     """Configuration, shards and model of this process: read once by each of Ray's."""
     import torch
 
-    from fedelta import runner
-    from fedelta.adapter import initial_adapter
-    from fedelta.config import load_config
-    from fedelta.corpus import build_data
+    from fedelta.learning.shards import build_data
+    from fedelta.lora.adapter import initial_adapter
+    from fedelta.runs import runner
+    from fedelta.runs.config import load_config
 
     torch.set_num_threads(1)
     os.chdir(CONFIG.parents[1])
@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from machine import Machine, keep, table
 
-    import fedelta.runner as runner
+    import fedelta.runs.runner as runner
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from machine import Machine, forget, table
 
-from fedelta.machine import peak_mb
+from fedelta.sweep.provenance import peak_mb
 
 MISTRAL = {
     "self_attn.q_proj": (4096, 4096),
@@ -91,7 +91,7 @@ def drop(folders: list[Path], cold: bool) -> None:
 
 def start_of_python() -> float:
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import fedelta.aggregate, fedelta.cli"], check=True)
+    subprocess.run([sys.executable, "-c", "import fedelta.aggregate.step, fedelta.cli.app"], check=True)
     return time.perf_counter() - begin
 
 
@@ -163,7 +163,7 @@ def thousand(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    from fedelta.cli import main
+    from fedelta.cli.app import main
 
     try:
         main()

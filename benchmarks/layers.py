@@ -10,10 +10,10 @@ import torch
 from machine import Machine, forget_peak, seconds, table
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.contribution import Contribution
-from fedelta.machine import peak_mb
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.contribution import Contribution
 from fedelta.methods import Method, MethodState, make_method
+from fedelta.sweep.provenance import peak_mb
 
 LAYERS = {
     "RoBERTa-base query": (768, 768),

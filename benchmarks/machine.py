@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedelta.machine import machine_name
+from fedelta.sweep.provenance import machine_name
 
 README = Path(__file__).parent / "README.md"
 

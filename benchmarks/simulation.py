@@ -19,16 +19,16 @@ import transformers
 from machine import Machine, keep, seconds, table
 from tokenizers import Tokenizer, models
 
-from fedelta.adapter import Adapter, initial_adapter
-from fedelta.class_token import read_class_token_alone
-from fedelta.data import Examples
-from fedelta.engines.measure import total_gemm_rate
-from fedelta.engines.workers import Result, Workers
-from fedelta.model import LoraModel, LoraSettings
-from fedelta.tasks import Classification, Unit, evaluate
-from fedelta.training import TrainingSettings, train
-from fedelta.training.flops import count_texts, text_cost
-from fedelta.training.stacked import StackedClient, train_stacked
+from fedelta.federation.engines.measure import total_gemm_rate
+from fedelta.federation.engines.workers import Result, Workers
+from fedelta.learning.data import Examples
+from fedelta.learning.model.class_token import read_class_token_alone
+from fedelta.learning.model.lora_model import LoraModel, LoraSettings
+from fedelta.learning.tasks import Classification, Unit, evaluate
+from fedelta.learning.training import TrainingSettings, train
+from fedelta.learning.training.flops import count_texts, text_cost
+from fedelta.learning.training.stacked import StackedClient, train_stacked
+from fedelta.lora.adapter import Adapter, initial_adapter
 
 CLASSES = 4
 AG_NEWS = [7, 24, 28, 30, 32, 33, 35, 36, 37, 39, 40, 41, 43, 44, 46, 47, 49, 51, 55, 61, 128]

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fedelta.engines.flower import join, site
-from fedelta.messages import ClientUpdate
+from fedelta.flower.site import join
+from fedelta.flower.site import site_trainer as site
+from fedelta.protocol.messages import ClientUpdate
 
 CLAIM = 10 * 2**30
 LATE_S = 12.0
@@ -51,7 +52,7 @@ class BadSite(site.Site):
 
 if __name__ == "__main__":
     if sys.argv[2] == "join":
-        from fedelta.cli import main
+        from fedelta.cli.app import main
 
         join.TRAINER = (__file__, sys.argv[1])
         sys.argv = [sys.argv[0], *sys.argv[2:]]

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from causal import TASK, build_model, write_rows
 from encoder import build_bert, build_gpt2, write_texts
-from fedelta.config import Config, parse_config
+from fedelta.runs.config import Config, parse_config
 
 # Many small operations: two threads on two shared cores can be fifty times slower than one.
 torch.set_num_threads(1)

@@ -13,12 +13,12 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.contribution import Contribution
-from fedelta.rank_moments import RankMoments
-from fedelta.report.plot import draw_curve, pyplot, save
-from fedelta.report.statistics import deviation
-from fedelta.report.tables import TextTable
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.contribution import Contribution
+from fedelta.lora.rank_moments import RankMoments
+from fedelta.runs.report.plot import draw_curve, pyplot, save
+from fedelta.runs.report.statistics import deviation
+from fedelta.runs.report.text_table import TextTable
 
 OUTPUT = Path(__file__).parent / "results" / "numerics"
 SIZE, RANK, CLIENTS = 256, 4, 10

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.contribution import Contribution
+from fedelta.learning.model.lora_model import LoraModel, LoraSettings
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.contribution import Contribution
 from fedelta.methods import make_method
-from fedelta.model import LoraModel, LoraSettings
-from fedelta.report.tables import TextTable
+from fedelta.runs.report.text_table import TextTable
 
 CLIENTS, RANK, ALPHA = 3, 4, 8
 SCALE = ALPHA / RANK

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedelta.tasks.answers import ANSWERS
+from fedelta.learning.tasks.answers import ANSWERS
 
 
 def exact_match(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:

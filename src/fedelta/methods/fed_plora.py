@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedelta.adapter import Adapter
+from fedelta.lora.adapter import Adapter
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
-from fedelta.rank_moments import RankMoments
 from fedelta.seeds import derive_seed
 
 

@@ -11,11 +11,11 @@ sent; it wants a larger rank than other methods (the paper's go to 200).
 
 from dataclasses import replace
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 CORE = frozenset({"core"})
 

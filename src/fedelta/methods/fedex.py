@@ -26,11 +26,11 @@ from typing import Literal
 
 import torch
 
-from fedelta.lowrank import LowRank, Product, add
+from fedelta.lora.lowrank import LowRank, Product, add
+from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import ClientView, Holds, Method, MethodState, Patch, Properties, Tailored
-from fedelta.methods.remainder import cut_residuals, parse_cut
-from fedelta.rank_moments import Covariance, RankMoments
+from fedelta.methods.residual_cut import cut_residuals, parse_cut
 
 
 @register

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import torch
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.contribution import Contribution
-from fedelta.lowrank import LowRank, Product, add
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.contribution import Contribution
+from fedelta.lora.lowrank import LowRank, Product, add
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
-from fedelta.rank_moments import RankMoments
 
 _KEPT = "kept"
 

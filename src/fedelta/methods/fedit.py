@@ -7,9 +7,9 @@ Inexact: Σ p_i s_i B_i A_i ≠ B̄ Ā as soon as clients differ in both factors
 
 from dataclasses import replace
 
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 @register

@@ -13,11 +13,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedelta.adapter import Adapter
+from fedelta.lora.adapter import Adapter
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.flexlora import balanced_pair
+from fedelta.methods.balanced_pair import balanced_pair
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 @register

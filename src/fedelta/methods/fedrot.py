@@ -19,10 +19,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 def nearest_orthogonal(M: Tensor, rotation: bool = False) -> Tensor:

@@ -12,11 +12,11 @@ classifier local too; here heads are averaged as in every method, because a head
 
 from dataclasses import replace
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 
 @register

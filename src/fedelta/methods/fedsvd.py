@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 
 def refactor(pair: LoraPair) -> LoraPair:

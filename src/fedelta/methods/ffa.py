@@ -11,11 +11,11 @@ A is never sent: each client draws it from the seed (`draw_A`), which halves the
 
 from dataclasses import replace
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 B_ALONE = frozenset("B")
 

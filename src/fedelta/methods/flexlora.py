@@ -12,23 +12,11 @@ they get a fresh row of A and B = 0, as at the start.
 
 from dataclasses import replace
 
-import torch
-
-from fedelta.adapter import Adapter, LoraPair, draw_A
-from fedelta.lowrank import SVD
+from fedelta.lora.adapter import Adapter
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
+from fedelta.methods.balanced_pair import balanced_pair
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
-
-
-def balanced_pair(svd: SVD, before: LoraPair, module: str, seed: int) -> LoraPair:
-    """U√Σ and √ΣVᵀ at the rank of `before`; directions without energy get A as drawn and B zero."""
-    rank, dtype = before.rank, before.B.dtype
-    kept = min(svd.rank(dtype), rank)
-    top = svd.cut(0, kept, dtype)
-    A = draw_A(module, rank, before.shape[1], seed).to(dtype)
-    A[:kept] = top.V
-    return LoraPair(A, torch.nn.functional.pad(top.U, (0, rank - kept)))
 
 
 @register

@@ -12,11 +12,11 @@ round reproducible. `restart_from: same` uses the first round's A in all rounds.
 from dataclasses import replace
 from typing import Literal
 
-from fedelta.adapter import LoraPair
-from fedelta.messages import Wire
+from fedelta.lora.adapter import LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 
 @register

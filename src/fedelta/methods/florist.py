@@ -11,10 +11,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedelta.messages import Wire
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Holds, Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 
 @register

@@ -22,11 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedelta.adapter import Adapter
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 
 @register

@@ -15,11 +15,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from fedelta.adapter import Adapter, LoraPair
-from fedelta.lowrank import LowRank
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.lowrank import LowRank
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 @register

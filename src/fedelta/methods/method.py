@@ -14,13 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 from torch import Tensor
 
-from fedelta.adapter import Adapter, Shapes, initial_adapter
-from fedelta.contribution import Contribution
 from fedelta.errors import FedeltaError
-from fedelta.lowrank import LowRank, Product, add
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter, Shapes, initial_adapter
+from fedelta.lora.contribution import Contribution
+from fedelta.lora.lowrank import LowRank, Product, add
+from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer, optimize
-from fedelta.rank_moments import Covariance, RankMoments
+from fedelta.protocol.messages import Wire
 from fedelta.seeds import derive_seed
 
 Holds = Literal["never", "equal ranks", "always"]

@@ -12,12 +12,12 @@ leaves open; dropping it would lose the tail in every round without a high-rank 
 
 from dataclasses import replace
 
-from fedelta.adapter import Adapter
-from fedelta.lowrank import LowRank, add
+from fedelta.lora.adapter import Adapter
+from fedelta.lora.lowrank import LowRank, add
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.flexlora import balanced_pair
+from fedelta.methods.balanced_pair import balanced_pair
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 @register

@@ -11,9 +11,9 @@ An index that nobody in the round holds keeps its previous values. A client down
 
 from dataclasses import replace
 
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 @register

@@ -14,12 +14,12 @@ index j counts as unchanged there, which keeps the step exact.
 from dataclasses import replace
 from typing import Literal
 
-from fedelta.adapter import Adapter, LoraPair
 from fedelta.errors import FedeltaError
-from fedelta.messages import Wire
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
+from fedelta.protocol.messages import Wire
 
 
 @register

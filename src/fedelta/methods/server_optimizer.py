@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fedelta.adapter import Adapter, LoraPair
+from fedelta.lora.adapter import Adapter, LoraPair
 
 if TYPE_CHECKING:
     from fedelta.methods.method import Method, MethodState

@@ -11,9 +11,9 @@ round: the published rank collapse, kept as it is. An index that nobody in the r
 
 from dataclasses import replace
 
+from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.rank_moments import RankMoments
 
 
 @register

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from fedelta.config import Config, parse_config, set_key
 from fedelta.errors import FedeltaError
-from fedelta.runner import make_server
+from fedelta.runs.assemble import make_server
+from fedelta.runs.config import Config, parse_config, set_key
 from fedelta.sweep.grid import Grid
 from fedelta.sweep.results import Row, late_loss, late_score, metric_of, result_settings
 

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fedelta.config import explain
 from fedelta.errors import FedeltaError
 from fedelta.methods import nearest
+from fedelta.runs.config import explain
 from fedelta.settings import Settings
 
 View = Literal[

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedelta.config import Config
+from fedelta.runs.config import Config
 
 
 class SweepObserver:

@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedelta.atomic import write_file
-from fedelta.config import Config
 from fedelta.errors import FedeltaError
-from fedelta.machine import machine_name, peak_mb
-from fedelta.metrics import METRICS, Metric
-from fedelta.packing import ByteCount
-from fedelta.runner import Run
+from fedelta.files import write_file
+from fedelta.learning.tasks.metrics import METRICS, Metric
+from fedelta.protocol.serialization import ByteCount
+from fedelta.runs.config import Config
+from fedelta.runs.runner import Run
+from fedelta.sweep.provenance import machine_name, peak_mb
 
 FILE = "cells.parquet"
 Row = dict[str, Any]

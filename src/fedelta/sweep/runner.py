@@ -10,18 +10,19 @@ from typing import Any, Literal
 import psutil
 import yaml
 
-from fedelta.atomic import write_file
-from fedelta.config import Config
-from fedelta.engines import Observer
-from fedelta.engines.workers import Result, Workers, can_fork
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
-from fedelta.machine import versions
-from fedelta.runner import corpus_key, run, warm
+from fedelta.federation.engines import Observer
+from fedelta.federation.engines.workers import Result, Workers, can_fork
+from fedelta.federation.run_folder import RunFolder
+from fedelta.files import write_file
+from fedelta.runs.assemble import corpus_key, warm
+from fedelta.runs.config import Config
+from fedelta.runs.runner import run
 from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, Tuned, chosen_by, describe
 from fedelta.sweep.grid import Grid
 from fedelta.sweep.observer import SweepObserver
+from fedelta.sweep.provenance import versions
 from fedelta.sweep.results import Row, as_stored, first_difference, is_result_of, read_rows, row_of, write_rows
-from fedelta.tracking import RunFolder
 
 SPARE = 0.8
 """Share of the free memory that cells may take."""

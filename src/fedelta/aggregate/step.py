@@ -1,0 +1,225 @@
+"""The mean of PEFT adapter folders, or one server step of a method on them, from disk to disk.
+
+Modules are taken in groups that fit a fixed amount of memory; for each group the folders are read one after the
+other, each is folded in and let go, and what comes out is written at once. So neither the number of folders
+nor the size of the model decides how much memory it takes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedelta.aggregate.folders import Folders
+from fedelta.errors import FedeltaError
+from fedelta.files import new_folder
+from fedelta.lora.adapter import LoraPair
+from fedelta.lora.deviation import deviation_from_zero_padding
+from fedelta.lora.files.peft_write import PATCH, AdapterWriter, PatchWriter
+from fedelta.lora.lowrank import LowRank, Product, add
+from fedelta.lora.rank_moments import RankMoments
+from fedelta.methods import Method, MethodState
+
+GROUP_BYTES = 64 * 2**20
+"""Bytes of the sums of the modules that are in memory at once, over all workers. Each group opens every folder once."""
+
+MOST_WORKERS = 8
+"""Groups at once. More would make groups so small that opening folders is what takes the time."""
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What became of one module.
+
+    Args:
+        module: its name.
+        ranks: smallest and largest rank that came in.
+        rank: of the adapter that went out.
+        patch_width: of the base patch that went out, 0 without one.
+        deviation: ‖ΔW − B̄Ā‖_F / ‖ΔW‖_F, with ΔW the exact mean Σ p_i s_i B_i A_i and B̄, Ā the plain averages, missing
+            rank indices counted as zeros.
+        cut: relative error ‖ΔW − result‖_F / ‖ΔW‖_F that a wished rank costs, 0 where none was asked.
+        bytes: that this module takes in the output.
+    """
+
+    module: str
+    ranks: tuple[int, int]
+    rank: int
+    patch_width: int
+    deviation: float
+    cut: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What `aggregate_folders` did.
+
+    Args:
+        output: the folder that it wrote.
+        method: name, None for the exact mean.
+        clients: (folder, p_i) in order.
+        modules: one report a module, in the order of names.
+        patch: whether there is a base patch beside the adapter.
+    """
+
+    output: Path
+    method: str | None
+    clients: list[tuple[str, float]]
+    modules: list[ModuleReport]
+    patch: bool
+
+
+def aggregate_folders(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    method: Method | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    single: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
+) -> Aggregation:
+    """Write the aggregate of some PEFT adapter folders as a PEFT adapter folder.
+
+    Args:
+        paths: the folders, of one base model and the same adapted modules.
+        output: appears whole, or not at all.
+        method: one server step of it, whose base patch, if it has one, goes into `base_patch.safetensors`; None is the
+            exact weighted mean Σ p_i s_i B_i A_i as one adapter of its numerical rank.
+        weights: w_i ≥ 0, normalised to p_i; None counts all alike.
+        rank: cut the result to this rank by Eckart–Young; with a method this folds its base patch in.
+        single: fold a method's base patch into the adapter, which gets the rank that exactness needs.
+        progress: called with the numbers of finished and of all modules.
+
+    Raises:
+        FedeltaError: naming the folder, module or weight that does not fit; nothing is written then.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FedeltaError(f"{output} exists already")
+    if rank is not None and rank < 1:
+        raise FedeltaError(f"a rank is at least 1, found {rank}")
+    folders = Folders.open(paths, weights)
+    if method is not None:
+        folders.check_method(method)
+    heads = folders.mean_heads()
+    if method is not None and method.norm_weighting:
+        if weights is not None:
+            raise FedeltaError(f"method {method.name} weighs adapters by their norm: there is no use for weights")
+        # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
+        folders, method = folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
+    step = _Step(folders, method, rank, single or rank is not None)
+    sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
+    # Dense sums are few large products, which one group at a time does as fast and in less memory.
+    workers = 1 if folders.makes_dense(sums) else min(torch.get_num_threads(), MOST_WORKERS)
+    whole = method is not None and not method.by_module
+    groups = [list(folders.layers)] if whole else folders.groups(GROUP_BYTES // workers, sums)
+    reports: list[ModuleReport] = []
+    with (
+        new_folder(output) as temporary,
+        AdapterWriter(temporary, folders.layers, heads, folders.config()) as adapter_writer,
+        PatchWriter(temporary / PATCH, folders.layers) as patch_writer,
+    ):
+        for results in _side_by_side(step.run, groups, workers):
+            for result in results:
+                adapter_writer.add(result.module, result.pair)
+                if result.patch is not None:
+                    patch_writer.add(result.module, result.patch)
+                reports.append(result.report(folders))
+                progress(len(reports), len(folders.layers))
+    has_patch = any(report.patch_width for report in reports)
+    name = None if method is None else method.name
+    return Aggregation(output, name, folders.shares(), sorted(reports, key=lambda r: r.module), has_patch)
+
+
+def _side_by_side(
+    work: Callable[[list[str]], Iterator["_Result"]], groups: list[list[str]], workers: int
+) -> Iterator[Iterable["_Result"]]:
+    """What each group gives, in order, some groups at once with one thread of torch each.
+
+    With factors most of the work is copying and small products, which more threads of torch do not make faster.
+    """
+    if workers == 1:
+        yield from map(work, groups)
+        return
+    threads = torch.get_num_threads()
+    waiting: deque[Future[list[_Result]]] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for group in groups:
+                waiting.append(pool.submit(lambda group: list(work(group)), group))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    module: str
+    pair: LoraPair
+    patch: LowRank | None
+    deviation: float
+    cut: float
+
+    def report(self, folders: Folders) -> ModuleReport:
+        size = self.pair.A.nbytes + self.pair.B.nbytes + (self.patch.nbytes if self.patch else 0)
+        width = self.patch.width if self.patch else 0
+        ranks = folders.ranks(self.module)
+        return ModuleReport(
+            self.module, (min(ranks), max(ranks)), self.pair.rank, width, self.deviation, self.cut, size
+        )
+
+
+class _Step:
+    """The arithmetic of one group of modules."""
+
+    def __init__(self, folders: Folders, method: Method | None, rank: int | None, single: bool) -> None:
+        self.folders = folders
+        self.method = method
+        self.rank = rank
+        self.single = single
+
+    def run(self, group: list[str]) -> Iterator[_Result]:
+        contributions = self.folders.contributions(group)
+        if self.method is None:
+            moments = RankMoments(self.folders.zero_adapter(group), contributions, "total")
+            for module in group:
+                yield self._single(module, moments.mean_product(module), deviation_from_zero_padding(moments, module))
+            return
+        state = MethodState(0, self.folders.start_adapter(group, self.method), ranks=self.folders.all_ranks)
+        moments = self.method.fold(state, contributions, measured=True)
+        after, patch = self.method.conclude(state, moments)
+        for module in group:
+            found = deviation_from_zero_padding(moments, module)
+            yield self._of_method(module, after.adapter[module], patch.get(module), found)
+
+    def _of_method(self, module: str, pair: LoraPair, patch: Product | None, deviation: float) -> _Result:
+        product = pair.product()
+        if self.single:
+            return self._single(module, product if patch is None else add([patch, product]), deviation)
+        # A sum of so many clients that it is dense has full rank: the SVD would find nothing to save.
+        low_rank = patch if patch is None or isinstance(patch, LowRank) else patch.as_product()
+        if low_rank is not None and product.is_zero():
+            # A method that restarts: the pair that its server sends for merging is the adapter here.
+            return _Result(module, LoraPair(low_rank.V, low_rank.U), None, deviation, 0.0)
+        return _Result(module, pair, low_rank, deviation, 0.0)
+
+    def _single(self, module: str, whole: Product, deviation: float) -> _Result:
+        svd = whole.svd()
+        numerical = svd.rank(whole.dtype)
+        kept = numerical if self.rank is None else min(self.rank, numerical)
+        product = svd.cut(0, kept, whole.dtype)
+        squares = svd.sigma.square()
+        cut = float((squares[kept:numerical].sum() / squares.sum()).sqrt()) if kept < numerical else 0.0
+        # PEFT knows no rank 0: a module that nobody changed keeps one rank index of zeros.
+        m, n = whole.shape
+        pair = LoraPair(product.V, product.U) if kept else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))
+        return _Result(module, pair, None, deviation, cut)

@@ -1,0 +1,3 @@
+from fedelta.cli.app import main
+
+main()

@@ -1,0 +1,90 @@
+"""What `fedelta aggregate` prints: a table for people, JSON for machines."""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import asdict
+from math import sqrt
+from statistics import mean
+
+from rich.table import Table
+
+from fedelta.aggregate.step import Aggregation, ModuleReport
+from fedelta.lora.files.peft_write import PATCH
+
+MOST_ROWS = 40
+"""A model with more modules is shown by kind: the same name with its layer's number left out."""
+
+
+def aggregation_json(done: Aggregation) -> str:
+    """Every module by itself."""
+    return json.dumps(
+        {
+            "output": str(done.output),
+            "method": done.method,
+            "clients": [{"folder": folder, "weight": p} for folder, p in done.clients],
+            "base_patch": done.patch,
+            "modules": [asdict(report) for report in done.modules],
+            "bytes": sum(report.bytes for report in done.modules),
+        },
+        indent=2,
+    )
+
+
+def aggregation_table(done: Aggregation) -> Table:
+    """Rank in and out, deviation, what a cut cost, bytes; modules of one kind together if there are many."""
+    cut = any(report.cut for report in done.modules)
+    kinds = _kinds(done.modules)
+    caption = "deviation: what averaging A and B apart would miss of the exact mean, ‖ΔW − B̄Ā‖ / ‖ΔW‖"
+    if len(kinds) < len(done.modules):
+        caption += "; mean over the modules of a kind, --json has each"
+    table = Table(caption=caption, caption_justify="left")
+    names = ["module", "rank in", "rank out", "deviation", *(["error of the cut"] if cut else []), "MB"]
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for kind, reports in kinds.items():
+        table.add_row(*_cells(f"{kind} ({len(reports)})" if len(reports) > 1 else kind, reports, cut))
+    if len(kinds) > 1:
+        table.add_section()
+        table.add_row(*_cells("all", done.modules, cut))
+    return table
+
+
+def aggregation_lines(done: Aggregation) -> list[str]:
+    """What was written and where."""
+    what = "exact weighted mean" if done.method is None else f"one step of {done.method}"
+    lines = [f"{what} of {len(done.clients)} adapters"]
+    if any(report.cut for report in done.modules):
+        error = _overall_cut(done.modules)
+        lines.append(f"the cut costs a relative error of {error:.3g} (root mean square over modules)")
+    lines.append(f"adapter   {done.output}")
+    if done.patch:
+        lines.append(f"patch     {done.output / PATCH}: add U·V to each base weight (out×in) before use")
+    return lines
+
+
+def _kinds(reports: list[ModuleReport]) -> dict[str, list[ModuleReport]]:
+    kinds = defaultdict(list)
+    for report in reports:
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", report.module) if len(reports) > MOST_ROWS else report.module
+        kinds[name].append(report)
+    return dict(kinds)
+
+
+def _cells(name: str, reports: list[ModuleReport], cut: bool) -> list[str]:
+    rank_in = _span([r.ranks[0] for r in reports] + [r.ranks[1] for r in reports])
+    rank_out = _span([r.rank for r in reports])
+    if any(r.patch_width for r in reports):
+        rank_out += f" + {_span([r.patch_width for r in reports])} in the base"
+    cells = [name, rank_in, rank_out, f"{mean(r.deviation for r in reports):.3g}"]
+    if cut:
+        cells.append(f"{_overall_cut(reports):.3g}")
+    return [*cells, f"{sum(r.bytes for r in reports) / 1e6:.2f}"]
+
+
+def _overall_cut(reports: list[ModuleReport]) -> float:
+    return sqrt(mean(r.cut**2 for r in reports))
+
+
+def _span(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)}–{max(values)}"

@@ -1,5 +1,0 @@
-"""Engines carry messages between the server and clients; all of them give the same numbers."""
-
-from fedelta.engines.observer import Observer
-
-__all__ = ["Observer"]

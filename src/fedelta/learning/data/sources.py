@@ -1,0 +1,225 @@
+"""Where texts and labels come from: the built-in set, local files and folders, or a hub.
+
+Everything goes through `datasets.load_dataset`, which knows CSV, JSONL and Parquet and the hub. The files of a
+local folder are loaded split by split, because real folders hold splits with different columns.
+"""
+
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fedelta.errors import FedeltaError
+from fedelta.learning.data.examples import rows_by_value
+from fedelta.learning.data.pydoc import read_pydoc
+from fedelta.seeds import derive_seed
+from fedelta.settings import Settings
+
+BUILT_IN = "pydoc"
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SplitName = Literal["train", "validation", "test"]
+TEXT = ("string", "large_string", "null")
+Columns = Mapping[str, bool]
+"""Column → whether it must hold text."""
+
+SPLITS: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+class DataSettings(Settings):
+    """Texts, labels and splits.
+
+    Args:
+        source: `pydoc`, a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or a hub name.
+        configuration: of a hub data set, e.g. `mrpc` of `glue`.
+        text: column of the text, or two columns for pairs.
+        label: column of the label.
+        max_length: tokens; longer texts are cut.
+        validation, test: shares taken from the training rows where the source has no such split.
+        limit: at most so many training rows, a seeded draw.
+        evaluation_limit: at most so many rows in each of validation and test, a seeded draw.
+        client_validation: share of each client's rows that it holds out for its own validation loss.
+        splits: the source's names for `train`, `validation` and `test` where they differ; null leaves a split out.
+            GLUE, whose test labels are secret: {test: validation, validation: null}.
+        split_seed: of the splits; apart from the run's seed, so that all seeds share one test set.
+    """
+
+    source: str = BUILT_IN
+    configuration: str | None = None
+    text: str | tuple[str, str] = "text"
+    label: str = "label"
+    max_length: int = Field(default=128, ge=2)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    test: float = Field(default=0.2, gt=0, lt=1)
+    limit: int | None = Field(default=None, ge=1)
+    evaluation_limit: int | None = Field(default=None, ge=1)
+    client_validation: float = Field(default=0.1, ge=0, lt=1)
+    split_seed: int = Field(default=0, ge=0)
+    splits: dict[SplitName, str | None] = Field(default_factory=dict)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+
+def load_splits(settings: DataSettings, columns: Columns, together: str | None = None) -> dict[str, Any]:
+    """`train`, `validation` and `test` as `datasets.Dataset`, disjoint, the same in every run.
+
+    Args:
+        columns: that are read.
+        together: column whose rows of one value stay together in whatever is drawn.
+
+    Raises:
+        FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
+    """
+    splits = _named_splits(settings, columns)
+    train = splits["train"]
+    held_out = {}
+    for name in ("test", "validation"):
+        if name in splits:
+            held_out[name] = splits[name]
+            continue
+        share, rows = getattr(settings, name), train.num_rows
+        if not 0 < ceil(share * rows) < rows:
+            raise FedeltaError(f"data source {settings.source}: data.{name}={share} of {rows} rows leaves too few")
+        seed = derive_seed(settings.split_seed, "split", name) % 2**32
+        if together is None:
+            parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
+            train, held_out[name] = parts["train"], parts["test"]
+        else:
+            order = _grouped(train, together, seed)
+            cut = _whole_groups(train, together, order, ceil(share * rows))
+            held_out[name], train = train.select(sorted(order[:cut])), train.select(sorted(order[cut:]))
+    return {
+        "train": _draw(train, settings.limit, settings, "train", together),
+        "validation": _draw(held_out["validation"], settings.evaluation_limit, settings, "validation", together),
+        "test": _draw(held_out["test"], settings.evaluation_limit, settings, "test", together),
+    }
+
+
+def load_rows(settings: DataSettings, columns: Columns) -> Any:
+    """All rows of a source for training alone: nothing is cut out of them; splits of other names are left aside.
+
+    Raises:
+        FedeltaError: as `load_splits`.
+    """
+    rows = _named_splits(settings, columns)["train"]
+    return _draw(rows, settings.limit, settings, "train")
+
+
+def _named_splits(settings: DataSettings, columns: Columns) -> dict[SplitName, Any]:
+    """Those splits that the source has, by our names, with the columns that are read."""
+    found = _load(settings)
+    splits: dict[SplitName, Any] = {}
+    taken: list[str] = []
+    for name in SPLITS:
+        theirs = settings.splits.get(name, name if name in found else None)
+        if theirs is not None and theirs not in found:
+            raise FedeltaError(f"data.splits: {settings.source} has no split {theirs!r}, found {', '.join(found)}")
+        if theirs is not None and theirs in taken:
+            raise FedeltaError(f"data.splits: {theirs!r} would serve twice, expected disjoint splits; set one to null")
+        if theirs is not None:
+            taken.append(theirs)
+            splits[name] = found[theirs]
+    if "train" not in splits:
+        raise FedeltaError(f"data source {settings.source} has splits {sorted(found)}, expected one named train")
+    for name, split in splits.items():
+        for column, is_text in columns.items():
+            if column not in split.column_names:
+                raise FedeltaError(
+                    f"data source {settings.source}: no column {column!r} in split {name}, "
+                    f"found {', '.join(split.column_names)}"
+                )
+            kind = str(getattr(split.features[column], "dtype", "list"))
+            if is_text and kind not in TEXT:
+                raise FedeltaError(f"data source {settings.source}: column {column!r} holds {kind}, expected text")
+            if split.num_rows and split.data.column(column).null_count:
+                raise FedeltaError(f"data source {settings.source}: empty cells in column {column!r} of {name}")
+    return splits
+
+
+def _draw(split: Any, limit: int | None, settings: DataSettings, name: str, together: str | None = None) -> Any:
+    if limit is None or split.num_rows <= limit:
+        return split
+    seed = derive_seed(settings.split_seed, "limit", name) % 2**32
+    if together is None:
+        return split.shuffle(seed, load_from_cache_file=False).select(range(limit))
+    order = _grouped(split, together, seed)
+    return split.select(order[: _whole_groups(split, together, order, limit)])
+
+
+def _grouped(split: Any, column: str, seed: int) -> list[int]:
+    """The rows in the random order of their groups, each whole."""
+    groups = rows_by_value(split[column][:])
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    return [row for i in order for row in groups[i]]
+
+
+def _whole_groups(split: Any, column: str, order: list[int], limit: int) -> int:
+    """How many of these rows are whole groups of at most so many rows, but at least one group."""
+    values = [str(value) for value in split[column][:]]
+    ends = [i for i in range(1, len(order) + 1) if i == len(order) or values[order[i]] != values[order[i - 1]]]
+    return max([end for end in ends if end <= limit], default=ends[0])
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Split → its files, told by how their names begin: `train-00000-of-00002.parquet`, `dev.csv`, `test.jsonl`.
+
+    A folder with one file of another name holds training rows only. Empty where there are no such files (a
+    copy of a hub repository keeps them in folders of its own).
+    """
+    found: dict[str, list[Path]] = {}
+    files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
+    for file in files:
+        for split, beginnings in SPLITS.items():
+            if file.name.lower().startswith(beginnings):
+                found.setdefault(split, []).append(file)
+    return found or ({"train": files} if len(files) == 1 else {})
+
+
+def _load_files(files: list[Path]) -> Any:
+    import datasets
+
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1:
+        raise FedeltaError(f"data files of one split have different endings: {', '.join(file.name for file in files)}")
+    suffix = kinds.pop()
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    return datasets.load_dataset(FORMATS[suffix], data_files=[str(f) for f in files], split="train", **options)
+
+
+def _load(settings: DataSettings) -> dict[str, Any]:
+    # Slow to import, and needed by nothing but this.
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    source = settings.source
+    if source == BUILT_IN:
+        return {"train": datasets.Dataset.from_list(read_pydoc())}
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix not in FORMATS:
+                raise FedeltaError(f"data file {source}: unknown ending, expected one of {', '.join(FORMATS)}")
+            return {"train": _load_files([path])}
+        if path.is_dir() and (splits := _split_files(path)):
+            return {name: _load_files(files) for name, files in splits.items()}
+        # A path that is not there must not turn into a question to a hub.
+        if not path.is_dir() and (
+            source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in FORMATS
+        ):
+            raise FedeltaError(f"data source {source}: no such file or folder")
+        return dict(datasets.load_dataset(source, settings.configuration))
+    except FedeltaError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        line = str(cause).strip().splitlines()
+        raise FedeltaError(f"data source {source}: {line[0] if line else type(cause).__name__}") from error

@@ -1,0 +1,77 @@
+"""What training and evaluation have to multiply, and how fast this machine multiplies: the limit of a run."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fedelta.learning.data import Examples
+from fedelta.learning.device import synchronize
+from fedelta.learning.model.activation_cache import Prefix, replayed
+from fedelta.learning.model.lora_model import LoraModel
+from fedelta.seeds import torch_seed
+
+LENGTHS = (8, 16, 32)
+"""Tokens of the three texts from which the cost of every other length follows."""
+
+
+def count_texts(lengths: Sequence[int]) -> dict[str, int]:
+    """What their cost depends on: `texts`, their `tokens` Σ L and `squares` Σ L²."""
+    return {"texts": len(lengths), "tokens": sum(lengths), "squares": sum(length**2 for length in lengths)}
+
+
+class TextCost(NamedTuple):
+    """FLOPs of one text of L tokens without padding: constant + linear·L + square·L²."""
+
+    constant: float
+    linear: float
+    square: float
+
+    def of(self, counts: Mapping[str, int]) -> float:
+        """FLOPs of what `count_texts` counted."""
+        return self.constant * counts["texts"] + self.linear * counts["tokens"] + self.square * counts["squares"]
+
+
+def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix | None = None) -> TextCost:
+    """What the loaded model multiplies for a text, forward and, in training, backward; counted by torch.
+
+    Args:
+        prefix: what it would keep of a text is not multiplied.
+
+    Torch does not count attention scores on every CPU; for short texts they are a few percent.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = []
+    for length in LENGTHS:
+        token = tokenizer.pad_token_id + 1 if tokenizer.pad_token_id is not None else 1
+        label = [token] * length if model.task_type == "CAUSAL_LM" else 0
+        text = Examples([{"input_ids": [token] * length}], [label])
+        batch = text.batch([0], tokenizer, model.device)
+        if prefix:
+            prefix.fill(text)
+        with FlopCounterMode(display=False) as counter, torch_seed(0, model.device):
+            model.peft.train(training)
+            with torch.set_grad_enabled(training), replayed(prefix, text, [0], batch):
+                loss = model.peft(**batch).loss
+                if training:
+                    loss.backward()
+                    model.peft.zero_grad()
+        found.append(float(counter.get_total_flops()))
+    powers = torch.tensor([[1, length, length**2] for length in LENGTHS], dtype=torch.float64)
+    return TextCost(*torch.linalg.solve(powers, torch.tensor(found, dtype=torch.float64)).tolist())
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of one square product, the best of some; large enough to fill the device."""
+    size = 8192 if device.type == "cuda" else 1024
+    X = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        synchronize(device)
+        begin = time.perf_counter()
+        X @ X
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

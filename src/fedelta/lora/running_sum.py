@@ -1,0 +1,85 @@
+"""A running sum of low-rank products around a shift, in memory that does not grow with the number of terms."""
+
+import torch
+from torch import Tensor
+
+from fedelta.lora.lowrank import Dense, LowRank, Product
+
+CHUNK = 256
+"""Inner size at which one GEMM into a dense sum runs at the machine's peak."""
+
+
+class ProductSum:
+    """Σ_i w_i (b_i − δ)·a_i: stacked factors while those are smaller than the m×n matrix, then that matrix.
+
+    The shift δ is known only in the end. Factors are then corrected in place. What is folded into a dense sum was
+    corrected by the mean δ′ of the first fold, so what is left to take off, (δ − δ′)·Σ w_i a_i, is small.
+
+    Args:
+        shape: (m, n).
+        dtype: of the factors and of the dense sum.
+        columns: number of columns of δ, R.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, columns: int) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._columns = columns
+        self._terms: list[tuple[Tensor, Tensor, float, Tensor | slice]] = []
+        self._width = 0
+        self._dense: Tensor | None = None
+        self._shift: Tensor | None = None
+
+    def add(self, b: Tensor, a: Tensor, weight: float, columns: Tensor | slice) -> None:
+        """Add weight·b·a.
+
+        Args:
+            b: shape (m, q). Kept, not copied.
+            a: shape (q, n). Likewise.
+            columns: which columns of δ belong to those of b.
+        """
+        if len(a) == 0:
+            return
+        self._terms.append((b, a, weight, columns))
+        self._width += len(a)
+        m, n = self.shape
+        if self._dense is None and self._width * (m + n) > m * n:
+            self._dense = torch.zeros(m, n, dtype=self.dtype)
+        if self._dense is not None and self._width >= CHUNK:
+            self._fold(self._dense)
+
+    def _stacked(self, scale: float, shift: Tensor) -> LowRank:
+        """scale·Σ w_i (b_i − shift)·a_i over the terms at hand, as one product."""
+        U = torch.empty(self.shape[0], self._width, dtype=self.dtype)
+        end = 0
+        for b, a, weight, columns in self._terms:
+            begin, end = end, end + len(a)
+            torch.sub(b, shift[:, columns], out=U[:, begin:end]).mul_(weight * scale)
+        V = torch.cat([torch.empty(0, self.shape[1], dtype=self.dtype), *(a for _, a, _, _ in self._terms)])
+        self._terms, self._width = [], 0
+        return LowRank(U, V)
+
+    def _fold(self, dense: Tensor) -> Tensor:
+        if self._shift is None:
+            total = torch.zeros(self.shape[0], self._columns, dtype=torch.float64)
+            mass = torch.zeros(self._columns, dtype=torch.float64)
+            for b, _, weight, columns in self._terms:
+                total[:, columns] += weight * b
+                mass[columns] += weight
+            self._shift = (total / mass.clamp(min=1e-300)).to(self.dtype)
+        self._stacked(1.0, self._shift).add_to(dense)
+        return self._shift
+
+    def value(self, scale: float, shift: Tensor, total_a: Tensor, span: slice) -> Product:
+        """scale·Σ w_i (b_i − δ)·a_i; the sum itself is used up.
+
+        Args:
+            shift: δ, (m, R).
+            total_a: Σ w_i a_i by column of δ, over all terms, (R, n).
+            span: the columns that occur in this sum.
+        """
+        if self._dense is None:
+            return self._stacked(scale, shift.to(self.dtype))
+        left = (self._fold(self._dense).double() - shift)[:, span]
+        LowRank(left, total_a[span]).to(self.dtype).add_to(self._dense)
+        return Dense(self._dense.mul_(scale))

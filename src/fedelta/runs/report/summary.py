@@ -1,0 +1,156 @@
+"""Runs of several methods and seeds as one table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.table import Table
+
+from fedelta.files import write_file
+from fedelta.learning.tasks.metrics import Metric
+from fedelta.runs.runner import Run
+
+MB = 1e6
+REACH = 0.95
+"""Share of the best final validation accuracy that is the target where none is configured."""
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method over its seeds.
+
+    Args:
+        method: its name.
+        seeds: number of runs.
+        score, score_std: that runs are judged by, of the final model on the test split, mean and standard deviation
+            over seeds (None for one seed).
+        rounds_to_target: mean over the seeds that reached it, None if none did.
+        reached: how many seeds did.
+        mb_down, mb_up: mean megabytes (10⁶ bytes) of all messages of a run.
+        deviation: mean over rounds and layers of what averaging factors apart loses.
+    """
+
+    method: str
+    seeds: int
+    score: float
+    score_std: float | None
+    rounds_to_target: float | None
+    reached: int
+    mb_down: float
+    mb_up: float
+    deviation: float | None
+
+
+def default_target(runs: Sequence[Run]) -> float:
+    """The configured target, or one 5 % short of the best final validation score among the runs."""
+    metric = metric_of(runs)
+    finals = [run.result["validation"][metric.name] for run in runs]
+    goal = runs[0].config.evaluation.target
+    return metric.share(metric.best(finals), REACH) if goal is None else goal
+
+
+def metric_of(runs: Sequence[Run]) -> Metric:
+    """What these runs are judged by."""
+    return runs[0].config.task.judged
+
+
+def rounds_to(target: float, run: Run) -> int | None:
+    """Finished rounds when the validation score first was at the target; None if it never was."""
+    metric = run.config.task.judged
+    for record in run.records:
+        if record["validation"] and metric.reaches(record["validation"][metric.name], target):
+            return record["round"] + 1
+    return None
+
+
+def summarise(runs: Sequence[Run], target: float) -> list[MethodSummary]:
+    """A row for each method, in the order in which they ran."""
+    rows = []
+    for method in dict.fromkeys(run.config.method.name for run in runs):
+        mine = [run for run in runs if run.config.method.name == method]
+        scores = [run.result["test"][metric_of(runs).name] for run in mine]
+        hits = [hit for run in mine if (hit := rounds_to(target, run)) is not None]
+        traffic = [
+            [sum(r[key]["total"] for r in run.records) / MB for run in mine] for key in ("bytes_down", "bytes_up")
+        ]
+        measured = [d for run in mine for r in run.records if (d := r["deviation_mean"]) is not None]
+        rows.append(
+            MethodSummary(
+                method=method,
+                seeds=len(mine),
+                score=mean(scores),
+                score_std=stdev(scores) if len(mine) > 1 else None,
+                rounds_to_target=mean(hits) if hits else None,
+                reached=len(hits),
+                mb_down=mean(traffic[0]),
+                mb_up=mean(traffic[1]),
+                deviation=mean(measured) if measured else None,
+            )
+        )
+    return rows
+
+
+def columns(metric: Metric, target: float) -> list[str]:
+    return [
+        "method",
+        f"test {metric.heading}",
+        f"rounds to {metric.show(target, 1)}",
+        "MB down",
+        "MB up",
+        "deviation",
+    ]
+
+
+def cells(metric: Metric, row: MethodSummary) -> list[str]:
+    """A row as text, in the order of `columns`."""
+    digits = 2 if metric.percent else 3
+    spread = f" ± {metric.factor * row.score_std:.{digits}f}" if row.score_std is not None else ""
+    rounds = "not reached" if row.rounds_to_target is None else f"{row.rounds_to_target:.1f}"
+    if 0 < row.reached < row.seeds:
+        rounds += f" ({row.reached} of {row.seeds})"
+    return [
+        row.method,
+        f"{metric.factor * row.score:.{digits}f}{spread}",
+        rounds,
+        f"{row.mb_down:.2f}",
+        f"{row.mb_up:.2f}",
+        "–" if row.deviation is None else f"{row.deviation:.3f}",
+    ]
+
+
+def caption(runs: Sequence[Run]) -> str:
+    """What the figures are, in one line."""
+    seeds = len({run.config.seed for run in runs})
+    constant = [found for run in runs if (found := run.result["majority"]) is not None]
+    frequent = f"; always answering the most frequent class: {100 * mean(constant):.2f} %" if constant else ""
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"Final model after {runs[0].config.rounds} rounds on the test split, {spread}{frequent}. Rounds until the "
+        f"validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as serialised. Deviation: "
+        "what averaging A and B apart loses of the mean product."
+    )
+
+
+def write_table(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `table.json`: the metric, the target, and the fields of each `MethodSummary`."""
+    target = default_target(runs)
+    rows = [asdict(row) for row in summarise(runs, target)]
+    write_file(
+        folder / "table.json",
+        json.dumps({"metric": metric_of(runs).name, "target": target, "rows": rows}, indent=2) + "\n",
+    )
+    return folder / "table.json"
+
+
+def console_table(runs: Sequence[Run]) -> Table:
+    """The table for a terminal."""
+    target = default_target(runs)
+    table = Table(title=runs[0].config.data.source, caption=caption(runs), caption_justify="left")
+    metric = metric_of(runs)
+    for i, name in enumerate(columns(metric, target)):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in summarise(runs, target):
+        table.add_row(*cells(metric, row))
+    return table

@@ -1,0 +1,58 @@
+"""One table for people who read Markdown, LaTeX or a terminal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import rich.table
+from rich.markup import escape
+from tabulate import tabulate
+
+from fedelta.files import write_file
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of finished cells.
+
+    Args:
+        name: of its files.
+        title: a line above it.
+        head: of the columns; the first names the rows.
+        rows: of as many cells.
+        note: what the figures are.
+    """
+
+    name: str
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The bare table."""
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in [self.head, *self.rows]]
+        return self._format("pipe", rows) + "\n"
+
+    def latex(self) -> str:
+        """A booktabs tabular with title and note as comments."""
+        comments = "".join(f"% {line}\n" for line in (self.title, self.note) if line)
+        return comments + self._format("latex_booktabs", [self.head, *self.rows]) + "\n"
+
+    def console(self) -> rich.table.Table:
+        table = rich.table.Table(title=escape(self.title), caption=escape(self.note) or None, caption_justify="left")
+        for i, name in enumerate(self.head):
+            table.add_column(escape(name), justify="left" if i == 0 else "right")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def write(self, folder: Path) -> list[Path]:
+        """`NAME.md` and `NAME.tex`."""
+        paths = [folder / f"{self.name}.md", folder / f"{self.name}.tex"]
+        write_file(paths[0], f"**{self.title}**\n\n{self.markdown()}\n{self.note}\n")
+        write_file(paths[1], self.latex())
+        return paths
+
+    def _format(self, style: str, rows: list[list[str]]) -> str:
+        align = ["left"] + ["right"] * (len(self.head) - 1)
+        return tabulate(rows[1:], rows[0], tablefmt=style, colalign=align, disable_numparse=True)

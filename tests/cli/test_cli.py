@@ -1,0 +1,278 @@
+"""What a person types and sees: tables, plots, and one clear line with exit code 2 for every mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import BertForSequenceClassification
+
+from command import fedelta, refusal
+
+
+@pytest.fixture
+def config(tiny_config: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config().dump()))
+    return path
+
+
+def test_run_ends_with_a_table_a_plot_a_page_and_an_adapter(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedelta("run", str(config), "method=fedex") == 0
+    printed = capsys.readouterr().out
+    assert "fedex" in printed
+    folder = tmp_path / "runs" / "tiny"
+    for name in ("score.png", "score.svg", "report.html", "table.json", "adapter/adapter_model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    assert str(folder / "report.html") in printed
+    assert (folder / "score.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob(".*")), "no temporary file is left"
+
+
+def test_compare_shares_data_and_weights_and_reports_the_spread(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", str(config), "--methods", "zero-padding,replication,fedex", "--seeds", "2"]
+    assert fedelta(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "±" in printed
+    folder = tmp_path / "runs" / "tiny-compare"
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["zero-padding", "replication", "fedex"]
+    assert all(row["seeds"] == 2 and row["score_std"] is not None for row in rows)
+    first = [json.loads((folder / f"{m}-seed1" / "rounds.jsonl").read_text().splitlines()[0]) for m in
+             ("zero-padding", "replication", "fedex")]  # fmt: skip
+    assert len({record["train_loss"] for record in first}) == 1, "same data, same initial weights"
+    before = (folder / "table.json").read_bytes()
+    assert fedelta(*arguments, "--resume") == 0
+    assert (folder / "table.json").read_bytes() == before
+    (folder / "report.html").unlink()
+    (folder / "table.json").unlink()
+    (folder / "fedex-seed7").mkdir()
+    assert fedelta("report", str(folder)) == 0
+    assert (folder / "table.json").read_bytes() == before
+    page = (folder / "report.html").read_text()
+    assert page.count("<details>") == 7
+    assert "<svg" in page
+
+
+def test_methods_lists_every_method_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedelta("methods") == 0
+    printed = capsys.readouterr().out
+    for name in ("fedit", "ffa", "zero-padding", "replication", "fedex"):
+        assert name in printed
+    assert "2410.09432" in printed
+
+
+def test_export_writes_an_adapter_and_a_merged_model(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fedelta("run", str(config), "method=fedex")
+    out = ["--adapter", str(tmp_path / "a"), "--merged", str(tmp_path / "m")]
+    assert fedelta("export", str(tmp_path / "runs" / "tiny"), *out) == 0
+    assert "rank" in capsys.readouterr().out
+    run_adapter = tmp_path / "runs" / "tiny" / "adapter" / "adapter_model.safetensors"
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == run_adapter.read_bytes()
+    assert (tmp_path / "m" / "model.safetensors").exists()
+
+
+MISTAKES = {
+    "unknown method": (["method=replicate"], "unknown method 'replicate'; did you mean 'replication'"),
+    "rank 0": (["ranks.high=0"], "ranks.high: input should be greater than or equal to 1, found 0"),
+    "label column": (["data.label=topic"], "no column 'topic' in split train"),
+    "missing data file": (["data.source=nowhere.csv"], "data source nowhere.csv: no such file"),
+    "missing model": (["model.name=./nowhere"], "model ./nowhere: no config.json in that folder"),
+    "empty shard": (["partition.kind=iid", "partition.clients=400"], "400 clients, but only 172 rows"),
+    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 rows, too few to hold"),
+    "weights": (["federation.weighting=[1, 2]"], "has 2 weights, expected one for each of 4 clients"),
+    "negative weight": (["federation.weighting=[1, 2, 3, -1]"], "must be ≥ 0"),
+    "ranks": (["ranks.per_client=[1, 2]"], "has 2 ranks, expected one for each of 4 clients"),
+    "unknown key": (["trainig.steps=1"], "unknown key 'trainig'; did you mean 'training'"),
+    "equal-rank method": (["method=fedit"], "method fedit needs equal ranks"),
+    "target modules": (["lora.target_modules=[nothing]"], "lora.target_modules"),
+    "modules to save": (["lora.modules_to_save=[nothing]"], "the model has no module 'nothing'"),
+    "texts too long for the model": (["data.max_length=64"], "data.max_length is 64, but the model takes 32 tokens"),
+    "more clients than sampled": (["federation.min_clients=9"], "min_clients is 9, but a round has 4 of 4 clients"),
+    "split too large": (["data.test=0.999"], "data.test=0.999 of 240 rows leaves too few"),
+    "split name": (["data.splits={test: exam}"], "has no split 'exam', found train"),
+    "negative seed": (["data.split_seed=-3"], "data.split_seed: input should be greater than or equal to 0"),
+    "brackets": (["data.source=./x[/b]"], "data source ./x[/b]: no such file or folder"),
+    "losses without held-out rows": (["ranks.allocation=loss", "data.client_validation=0"], "data.client_validation"),
+    "output is a file": (["output=TEXTS"], "texts.csv"),
+    "output cannot be made": (["output=/proc/nowhere"], "/proc/nowhere"),
+    "text of numbers": (["data.text=label", "data.label=author", "data.source=NUMBERS"], "holds int64, expected text"),
+    "damaged weights": (["model.name=DAMAGED"], "DAMAGED: "),
+    "head of another task": (["model.name=FIVE"], "FIVE: "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    mistake: str,
+    config: Path,
+    tmp_path: Path,
+    texts: Path,
+    tiny_bert: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides, expected = MISTAKES[mistake]
+    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.csv", "DAMAGED": tmp_path / "d", "FIVE": tmp_path / "f"}
+    places["NUMBERS"].write_text("label,author\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(40)))
+    for folder in (places["DAMAGED"], places["FIVE"]):
+        shutil.copytree(tiny_bert, folder)
+    weights = places["DAMAGED"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=5).save_pretrained(places["FIVE"])
+    capsys.readouterr()
+    for name, place in places.items():
+        overrides = [override.replace(name, str(place)) for override in overrides]
+        expected = expected.replace(name, str(place))
+    before = sorted(tmp_path.rglob("*"))
+    assert expected in refusal(capsys, "run", str(config), *overrides)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"\x7fELF\x00\xff\xfe", "not a text file"), (b"a: [1", "while parsing"), (b"[]", "holds a list")],
+)
+def test_a_broken_configuration_is_one_line(
+    content: bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    assert expected in refusal(capsys, "run", str(tmp_path / "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ("replication,replication", "expected each once"),
+        ("", "unknown method ''"),
+        ("replication,,fedex", "unknown method ''"),
+    ],
+)
+def test_mistakes_in_methods_are_one_line(
+    methods: str, expected: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refusal(capsys, "compare", str(config), "--methods", methods)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_failed_in_its_first_round_does_not_block_the_corrected_one(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedelta("run", str(config), "training.learning_rate=1e30") == 2
+    assert "round 0: 0 usable updates" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert fedelta("run", str(config)) == 0
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_result_is_one_line(
+    content: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fedelta("run", str(config), "rounds=1")
+    capsys.readouterr()
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "result.json").write_text(content)
+    assert "result.json is damaged" in refusal(capsys, "report", str(folder))
+
+
+def test_lost_lines_are_noticed(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config))
+    capsys.readouterr()
+    (tmp_path / "runs" / "tiny" / "rounds.jsonl").write_text("")
+    assert "rounds.jsonl has 0 lines, but the checkpoint 3" in refusal(capsys, "run", str(config), "--resume")
+
+
+def test_one_place_for_two_exports_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config), "rounds=1")
+    capsys.readouterr()
+    same = str(tmp_path / "x")
+    assert "expected two places" in refusal(
+        capsys, "export", str(tmp_path / "runs" / "tiny"), "--adapter", same, "--merged", same
+    )
+
+
+def test_ctrl_c_says_that_nothing_is_lost_and_fails(config: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedelta.cli", "run", str(config), "rounds=500"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    rounds = tmp_path / "runs" / "tiny" / "rounds.jsonl"
+    while process.poll() is None and not (rounds.exists() and rounds.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on from them" in printed
+
+
+def test_a_missing_configuration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "configuration nowhere.yaml: No such file" in refusal(capsys, "run", "nowhere.yaml")
+
+
+def test_a_mistake_in_compare_stops_it_before_anything_runs(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, "compare", str(config), "--methods", "replication,fedx")
+    assert "unknown method 'fedx'; did you mean 'fedex'" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_run_in_the_same_place_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config))
+    capsys.readouterr()
+    assert "holds a run already" in refusal(capsys, "run", str(config))
+
+
+def test_a_checkpoint_of_another_config_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config))
+    capsys.readouterr()
+    assert "seed was 0, now 1" in refusal(capsys, "run", str(config), "seed=1", "--resume")
+
+
+def test_a_truncated_checkpoint_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fedelta("run", str(config))
+    capsys.readouterr()
+    file = tmp_path / "runs" / "tiny" / "checkpoint" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert "state.safetensors" in refusal(capsys, "run", str(config), "--resume")
+    assert "state.safetensors" in refusal(
+        capsys, "export", str(tmp_path / "runs" / "tiny"), "--adapter", str(tmp_path / "a")
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such option" in refusal(capsys, "run", "--nonsense")
+    assert "say --adapter OUT" in refusal(capsys, "export", "somewhere")
+    assert "no finished run here" in refusal(capsys, "report", "somewhere")
+
+
+def test_the_installed_command_exits_with_code_2(config: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedelta.cli", "run", str(config), "method=none-such"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown method 'none-such'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_progress_is_quiet_when_not_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedelta("run", str(config)) == 0
+    assert capsys.readouterr().err == ""

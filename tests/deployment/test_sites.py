@@ -1,0 +1,382 @@
+"""A server and sites with rows of their own: the same numbers, behind TLS and keys, and whatever may go wrong."""
+
+import base64
+import datetime
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+pytest.importorskip("flwr.serverapp")
+
+import httpx
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedelta.flower.certificates import make_keys
+from fedelta.runs.runner import open_run, run
+from site_processes import MIXED, NAMES, Federation
+
+
+@pytest.mark.slow
+def test_sites_with_keys_give_the_bytes_of_one_process(tiny_config: Any, tmp_path: Path) -> None:
+    alone = run(tiny_config(name="alone", rounds=4, **MIXED))
+    config = tiny_config(name="apart", rounds=4, **MIXED)
+    with Federation(config, tmp_path / "sites") as federation:
+        federation.serve()
+        federation.join_all((2, 4, 3))
+        assert federation.wait("server") == 0, federation.output("server")
+        for name in NAMES:
+            assert federation.wait(name, 60) == 0, federation.output(name)
+            assert "trained in" in federation.output(name)
+    apart = open_run(config.folder)
+    assert apart.folder.rounds_file.read_bytes() == alone.folder.rounds_file.read_bytes()
+    ours, theirs = (each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, alone))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_bad_answers_are_left_out_and_written_down(tiny_config: Any, tmp_path: Path) -> None:
+    ways = ["", "nan", "shape", "version", "somebody", "header", "noise", "replay", "late"]
+    config = tiny_config(
+        name="bad",
+        rounds=3,
+        method="fedex",
+        partition={"kind": "iid", "clients": len(ways)},
+        federation={"deadline": 8.0},
+    )
+    with Federation(config, tmp_path / "sites", secure=False) as federation:
+        federation.serve()
+        for name, how in zip(federation.names, ways, strict=True):
+            federation.join_badly(name, 2, how)
+        assert federation.wait("server", 400) == 0, federation.output("server")
+    records = open_run(config.folder).records
+    assert len(records) == 3
+    name = dict(zip(ways, federation.names, strict=True))
+    for record in records:
+        assert name[""] in record["clients"]
+        reasons = record["skipped"]
+        for how, reason in {
+            "nan": "holds NaN or infinite values",
+            "shape": "(23, 2), expected torch.float32 (24, 2)",
+            "version": "it trained on base version",
+            "somebody": "its update says client client-000",
+            "header": "its header alone claims 10737418240",
+            "noise": "damaged message",
+            "late": "no reply within 8 s",
+        }.items():
+            assert reason in reasons[name[how]]
+    assert name["replay"] in records[0]["clients"]
+    assert all("its update says round 0" in record["skipped"][name["replay"]] for record in records[1:])
+    assert any(name["late"] in record["late"] for record in records[1:])
+    assert "skipped" in federation.output("server")
+
+
+def strangers(federation: Federation, tmp_path: Path) -> None:
+    """Sites that should not be let in: of an unknown key, with another authority, in plain text."""
+    make_keys(tmp_path / "other", ["stranger", "misled", "plain"], [])
+    own = tmp_path / "other" / "sites"
+    for name in ("stranger", "misled", "plain"):
+        (federation.folder / name).mkdir()
+        shutil.copy(federation.folder / NAMES[0] / "rows.csv", federation.folder / name)
+    # It knows the server, but the server does not know it.
+    shutil.copy(federation.folder / "keys" / "server" / "ca.crt", own / "stranger" / "ca.crt")
+    federation.join("stranger", 2, keys=str(own / "stranger"))
+    federation.join("misled", 2, keys=str(own / "misled"))
+    federation.secure = False
+    federation.join("plain", 2)
+    federation.secure = True
+
+
+def signed(key: Path, moment: datetime.datetime, spoilt: bool = False) -> dict[str, str]:
+    """What a node writes above a request, as if it were this moment."""
+    private = load_ssh_private_key(key.read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    text = moment.isoformat()
+    signature = private.sign(text.encode(), ec.ECDSA(hashes.SHA256()))
+    if spoilt:
+        signature = signature[:-1] + bytes([signature[-1] ^ 1])
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(private.public_key())).decode(),
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signature).decode(),
+        TIMESTAMP_HEADER: text,
+        "content-type": "application/protobuf",
+    }
+
+
+def knock(federation: Federation) -> dict[str, int]:
+    """Status of requests straight to the server's door."""
+    keys = federation.folder / "keys"
+    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    key = keys / "sites" / NAMES[0] / "site.key"
+    public = public_key_to_bytes(load_ssh_private_key(key.read_bytes(), None).public_key())  # type: ignore[arg-type]
+    body = ActivateNodeRequest(public_key=public, heartbeat_interval=30).SerializeToString()
+    now = datetime.datetime.now(datetime.UTC)
+    with httpx.Client(base_url=f"https://127.0.0.1:{federation.port}", verify=context, trust_env=False) as client:
+
+        def ask(path: str, headers: dict[str, str], content: bytes = body) -> int:
+            return client.post(path, content=content, headers=headers).status_code
+
+        activate = "/v1/fleet/activate-node"
+        return {
+            "good": ask(activate, signed(key, now)),
+            "old": ask(activate, signed(key, now - datetime.timedelta(minutes=10))),
+            "altered": ask(activate, signed(key, now, spoilt=True)),
+            "unsigned": ask(activate, {"content-type": "application/protobuf"}),
+            "huge": ask(activate, signed(key, now), bytes(17 * 2**20)),
+            "control": ask("/v1/control/list-runs", signed(key, now), b""),
+            "climbing": ask("/v1/fleet/../control/list-runs", signed(key, now), b""),
+            "climbing, encoded": ask("/v1/fleet/%2e%2e/control/list-runs", signed(key, now), b""),
+            "runtime": ask("/v1/runtime/acquire-task", signed(key, now), b""),
+        }
+
+
+class Wire:
+    """A wire between a client and a server, which keeps what the client says, and may change a byte of it.
+
+    Args:
+        port: of the server.
+        spoil: which of the client's packets is changed, None for none.
+    """
+
+    def __init__(self, port: int, spoil: int | None = None) -> None:
+        self.said: list[bytes] = []
+        self._server = socket.create_connection(("127.0.0.1", port))
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._spoil = spoil
+        self.port = self._listening.getsockname()[1]
+        threading.Thread(target=self._carry, daemon=True).start()
+
+    def _carry(self) -> None:
+        client, _ = self._listening.accept()
+        threading.Thread(target=self._back, args=(client,), daemon=True).start()
+        with suppress(OSError):
+            while piece := client.recv(2**16):
+                if len(self.said) == self._spoil:
+                    piece = piece[:-1] + bytes([piece[-1] ^ 1])
+                self.said.append(piece)
+                self._server.sendall(piece)
+
+    def _back(self, client: socket.socket) -> None:
+        with suppress(OSError):
+            while piece := self._server.recv(2**16):
+                client.sendall(piece)
+        client.close()
+
+
+def on_the_wire(federation: Federation) -> None:
+    """Whoever sits between a site and its server can neither say again what was said, nor change it."""
+    keys = federation.folder / "keys"
+    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    headers = signed(keys / "sites" / NAMES[0] / "site.key", datetime.datetime.now(datetime.UTC))
+
+    def ask(port: int) -> int:
+        url = f"https://127.0.0.1:{port}/v1/fleet/pull-messages"
+        return httpx.post(url, content=b"", headers=headers, verify=context, trust_env=False).status_code
+
+    wire = Wire(federation.port)
+    assert ask(wire.port) == 401
+    # The handshake, and then the request: as it was said, to a server that has drawn another key.
+    with socket.create_connection(("127.0.0.1", federation.port), 20) as again:
+        heard = b""
+        for piece in wire.said:
+            with suppress(OSError):
+                again.sendall(piece)
+        with suppress(ConnectionResetError):
+            while piece := again.recv(2**16):
+                heard += piece
+    # It has hung up after its own part of the handshake, with an alert and no answer.
+    assert len(heard) < 4096
+    for packet in range(len(wire.said)):
+        with pytest.raises(httpx.TransportError):
+            ask(Wire(federation.port, spoil=packet).port)
+
+
+@pytest.mark.slow
+def test_nobody_comes_in_without_a_key_and_the_rounds_go_on(tiny_config: Any, tmp_path: Path) -> None:
+    config = tiny_config(name="apart", rounds=20, **MIXED)
+    with Federation(config, tmp_path / "sites") as federation:
+        federation.serve()
+        # They wait for the server as its sites do.
+        strangers(federation, tmp_path)
+        federation.join_all((2, 4, 3))
+        federation.wait_for_rounds(1)
+        found = knock(federation)
+        on_the_wire(federation)
+        for name, reason in {
+            "stranger": "does not know the key",
+            "misled": "is not whom",
+            "plain": "does not speak plain HTTP",
+        }.items():
+            assert federation.wait(name, 120) == 2
+            lines = federation.output(name).splitlines()
+            assert lines[-1].startswith("error: ")
+            assert reason in lines[-1]
+        assert federation.wait("server") == 0, federation.output("server")
+        assert "refused a node at 127.0.0.1" in federation.output("server")
+    # A key that is in use is not let in twice; whatever is not a node's gets nowhere.
+    assert found.pop("good") == 412
+    assert found.pop("huge") == 413
+    assert {found.pop(way) for way in ("old", "altered", "unsigned")} == {401}
+    assert set(found.values()) == {404}
+    records = open_run(config.folder).records
+    assert len(records) == 20
+    assert not any(record["skipped"] for record in records)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_goes_on_with_sites_that_stayed_up_and_one_that_came_back(
+    tiny_config: Any, tmp_path: Path
+) -> None:
+    whole = run(tiny_config(name="whole", rounds=8, **MIXED))
+    config = tiny_config(name="apart", rounds=8, **MIXED)
+    with Federation(config, tmp_path / "sites") as federation:
+        federation.serve()
+        federation.join_all((2, 4, 3))
+        federation.wait_for_rounds(2)
+        federation.processes["server"].kill()
+        federation.processes["server"].wait()
+        done = config.folder.joinpath("rounds.jsonl").read_bytes().count(b"\n")
+        assert done < 8
+        # Blank, when it comes back: its base has none of the patches.
+        federation.processes[NAMES[2]].kill()
+        federation.processes[NAMES[2]].wait()
+        federation.serve("--resume")
+        federation.join(NAMES[2], 3)
+        assert federation.wait("server") == 0, federation.output("server")
+        for name in NAMES:
+            assert federation.wait(name, 60) == 0, federation.output(name)
+    apart = open_run(config.folder)
+    assert len(apart.records) == 8
+    assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in whole.records]
+    ours, theirs = (each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_site_that_is_killed_in_a_round_is_missed_and_taken_back(tiny_config: Any, tmp_path: Path) -> None:
+    changes = {**MIXED, "federation": {"deadline": 15.0, "min_clients": 2}}
+    config = tiny_config(name="apart", rounds=50, **changes)
+    with Federation(config, tmp_path / "sites") as federation:
+        federation.serve()
+        federation.join_all((2, 4, 3))
+        federation.wait_for_rounds(2)
+        federation.processes[NAMES[1]].kill()
+        federation.wait_for_rounds(4)
+        federation.join(NAMES[1], 4)
+        assert federation.wait("server") == 0, federation.output("server")
+    records = open_run(config.folder).records
+    assert len(records) == 50
+    missed = [record["round"] for record in records if NAMES[1] in record["skipped"]]
+    assert missed
+    reasons = {record["skipped"][NAMES[1]].split(":")[0] for record in records if NAMES[1] in record["skipped"]}
+    assert reasons <= {"TimeoutError", "its site is away", "its node failed", "its node is gone"}
+    assert NAMES[1] in records[-1]["clients"]
+    assert all({NAMES[0], NAMES[2]} <= set(record["clients"]) for record in records)
+
+
+@pytest.mark.slow
+def test_a_round_without_its_quorum_is_done_again_and_nothing_is_lost(tiny_config: Any, tmp_path: Path) -> None:
+    changes = {**MIXED, "federation": {"min_clients": 3, "deadline": 200.0}}
+    whole = run(tiny_config(name="whole", rounds=5, **changes))
+    config = tiny_config(name="apart", rounds=5, **changes)
+    with Federation(config, tmp_path / "sites") as federation:
+        federation.serve()
+        federation.join_all((2, 4, 3))
+        federation.wait_for_rounds(2)
+        # As when its power fails: nobody says goodbye, and its place is held for a while.
+        site = psutil.Process(federation.processes[NAMES[1]].pid)
+        for process in [site, *site.children(recursive=True)]:
+            with suppress(psutil.Error):
+                process.kill()
+        federation.processes[NAMES[1]].wait()
+        federation.join(NAMES[1], 4)
+        assert federation.wait("server", 400) == 0, federation.output("server")
+    apart = open_run(config.folder)
+    assert [len(record["clients"]) for record in apart.records] == [3] * 5
+    assert any(record["failed_attempts"] or record["caught_up"] for record in apart.records)
+    assert [record["train_loss"] for record in apart.records] == [record["train_loss"] for record in whole.records]
+    ours, theirs = (each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) -> None:
+    changes = {**MIXED, "partition": {"kind": "iid", "clients": 2}, "ranks": {}}
+    config = tiny_config(name="apart", rounds=1, **changes)
+    with Federation(config, tmp_path / "sites", secure=False) as federation:
+        federation.serve("--patience", "45")
+        federation.join(NAMES[0], 2, "training.steps=9")
+        rows = federation.folder / NAMES[1] / "rows.csv"
+        rows.write_text(rows.read_text().replace("sea", "lake"))
+        federation.join(NAMES[1], 2)
+        assert federation.wait("server") == 2
+        told = federation.output("server")
+        assert "client-000, client-001 (0 of 2 are there, expected 2)" in " ".join(told.split())
+        assert "training.steps is 9 here and 2 at the server" in told
+        assert "training.steps is 9 here and 2 at the server" in federation.output(NAMES[0])
+        assert "label 'lake' is none of the server's" in told
+        assert not (config.folder / "rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["join", "--data", "absent.csv", "--insecure", "--name", "a"], "absent.csv: no such file"),
+        (["join", "--insecure", "--name", "a"], "--data FILE"),
+        (["join", "--data", "rows.csv"], "say --keys FOLDER, or --insecure"),
+        (["join", "--data", "rows.csv", "--keys", "nowhere"], "no site.key there"),
+        (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org:1"], "is for loopback"),
+        (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org"], "HOST:PORT"),
+        (["serve", "--keys", "nowhere"], "no server.crt there"),
+        (["join", "--data", "rows.csv", "--keys", "worn"], "is no private key without a password"),
+        (["serve", "--keys", "torn"], "are no certificate and its key"),
+        (["serve", "--keys", "twins"], "are the same key"),
+        (["serve", "--keys", "odd"], "is no public key as ssh-keygen writes it"),
+        (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected letters"),
+        (["serve"], "say --keys FOLDER, or --insecure"),
+        (["serve", "--insecure"], "no site"),
+        (["serve", "--insecure", "--sites", "a", "--host", "0.0.0.0"], "is for loopback"),
+        (["serve", "--insecure", "--sites", "a", "method=fedsa"], "not over Flower yet"),
+    ],
+)
+def test_mistakes_of_a_deployment_are_one_line(
+    arguments: list[str], line: str, tiny_config: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config().dump()))
+    make_keys(tmp_path / "keys", ["a", "b"], [])
+    server = tmp_path / "keys" / "server"
+    for broken in ("torn", "twins", "odd"):
+        shutil.copytree(server, tmp_path / broken)
+    (tmp_path / "torn" / "server.key").write_text("no key")
+    shutil.copy(server / "sites" / "a.pub", tmp_path / "twins" / "sites" / "b.pub")
+    (tmp_path / "odd" / "sites" / "a.pub").write_text("ssh-rsa nonsense")
+    shutil.copytree(tmp_path / "keys" / "sites" / "a", tmp_path / "worn")
+    (tmp_path / "worn" / "site.key").write_text("no key")
+    command, *rest = arguments
+    done = subprocess.run(
+        [sys.executable, "-m", "fedelta.cli", command, "config.yaml", *rest],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert done.returncode == 2
+    assert line in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

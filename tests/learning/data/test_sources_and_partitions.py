@@ -1,0 +1,273 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from fedelta.errors import FedeltaError
+from fedelta.learning.data import DataSettings, PartitionSettings
+from fedelta.learning.data.examples import Examples
+from fedelta.learning.data.partition import partition
+from fedelta.learning.data.pydoc import CHAPTERS, read_pydoc
+from fedelta.learning.data.sources import load_splits
+from fedelta.learning.shards import build_corpus, build_data, read_splits
+from fedelta.learning.tasks import Classification
+
+
+def splits_of(settings: DataSettings) -> dict[str, datasets.Dataset]:
+    return load_splits(settings, Classification().columns(settings))
+
+
+def rows_of(splits: dict) -> dict[str, list[str]]:
+    return {name: split["text"][:] for name, split in splits.items()}
+
+
+def test_pydoc_has_about_six_thousand_texts_in_eight_chapters() -> None:
+    rows = read_pydoc()
+    assert 4000 < len(rows) < 9000
+    assert {row["label"] for row in rows} == set(CHAPTERS)
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert rows == read_pydoc()
+
+
+def test_a_python_without_sources_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedeltaError, match=f"no sources of the standard library under {tmp_path}"):
+        read_pydoc(tmp_path)
+
+
+def test_every_module_of_pydoc_has_one_chapter() -> None:
+    modules = [module for names in CHAPTERS.values() for module in names.split()]
+    assert not [module for module, count in Counter(modules).items() if count > 1]
+
+
+def test_splits_are_disjoint_and_the_same_every_time(texts: Path) -> None:
+    one, two = (splits_of(DataSettings(source=str(texts))) for _ in range(2))
+    assert rows_of(one) == rows_of(two)
+    assert {name: split.num_rows for name, split in one.items()} == {"train": 172, "validation": 20, "test": 48}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_file_format_gives_the_same_rows(ending: str, texts: Path, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_csv(str(texts))
+    file = tmp_path / f"x.{ending}"
+    if ending == "tsv":
+        table.to_csv(file, sep="\t", index=False)
+    elif ending == "csv":
+        table.to_csv(file, index=False)
+    elif ending == "parquet":
+        table.to_parquet(file)
+    elif ending == "jsonl":
+        table.to_json(file)
+    else:
+        file.write_text(json.dumps(table.to_list()))
+    assert rows_of(splits_of(DataSettings(source=str(file)))) == rows_of(splits_of(DataSettings(source=str(texts))))
+
+
+def test_a_folders_own_test_split_is_used(texts: Path, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_csv(str(texts))
+    table.select(range(100)).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    table.select(range(100, 200)).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    # As real folders do: the test split lacks one column of the training split.
+    table.select(range(200, 240)).remove_columns("author").to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "README.md").write_text("# texts")
+    splits = splits_of(DataSettings(source=str(tmp_path)))
+    assert splits["test"]["text"][:] == table["text"][200:]
+    assert splits["train"].num_rows + splits["validation"].num_rows == 200
+
+
+def test_limits_draw_by_seed(texts: Path) -> None:
+    splits = splits_of(DataSettings(source=str(texts), limit=50, evaluation_limit=10))
+    assert {name: split.num_rows for name, split in splits.items()} == {"train": 50, "validation": 10, "test": 10}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"source": "/nowhere/x.csv"}, "data source /nowhere/x.csv: no such file or folder"),
+        ({"source": "missing.parquet"}, "missing.parquet: no such file or folder"),
+        ({"label": "topic"}, "no column 'topic' in split train, found text, label, author"),
+        ({"text": ("text", "other")}, "no column 'other'"),
+    ],
+)
+def test_bad_sources_are_refused(settings: dict, reason: str, texts: Path) -> None:
+    with pytest.raises(FedeltaError, match=reason):
+        splits_of(DataSettings(**({"source": str(texts)} | settings)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text,label\na,x\nb,x\nc,x\nd,x\ne,x\nf,x\n", "holds one class only"),
+        ("text,label\na,0.5\nb,1.5\nc,0.1\nd,3.2\ne,0.7\nf,0.9\n", "holds float64, expected classes"),
+        ("text,label\na,\nb,x\nc,y\nd,x\ne,y\nf,x\n", "empty cells in column 'label'"),
+        ("text,label\na,x\n", "leaves too few"),
+    ],
+)
+def test_bad_labels_are_refused(content: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text(content)
+    with pytest.raises(FedeltaError, match=reason):
+        read_splits(DataSettings(source=str(file)), Classification())
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    file.write_bytes(b"PAR1 this is not parquet")
+    with pytest.raises(FedeltaError, match="data source .*x.parquet: ") as refusal:
+        splits_of(DataSettings(source=str(file)))
+    assert "\n" not in str(refusal.value)
+
+
+LABELS = [i % 4 for i in range(400)]
+ROWS = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(400)], "by": [f"g{i % 9}" for i in range(400)]})
+
+KINDS = {
+    "iid": {"clients": 7},
+    "dirichlet": {"clients": 7, "alpha": 0.3},
+    "pathological": {"clients": 6, "classes_per_client": 2},
+    "shards": {"clients": 5, "shards_per_client": 2},
+    "natural": {"by": "by", "clients": 4},
+    "two-quality": {"clients": 10, "share": 0.2, "alpha_low": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_are_disjoint_and_depend_on_the_seed_alone(kind: str) -> None:
+    settings = PartitionSettings(kind=kind, **KINDS[kind])  # type: ignore[arg-type]
+    shards = partition(ROWS, LABELS, settings, seed=1)
+    rows = [row for shard in shards for row in shard]
+    assert len(shards) == settings.clients
+    assert len(set(rows)) == len(rows)
+    assert shards == partition(ROWS, LABELS, settings, seed=1)
+    if kind != "natural":
+        assert shards != partition(ROWS, LABELS, settings, seed=2)
+
+
+def label_shares(shard: list[int]) -> list[float]:
+    counts = Counter(LABELS[i] for i in shard)
+    return sorted(count / len(shard) for count in counts.values())
+
+
+def test_iid_shards_see_all_labels_although_the_source_is_sorted() -> None:
+    sorted_labels = sorted(LABELS)
+    for shard in partition(ROWS, sorted_labels, PartitionSettings(clients=5), seed=0):
+        assert len({sorted_labels[i] for i in shard}) == 4
+
+
+def test_pathological_clients_see_as_many_labels_as_configured() -> None:
+    for shard in partition(ROWS, LABELS, PartitionSettings(kind="pathological", clients=6, classes_per_client=2), 0):
+        assert len(label_shares(shard)) == 2
+
+
+def test_natural_clients_keep_a_value_together() -> None:
+    shards = partition(ROWS, LABELS, PartitionSettings(kind="natural", by="by", clients=4), 0)
+    groups = [{ROWS["by"][i] for i in shard} for shard in shards]
+    assert not set.intersection(*groups)
+    assert sum(map(len, groups)) == 9
+    every = partition(ROWS, LABELS, PartitionSettings(kind="natural", by="by", clients=None), 0)
+    assert len(every) == 9
+
+
+def test_two_qualities_have_equal_sizes_and_unequal_label_mixes() -> None:
+    settings = PartitionSettings(kind="two-quality", clients=10, share=0.2, alpha_high=100, alpha_low=0.1)
+    shards = partition(ROWS, LABELS, settings, seed=3)
+    assert {len(shard) for shard in shards} == {40}
+    good, others = shards[:2], shards[2:]
+    assert max(label_shares(shard)[-1] for shard in good) < 0.5
+    assert sum(label_shares(shard)[-1] > 0.5 for shard in others) >= 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kind": "iid", "clients": 500}, "500 clients, but only 400 rows"),
+        ({"kind": "natural", "by": "nothing"}, "no column 'nothing', found text, by"),
+        ({"kind": "natural", "by": "by", "clients": 20}, "20 clients, but only 9 different values"),
+        ({"kind": "two-quality", "clients": 500}, "500 clients, but only 400 rows"),
+        ({"kind": "pathological", "clients": 5, "classes_per_client": 9}, "partition pathological"),
+    ],
+)
+def test_partitions_that_cannot_be_made_are_refused(settings: dict, reason: str) -> None:
+    with pytest.raises(FedeltaError, match=reason):
+        partition(ROWS, LABELS, PartitionSettings(**settings), seed=0)
+
+
+def test_a_client_too_small_to_hold_rows_out_is_named(texts: Path, tiny_bert: Path) -> None:
+    settings = DataSettings(source=str(texts), limit=10)
+    splits, classes = read_splits(settings, Classification())
+    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
+    with pytest.raises(FedeltaError, match="client-000 has 1 rows, too few to hold out 1"):
+        build_data(corpus, settings, PartitionSettings(clients=10), seed=0)
+
+
+def test_pairs_of_texts_are_tokenised_together(tmp_path: Path, tiny_bert: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("a,b,label\n" + "".join(f"the ship,old moon,{'xy'[i % 2]}\n" for i in range(10)))
+    settings = DataSettings(source=str(file), text=("a", "b"))
+    splits, classes = read_splits(settings, Classification())
+    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
+    assert corpus.classes == ["x", "y"]
+    feature = corpus.train.features[0]
+    assert len(feature["input_ids"]) == 7
+    assert feature["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_batches_are_padded_to_their_own_longest_and_grouped_by_length(tiny_bert: Path) -> None:
+    lengths = [3 + (7 * i) % 20 for i in range(64)]
+    examples = Examples([{"input_ids": [4] * n} for n in lengths], [0] * 64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    order = list(examples.training_order(8, seed=1))
+    assert sorted(i for batch in order for i in batch) == list(range(64))
+    assert order == list(examples.training_order(8, seed=1))
+    assert order != list(examples.training_order(8, seed=2))
+    padded = 0
+    for rows in order:
+        batch = examples.batch(rows, tokenizer)
+        longest = max(lengths[i] for i in rows)
+        assert batch["input_ids"].shape == (8, longest)
+        assert batch["attention_mask"].sum() == sum(lengths[i] for i in rows)
+        padded += 8 * longest
+    assert padded < 64 * max(lengths)
+    by_length = [lengths[i] for batch in examples.evaluation_order(8) for i in batch]
+    assert by_length == sorted(lengths)
+
+
+def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(texts: Path, tiny_bert: Path) -> None:
+    file = texts.parent / "numbered.csv"
+    file.write_text(
+        "text,label\n" + "".join(f"{'the ' * (i // 60)}{'old ' * (i % 60)}sea,{'xy'[i % 2]}\n" for i in range(240))
+    )
+    settings = DataSettings(source=str(file), client_validation=0.25, max_length=100)
+    splits, classes = read_splits(settings, Classification())
+    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
+    data = build_data(corpus, settings, PartitionSettings(clients=5), seed=0)
+    parts = [part for shard in data.shards.values() for part in (shard.train, shard.validation)]
+    texts_of = [[tuple(f["input_ids"]) for f in part.features] for part in (*parts, data.validation, data.test)]
+    everything = [text for part in texts_of for text in part]
+    assert len(everything) == 240
+    assert len(set(everything)) == 240
+    for shard in data.shards.values():
+        assert len(shard.validation) == round(0.25 * (len(shard.train) + len(shard.validation)))
+
+
+def test_a_limit_is_a_draw_and_not_the_first_rows(texts: Path) -> None:
+    full = rows_of(splits_of(DataSettings(source=str(texts))))["train"]
+    drawn = rows_of(splits_of(DataSettings(source=str(texts), limit=50)))["train"]
+    assert set(drawn) <= set(full)
+    assert drawn != full[:50]
+
+
+def test_glues_secret_test_labels_can_be_left_out(texts: Path, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_csv(str(texts))
+    table.select(range(150)).to_parquet(tmp_path / "train.parquet")
+    table.select(range(150, 200)).to_parquet(tmp_path / "validation.parquet")
+    table.select(range(200, 240)).remove_columns("label").to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(FedeltaError, match="no column 'label' in split test"):
+        splits_of(DataSettings(source=str(tmp_path)))
+    with pytest.raises(FedeltaError, match="'validation' would serve twice"):
+        splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation"}))
+    splits = splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
+    assert splits["test"]["text"][:] == table["text"][150:200]
+    assert splits["train"].num_rows == 135

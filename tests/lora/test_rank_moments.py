@@ -1,0 +1,142 @@
+"""Streaming: a client is folded in and dropped, and what is kept does not grow with the number of clients."""
+
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.contribution import Contribution
+from fedelta.lora.rank_moments import RankMoments
+from fedelta.lora.running_sum import CHUNK
+from fedelta.methods import Method, MethodState
+from federations import VARIANTS, label, method_of
+
+SHAPE = (40, 30)
+RANKS = (1, 2, 4)
+
+
+def contribution(i: int, method: Method) -> Contribution:
+    generator = torch.Generator().manual_seed(i)
+    r = RANKS[i % 3] if method.mixed_ranks else 4
+    pair = LoraPair(torch.randn(r, SHAPE[1], generator=generator), torch.randn(SHAPE[0], r, generator=generator), 2 / r)
+    indices = torch.randperm(4, generator=generator)[:r].sort().values if method.name == "fed-plora" else None
+    return Contribution(f"client-{i}", 1.0 + i % 5, Adapter({"x": pair}), indices)
+
+
+def start(method: Method, known: bool = True) -> MethodState:
+    state = method.start({"x": SHAPE}, 4, 0)
+    return MethodState(0, state.adapter, state.seed, ranks=frozenset(RANKS) if known else frozenset())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=label)
+def test_every_method_lets_go_of_a_client_before_the_next_but_one(name: str, options: dict) -> None:
+    method = method_of(name, options)
+    alive: list[weakref.ref] = []
+    most = [0]
+
+    def stream() -> Iterator[Contribution]:
+        for i in range(40):
+            each = contribution(i, method)
+            alive.append(weakref.ref(each.adapter["x"].B))
+            yield each
+            del each
+            most[0] = max(most[0], sum(reference() is not None for reference in alive))
+
+    method.step(start(method), stream())
+    assert most[0] <= (40 if method.remembers_clients else 1)
+
+
+def held(moments: RankMoments) -> int:
+    """Bytes of all tensors that the moments reach."""
+    seen: dict[int, int] = {}
+    stack: list[object] = [moments]
+    visited = set()
+    while stack:
+        each = stack.pop()
+        if id(each) in visited:
+            continue
+        visited.add(id(each))
+        if isinstance(each, torch.Tensor):
+            seen[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        elif isinstance(each, dict):
+            stack += each.values()
+        elif isinstance(each, list | tuple):
+            stack += each
+        elif hasattr(each, "__dict__"):
+            stack += vars(each).values()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("kind", ["none", "total", "by rank"])
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_stops_growing_once_a_dense_sum_is_smaller(kind: str, known: bool) -> None:
+    method = method_of("fedex", {})
+    sizes = []
+    for clients in (60, 600):
+        state = start(method, known)
+        stream = (contribution(i, method) for i in range(clients))
+        sizes.append(held(RankMoments(state.adapter, stream, kind, state.ranks)))  # type: ignore[arg-type]
+    blocks = {"none": 0, "total": 1, "by rank": 3 if known else 4}[kind]
+    dense, chunk = 4 * SHAPE[0] * SHAPE[1], 4 * (CHUNK + 4) * sum(SHAPE)
+    factors = 2 * 4 * 4 * sum(SHAPE) + 2 * 8 * 4 * sum(SHAPE)
+    # Indices of the columns of each waiting term come on top.
+    assert sizes[1] <= factors + blocks * (dense + 2 * chunk) + 4096
+    assert sizes[1] <= sizes[0] + blocks * 2 * chunk
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_blocks_by_known_ranks_and_by_index_say_the_same(known: bool) -> None:
+    """Also when every block has become dense."""
+    method = method_of("fedex", {})
+    for clients in (5, 300):
+        stream = [contribution(i, method) for i in range(clients)]
+        state = start(method, known)
+        moments = RankMoments(state.adapter, stream, "by rank", state.ranks)
+        found = torch.zeros(SHAPE)
+        moments.normalised_covariance("x").add_to(found)
+        expected = torch.zeros(SHAPE, dtype=torch.float64)
+        for j in range(4):
+            holders = [c for c in stream if c.adapter["x"].rank > j]
+            mass = sum(c.weight for c in holders)
+            b = torch.stack([c.adapter["x"].scale * c.adapter["x"].B[:, j].double() for c in holders])
+            a = torch.stack([c.adapter["x"].A[j].double() for c in holders])
+            p = torch.tensor([c.weight / mass for c in holders], dtype=torch.float64)[:, None]
+            expected += (p * (b - (p * b).sum(0))).T @ (a - (p * a).sum(0))
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+        total = torch.zeros(SHAPE)
+        moments.covariance("x").add_to(total)
+        plain = torch.zeros(SHAPE)
+        RankMoments(state.adapter, stream, "total").covariance("x").add_to(plain)
+        assert torch.allclose(total, plain, atol=1e-5)
+
+
+def test_a_client_of_weight_zero_changes_nothing() -> None:
+    method = method_of("fedex", {})
+    clients = [contribution(i, method) for i in range(4)]
+    silent = Contribution("silent", 0.0, Adapter({"x": LoraPair(torch.full((4, 30), 9.0), torch.full((40, 4), 9.0))}))
+    one, patch_one = method.step(start(method), clients)
+    two, patch_two = method.step(start(method), [silent, *clients])
+    assert torch.equal(one.adapter["x"].B, two.adapter["x"].B)
+    assert torch.equal(patch_one["x"].U, patch_two["x"].U)
+
+
+def test_scales_that_are_no_powers_of_two_do_not_cost_digits() -> None:
+    """s·B rounded to fp32 before the difference is taken would leave 1e-7/spread of the residual wrong."""
+    generator = torch.Generator().manual_seed(0)
+    B0, A0 = torch.randn(40, 4, generator=generator), torch.randn(4, 30, generator=generator)
+    clients = []
+    for i, scale in enumerate((1.7, 0.3, 1.7, 2.9, 0.3)):
+        A = A0 + 1e-4 * torch.randn(4, 30, generator=generator)
+        B = (B0 + 1e-4 * torch.randn(40, 4, generator=generator)).double() / scale
+        clients.append(Contribution(str(i), 1.0, Adapter({"x": LoraPair(A, B.float(), scale)})))
+    pairs = [c.adapter["x"] for c in clients]
+    B, A = (
+        torch.stack([pair.scale * pair.B.double() for pair in pairs]),
+        torch.stack([pair.A.double() for pair in pairs]),
+    )
+    exact = torch.einsum("kmr,krn->mn", B - B.mean(0), A - A.mean(0)) / len(pairs)
+    _, patch = method_of("fedex", {}).step(start(method_of("fedex", {})), clients)
+    found = patch["x"].U.double() @ patch["x"].V.double()
+    assert (found - exact).norm() < 1e-6 * exact.norm()

@@ -1,0 +1,29 @@
+"""What `lint-imports` does not see: files and functions that outgrow one idea, and names that say nothing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fedelta
+
+PACKAGE = Path(fedelta.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_is_one_idea(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    assert len(file.read_text().splitlines()) <= 300
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, node.name
+    assert file.stem not in ("utils", "helpers", "common", "misc", "core")
+
+
+def test_the_top_of_the_package_is_seen_at_a_glance() -> None:
+    modules = [file for file in PACKAGE.glob("*.py")]
+    packages = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()]
+    assert len(modules) <= 5
+    assert len(packages) <= 10

@@ -1,0 +1,239 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.lora.adapter import Adapter, LoraPair, draw_basis, initial_adapter
+from fedelta.lora.lowrank import Dense, LowRank
+from fedelta.lora.patch_log import PatchLog
+from fedelta.protocol.messages import Broadcast, ClientUpdate, Wire, select_factors
+from fedelta.protocol.serialization import count_bytes
+from fedelta.protocol.validation import receive
+
+SHAPES = {"x": (6, 4), "y": (5, 5)}
+
+
+SEED = 3
+WIRES = {
+    "both": Wire(),
+    "A drawn and frozen": Wire(down=frozenset("B"), train=frozenset("B"), up=frozenset("B")),
+    "B kept": Wire(down=frozenset("A"), up=frozenset("A"), keep=frozenset("B")),
+    "restart": Wire(down=frozenset()),
+    "core": Wire(down=frozenset({"core"}), train=frozenset({"core"}), up=frozenset({"core"})),
+}
+
+
+def start_adapter(wire: Wire) -> Adapter:
+    drawn = initial_adapter(SHAPES, 2, SEED)
+    if "core" in wire.down:
+        return drawn.map(lambda p: LoraPair(p.A, draw_basis_of(p) @ torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
+    return drawn.map(lambda p: LoraPair(p.A, p.B + 1)) if "B" in wire.down else drawn
+
+
+def draw_basis_of(pair: LoraPair) -> torch.Tensor:
+    (module,) = [m for m, shape in SHAPES.items() if shape == pair.shape]
+    return draw_basis(module, pair.shape[0], pair.rank, SEED)
+
+
+def broadcast(wire: Wire = WIRES["both"], tail: bool = False) -> Broadcast:
+    log = PatchLog(SHAPES).append({"x": LowRank(torch.ones(6, 1), torch.ones(1, 4)), "y": Dense(torch.ones(5, 5))})
+    return Broadcast(
+        client="client-001",
+        round=4,
+        rank=2,
+        scale=8.0,
+        method={"name": "replication", "options": {"refresh": 3}},
+        wire=wire,
+        factors=select_factors(start_adapter(wire), wire.down, SEED),
+        seed=SEED,
+        heads={"head.weight": torch.ones(3, 5)},
+        patch=log.since(0),
+        tail={"y": LowRank(torch.ones(5, 1), torch.ones(1, 5))} if tail else {},
+        indices=(1, 3) if tail else None,
+        wants_validation=True,
+    )
+
+
+def answer(sent: Broadcast, shift: float = 0.5) -> ClientUpdate:
+    factors = select_factors(sent.adapter(SHAPES), sent.wire.up, SEED)
+    return ClientUpdate(
+        client=sent.client,
+        round=sent.round,
+        rank=sent.rank,
+        scale=sent.scale,
+        version=sent.patch.end,
+        digest=sent.patch.digests[sent.patch.end],
+        examples=10,
+        factors={name: {m: t + shift for m, t in found.items()} for name, found in factors.items()},
+        heads={name: t + 1 for name, t in sent.heads.items()},
+        metrics={"train_loss": 1.5},
+    )
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("wire", WIRES.values(), ids=list(WIRES))
+def test_a_broadcast_survives_the_wire(wire: Wire, tail: bool) -> None:
+    sent = broadcast(wire, tail)
+    got = Broadcast.from_bytes(sent.to_bytes())
+    for name in ("client", "round", "rank", "scale", "method", "wire", "seed", "indices", "wants_validation"):
+        assert getattr(got, name) == getattr(sent, name)
+    assert set(got.factors) == wire.down
+    for module, pair in sent.adapter(SHAPES).items():
+        assert torch.equal(got.adapter(SHAPES)[module].A, pair.A)
+        assert torch.equal(got.adapter(SHAPES)[module].B, pair.B)
+    assert torch.equal(got.patch.entries[1]["x"].U, sent.patch.entries[1]["x"].U)
+    assert torch.equal(got.patch.entries[1]["y"].W, sent.patch.entries[1]["y"].W)
+    assert set(got.tail) == set(sent.tail)
+    assert got.patch.digests == sent.patch.digests
+    assert sent.to_bytes() == got.to_bytes()
+
+
+def test_what_is_not_sent_is_drawn_zero_or_kept() -> None:
+    drawn = initial_adapter(SHAPES, 2, SEED)
+    fresh = broadcast(WIRES["restart"]).adapter(SHAPES)
+    assert torch.equal(fresh["x"].A, drawn["x"].A)
+    assert not fresh["x"].B.any()
+    sent = broadcast(WIRES["B kept"])
+    assert not sent.adapter(SHAPES)["x"].B.any()
+    kept = drawn.map(lambda p: LoraPair(p.A, p.B + 2, 4.0))
+    assert torch.allclose(sent.adapter(SHAPES, kept)["x"].B, torch.full((6, 2), 1.0)), "its product is what it was"
+    smaller = kept.truncate(1)
+    promoted = sent.adapter(SHAPES, smaller)["x"].B
+    assert torch.allclose(promoted, torch.tensor([1.0, 0.0]).expand(6, 2))
+
+
+def test_a_core_is_all_that_crosses() -> None:
+    sent = broadcast(WIRES["core"])
+    assert count_bytes(sent.to_bytes()).adapter == 2 * 4 * 4
+    got = receive(answer(sent), sent, SHAPES)
+    core = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + 0.5
+    assert torch.allclose(got.adapter["x"].B, draw_basis("x", 6, 2, SEED) @ core, atol=1e-6)
+
+
+def test_a_tail_counts_as_adapter() -> None:
+    with_tail, without = (count_bytes(broadcast(tail=tail).to_bytes()).adapter for tail in (True, False))
+    assert with_tail - without == 4 * (5 + 5)
+
+
+def test_a_client_that_may_prune_itself_sends_a_lower_rank() -> None:
+    sent = broadcast(Wire(prune=True))
+    update = answer(sent)
+    lower = {
+        "A": {m: t[:1] for m, t in update.factors["A"].items()},
+        "B": {m: t[:, :1] for m, t in update.factors["B"].items()},
+    }
+    got = receive(replace(update, rank=1, factors=lower), sent, SHAPES)
+    assert got.adapter.rank == 1
+    for rank in (0, 3, "1"):
+        with pytest.raises(BadUpdate, match="its update says rank"):
+            receive(replace(update, rank=rank), sent, SHAPES)
+
+
+def test_contributions_say_which_rank_indices_they_are() -> None:
+    sent = broadcast(tail=True)
+    assert receive(answer(sent), sent, SHAPES).indices.tolist() == [1, 3]
+
+
+def test_an_update_survives_the_wire() -> None:
+    update = answer(broadcast())
+    got = ClientUpdate.from_bytes(update.to_bytes(), "sender")
+    assert got.metrics == {"train_loss": 1.5}
+    assert torch.equal(got.factors["B"]["y"], update.factors["B"]["y"])
+    assert got.to_bytes() == update.to_bytes()
+
+
+def test_bytes_are_counted_by_content_and_add_up_to_the_message() -> None:
+    blob = broadcast().to_bytes()
+    count = count_bytes(blob)
+    assert count.adapter == 4 * 2 * (6 + 4 + 5 + 5)
+    assert count.heads == 4 * 15
+    assert count.patch == 4 * (6 + 4) + 4 * 25
+    assert count.total == len(blob)
+
+
+def test_a_frozen_drawn_A_is_not_on_the_wire() -> None:
+    assert count_bytes(broadcast(WIRES["A drawn and frozen"]).to_bytes()).adapter == 4 * 2 * (6 + 5)
+
+
+@pytest.mark.parametrize("cut", [3, 40, -1])
+def test_a_truncated_message_is_refused(cut: int) -> None:
+    with pytest.raises(FedeltaError, match="truncated|damaged"):
+        Broadcast.from_bytes(broadcast().to_bytes()[:cut])
+
+
+def test_a_tensor_that_nothing_reads_is_refused() -> None:
+    update = answer(broadcast())
+    blob = replace(update, heads={**update.heads}).to_bytes()
+    with pytest.raises(FedeltaError, match="holds tensors that nothing reads: patch"):
+        ClientUpdate.from_bytes(blob.replace(b"head/head.weight", b"patch/ad.weights"), "sender")
+
+
+def test_the_door_lets_a_good_update_in_with_frozen_factors_filled_in() -> None:
+    sent = broadcast(WIRES["A drawn and frozen"])
+    got = receive(answer(sent), sent, SHAPES)
+    assert got.weight == 10
+    assert torch.equal(got.adapter["x"].A, sent.adapter(SHAPES)["x"].A)
+    assert got.adapter["x"].scale == 8.0
+
+
+def bad(**changes: object) -> ClientUpdate:
+    for factor in {"A", "B"} & set(changes):
+        changes["factors"] = {**good.factors, factor: changes.pop(factor)}
+    return replace(answer(broadcast()), **changes)  # type: ignore[arg-type]
+
+
+good = answer(broadcast())
+nan = torch.full((6, 2), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        (bad(client="client-002"), "its update says client client-002, expected client-001"),
+        (bad(round=3), "round 3, expected 4"),
+        (bad(rank=4), "rank 4, expected 2"),
+        (bad(scale=1.0), "scale 1.0, expected 8.0"),
+        (bad(version=0), "base version 0, expected 1"),
+        (bad(digest="00"), "base version 1, expected 1"),
+        (bad(examples=0), "reports 0 training examples"),
+        (bad(B={**good.factors["B"], "x": nan}), "B of module x holds NaN or infinite values"),
+        (bad(B={**good.factors["B"], "x": nan.nan_to_num(1) / 0}), "B of module x holds NaN or infinite values"),
+        (
+            bad(B={**good.factors["B"], "x": torch.ones(4, 2)}),
+            r"B of module x is torch.float32 \(4, 2\), expected .* \(6, 2\)",
+        ),
+        (bad(B={"x": good.factors["B"]["x"]}), "B of module y is missing"),
+        (bad(A={**good.factors["A"], "z": good.factors["A"]["x"]}), "A of module z was not asked for"),
+        (bad(metrics={"train_loss": float("nan")}), "reports train_loss nan, expected a finite number"),
+        (bad(metrics={"train_loss": "low"}), "reports train_loss 'low'"),
+        (bad(metrics={"train_loss": 10**400}), "reports train_loss 1000"),
+        (bad(metrics={"train_loss": 10**9999}), "reports train_loss a int too long to print"),
+        (bad(metrics={"train_loss": 1e308}), "reports train_loss 1e"),
+        (bad(metrics=[1]), "its metrics are a list"),
+        (bad(heads={}), "head head.weight is missing"),
+        (bad(heads={"head.weight": nan}), r"head head.weight is .* \(6, 2\), expected .* \(3, 5\)"),
+        (bad(A={m: t.half() for m, t in good.factors["A"].items()}), "torch.float16"),
+    ],
+)
+def test_the_door_refuses_with_the_reason(update: ClientUpdate, reason: str) -> None:
+    with pytest.raises(BadUpdate, match=f"client client-001: .*{reason}"):
+        receive(update, broadcast(), SHAPES)
+
+
+def test_the_door_refuses_a_factor_that_was_frozen() -> None:
+    sent = broadcast(WIRES["A drawn and frozen"])
+    with pytest.raises(BadUpdate, match="it sent the factors A, B, expected B"):
+        receive(replace(answer(sent), factors=good.factors), sent, SHAPES)
+
+
+def test_a_large_sum_that_overflows_is_not_taken_for_infinity() -> None:
+    huge = {**good.factors["B"], "x": torch.full((6, 2), 3e38)}
+    assert receive(bad(B=huge), broadcast(), SHAPES).weight == 10
+
+
+def test_a_broadcast_that_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(FedeltaError, match="differ in adapted modules"):
+        broadcast().adapter({"x": (6, 4)})
+    with pytest.raises(FedeltaError, match="module y: .* does not fit a 7×5 layer"):
+        broadcast().adapter({"x": (6, 4), "y": (7, 5)})

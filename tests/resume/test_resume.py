@@ -1,0 +1,223 @@
+"""Nothing lost: a run that is killed, at any moment, goes on from its last finished round to the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedelta.errors import FedeltaError
+from fedelta.federation import checkpoint
+from fedelta.federation import run_folder as tracking
+from fedelta.federation.checkpoint import load_checkpoint, save_checkpoint
+from fedelta.federation.run_folder import RunFolder
+from fedelta.runs.runner import Run, open_run, run
+
+# Dropout, partial participation, loss-based ranks and patches: all that a checkpoint must carry.
+FULL = {
+    "method": "fedex",
+    "lora": {"alpha": 8, "dropout": 0.1},
+    "ranks": {"allocation": "loss", "low": 2, "high": 4, "share": 0.5},
+    "federation": {"participation": 0.5, "dropout": 0.1},
+}
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    files = [folder / "rounds.jsonl", folder / "result.json", *(folder / "adapter").rglob("*.*")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def command(config: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "fedelta.cli", "run", str(config), *options]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_kill_at_three_random_moments_and_resume_to_the_same_bytes(
+    tiny_config: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    rounds = 40
+    straight = run(tiny_config(name="straight", rounds=rounds, **FULL))
+    data = tiny_config(name="killed", rounds=rounds, workers=2, **FULL).dump()
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(data))
+    folder = tmp_path / "runs" / "killed"
+    rng = random.Random()  # a fresh moment in every test run; the assertion holds for all of them
+    finished = []
+    for target in sorted(rng.sample(range(2, rounds - 4), 3)):
+        process = subprocess.Popen(command(config, "--resume"), env=environment, stderr=subprocess.PIPE)
+        while _lines(folder) < target and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode() if process.stderr else ""
+        finished.append(_lines(folder))
+        assert not (folder / "adapter").exists()
+    assert finished[0] < finished[-1] <= rounds
+    subprocess.run(command(config, "--resume"), env=environment, check=True, capture_output=True)
+    assert outcome(folder) == outcome(straight.folder.path)
+
+
+def _lines(folder: Path) -> int:
+    file = folder / "rounds.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+@pytest.mark.parametrize("moment", ["before the line", "between line and checkpoint", "in the checkpoint's rename"])
+def test_a_crash_at_each_step_of_finishing_a_round_loses_nothing(
+    moment: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(tiny_config(name="straight", rounds=5, **FULL))
+    config = tiny_config(name="crashed", rounds=5, **FULL)
+    calls = [0]
+
+    def crash_on_third(original: Any) -> Any:
+        def wrapper(*arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        return wrapper
+
+    with monkeypatch.context() as patched:
+        if moment == "before the line":
+            patched.setattr(tracking, "_append", crash_on_third(tracking._append))
+        elif moment == "between line and checkpoint":
+            patched.setattr(tracking, "save_checkpoint", crash_on_third(tracking.save_checkpoint))
+        else:
+            patched.setattr(checkpoint, "write_file", crash_on_third(checkpoint.write_file))
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert outcome(run(config, resume=True).folder.path) == outcome(straight.folder.path)
+
+
+@pytest.mark.parametrize("name", ["fedsa", "hetlora", "fed-plora", "flora", "fed-sb", "fedex"])
+def test_what_methods_keep_between_rounds_survives_a_crash(
+    name: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B at the clients, ranks after pruning, the seed after a restart, error feedback, moments of the optimiser."""
+    options = {
+        "hetlora": {"gamma": 0.6, "server_optimizer": "fedadam"},
+        "fedex": {"remainder": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
+    }.get(name, {})
+    ranks = {"allocation": "uniform", "high": 4} if name == "fed-sb" else {}
+    settings = {"rounds": 6, "method": {"name": name, **options}, "federation": {"participation": 0.5}}
+    settings |= {"ranks": ranks} if ranks else {}
+    straight = run(tiny_config(name="straight", **settings))
+    config = tiny_config(name="crashed", **settings)
+    calls = [0]
+    save = tracking.save_checkpoint
+
+    def crash(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "save_checkpoint", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    assert outcome(run(config, resume=True).folder.path) == outcome(straight.folder.path)
+
+
+def test_a_half_written_line_is_dropped(tiny_config: Any) -> None:
+    config = tiny_config(rounds=3)
+    first = run(config)
+    expected = outcome(first.folder.path)
+    first.folder.result_file.unlink()
+    with first.folder.rounds_file.open("a") as file:
+        file.write('{"round": 3, "cli')
+    assert outcome(run(config, resume=True).folder.path) == expected
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_config: Any) -> None:
+    first = run(tiny_config())
+    before = {p: p.stat().st_mtime_ns for p in first.folder.path.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    again = run(tiny_config(), resume=True)
+    assert again.result == first.result
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_more_rounds_go_on_where_the_run_ended(tiny_config: Any) -> None:
+    straight = run(tiny_config(name="straight", rounds=6, **FULL))
+    run(tiny_config(name="extended", rounds=4, **FULL))
+    extended = run(tiny_config(name="extended", rounds=6, **FULL), resume=True)
+    assert outcome(extended.folder.path) == outcome(straight.folder.path)
+
+
+def test_a_run_is_never_overwritten(tiny_config: Any) -> None:
+    run(tiny_config(rounds=1))
+    with pytest.raises(FedeltaError, match="holds a run already; go on with it by --resume"):
+        run(tiny_config(rounds=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"method": "fedex"}, "method.name was 'replication', now 'fedex'"),
+        ({"seed": 3}, "seed was 0, now 3"),
+        (
+            {"training": {"steps": 2, "batch_size": 8, "learning_rate": 0.02}},
+            "training.learning_rate was 0.01, now 0.02",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(change: dict[str, Any], reason: str, tiny_config: Any) -> None:
+    first: Run = run(tiny_config(rounds=1))
+    before = outcome(first.folder.path)
+    with pytest.raises(FedeltaError, match=f"is of another configuration: {reason}"):
+        run(tiny_config(rounds=1, **change), resume=True)
+    assert outcome(first.folder.path) == before
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_config: Any) -> None:
+    first = run(tiny_config(rounds=1))
+    file = first.folder.checkpoint_file
+    whole = file.read_bytes()
+    for damaged in (whole[:-10], whole[:50], b"", b"not a checkpoint at all"):
+        file.write_bytes(damaged)
+        with pytest.raises(FedeltaError, match=f"checkpoint {file}: "):
+            load_checkpoint(file)
+
+
+def test_two_processes_never_write_one_run(tiny_config: Any) -> None:
+    config = tiny_config()
+    folder = RunFolder(config.folder, config.dump())
+    with (
+        folder.hold(),
+        pytest.raises(FedeltaError, match="another process is at work on this run"),
+        RunFolder(config.folder, {}).hold(patience=0.1),
+    ):
+        pass
+    # Nothing has come of it, and nothing stays.
+    assert not config.folder.parent.exists()
+    run(config)
+    assert not (config.folder / ".lock").exists()
+
+
+def test_a_checkpoint_older_than_a_setting_has_its_default(tiny_config: Any) -> None:
+    config = tiny_config(rounds=2)
+    file = run(config).folder.checkpoint_file
+    state, before, kept, remainders = load_checkpoint(file)
+    del before["model"]["gradient_checkpointing"], before["task"]
+    save_checkpoint(file, state, before, kept, remainders)
+    model = {**config.dump()["model"], "gradient_checkpointing": True}
+    result = json.loads((config.folder / "result.json").read_text())
+    del result["base_parameters"]
+    (config.folder / "result.json").write_text(json.dumps(result))
+    assert open_run(config.folder).result["base_parameters"] is None
+    with pytest.raises(FedeltaError, match=r"model.gradient_checkpointing was False, now True"):
+        run(tiny_config(rounds=3, model=model), resume=True)
+    assert len(run(tiny_config(rounds=3), resume=True).records) == 3

@@ -1,0 +1,401 @@
+"""Grids as they run: each cell once, whatever happens in between, and the same results however they are run."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+from rich.console import Console
+
+from command import fedelta, refusal
+from fedelta.cli.progress import GridProgress
+from fedelta.errors import FedeltaError
+from fedelta.runs.runner import run
+from fedelta.sweep.cells import Expansion
+from fedelta.sweep.grid import Grid, load_grid
+from fedelta.sweep.observer import SweepObserver
+from fedelta.sweep.report.results import gather
+from fedelta.sweep.results import CIRCUMSTANCES, first_difference, read_rows, write_rows
+from fedelta.sweep.runner import Sweep
+
+
+@pytest.fixture(scope="module")
+def grid(tiny_bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods at two learning rates under two seeds, and a refresh: 6 cells besides 4 trials."""
+    data = {
+        "name": "little",
+        "seeds": [0, 1],
+        "config": {
+            "rounds": 3,
+            "model": {"name": str(tiny_bert)},
+            "lora": {"alpha": 8},
+            "ranks": {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5},
+            "data": {"source": str(texts), "max_length": 16},
+            "partition": {"kind": "natural", "by": "author", "clients": 4},
+            "training": {"steps": 2, "batch_size": 8},
+            "evaluation": {"clients": 1},
+        },
+        "axes": {
+            "method": {"zero padding": {"method": "zero-padding"}, "FedEx": {"method": "fedex"}},
+            "refresh": {"never": {}, "often": {"method.refresh": 1}},
+        },
+        "tuning": {
+            "axes": ["method"],
+            "search": {"training.learning_rate": [0.01, 0.02]},
+            "seeds": [9],
+            "config": {"rounds": 1},
+        },
+        "experiments": {
+            "main": {
+                "title": "Everything",
+                "axes": {"method": "all"},
+                "rows": "method",
+                "show": [
+                    *("score", "late-score", "rounds-to-target", "curves", "traffic", "energy", "deviation"),
+                    "first-aggregation",
+                ],
+            },
+            "restart": {"axes": {"method": "FedEx", "refresh": "all"}, "rows": "refresh"},
+        },
+    }
+    path = tmp_path_factory.mktemp("grid") / "grid.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the grid, its cells run one by one."""
+    folder = tmp_path_factory.mktemp("straight")
+    swept(grid, folder)
+    return folder
+
+
+@pytest.fixture
+def done(straight: Path, tmp_path: Path) -> Path:
+    """A copy of them."""
+    return Path(shutil.copytree(straight, tmp_path / "done"))
+
+
+def swept(source: Path, folder: Path, parallel: int = 1) -> dict[str, Any]:
+    grid = load_grid(source)
+    return Sweep(grid, Expansion(grid), folder, parallel).run()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What the file holds, but for the circumstances."""
+    return {
+        key: {name: value for name, value in row.items() if name not in CIRCUMSTANCES}
+        for key, row in read_rows(folder).items()
+    }
+
+
+def test_a_grid_ends_in_one_file_and_a_second_time_runs_nothing(
+    grid: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "little"
+    rows = read_rows(done)
+    assert len(rows) == 4 + 6
+    # One trial and one cell of the experiments are left to do.
+    trials = Expansion(load_grid(grid)).trials()[0].cells
+    last = [next(iter(trials)), list(rows)[-1]]
+    write_rows(folder, {key: row for key, row in rows.items() if key not in last})
+    command = ("sweep", str(grid), "-o", str(folder))
+    assert fedelta(*command) == 0
+    printed = capsys.readouterr()
+    assert results(folder) == results(done)
+    assert "tuning: 1 of 4 cells to run" in printed.err
+    assert "experiments: 1 of 6 cells to run" in printed.err
+    assert str(folder / "cells.parquet") in printed.out
+    assert "Everything: test accuracy" in printed.out
+    assert not (folder / "running").exists()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("cells.md", "cells.parquet", "figures", "grid.yaml", "report.md", "tables"),
+    ]
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert fedelta(*command) == 0
+    assert "experiments: 0 of 6 cells to run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+    # All but the results can be made again from them.
+    for name in ("tables", "figures"):
+        shutil.rmtree(folder / name)
+    (folder / "report.md").unlink()
+    (folder / "cells.md").unlink()
+    assert fedelta("report", str(folder)) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_a_row_says_what_a_run_of_the_same_configuration_says(grid: Path, done: Path, tmp_path: Path) -> None:
+    rows = read_rows(done)
+    for key, config in Expansion(load_grid(grid)).trials()[0].cells.items():
+        finished = run(config.model_copy(update={"name": key, "output": str(tmp_path / "runs")}))
+        row = rows[key]
+        assert row["test"] == finished.result["test"]
+        assert row["lora_parameters"] == finished.result["lora_parameters"]
+        (record,), (told,) = finished.records, row["rounds"]
+        assert told["validation"] == record["validation"]
+        assert told["up"] | {"total": sum(told["up"].values())} == record["bytes_up"]
+        assert told["deviation"] == pytest.approx(record["deviation"], rel=1e-6)
+        assert row["scaled_deviation"][0] == pytest.approx(record["scaled_deviation"], rel=1e-6)
+        assert {own["client"]: own["score"] for own in told["own"]} == {
+            client: scores["accuracy"] for client, scores in record["clients_validation"].items()
+        }
+        assert (row["method"], row["seed"], row["failed"]) == (config.method.name, 9, None)
+        assert row["versions"]["torch"]
+        assert rows[key]["seconds"] > 0
+
+
+def test_cells_side_by_side_give_what_they_give_one_by_one(grid: Path, done: Path, tmp_path: Path) -> None:
+    swept(grid, tmp_path / "two", parallel=2)
+    assert results(tmp_path / "two") == results(done)
+
+
+def test_a_grid_that_is_killed_goes_on_from_its_last_finished_round(grid: Path, done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "fedelta.cli", "sweep", str(grid), "-o", str(folder), "--parallel", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def rounds() -> int:
+        found = 0
+        for file in folder.glob("running/*/rounds.jsonl"):
+            with suppress(FileNotFoundError):  # its cell has ended meanwhile
+                found += file.read_bytes().count(b"\n")
+        return found
+
+    kills = 0
+    for cells in (1, 5):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        # In the midst of a cell: after a round of it, and after so many others.
+        while process.poll() is None and not (len(read_rows(folder)) >= cells and rounds()):
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills == 2
+    assert cells <= len(read_rows(folder)) < 10
+    left = 10 - len(read_rows(folder))
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert f"{left} of 6 cells to run" in finished.stderr
+    assert results(folder) == results(done)
+
+
+def test_a_cell_that_diverges_is_a_result_and_the_grid_goes_on(grid: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(grid.read_text())
+    data["tuning"] = None
+    data["axes"]["method"]["FedEx"]["training.learning_rate"] = 1e30
+    source = tmp_path / "diverging.yaml"
+    source.write_text(yaml.safe_dump(data, sort_keys=False))
+    rows = swept(source, tmp_path / "some", parallel=2)
+    failed = [row for row in rows.values() if row["failed"]]
+    assert len(rows) == 6
+    assert {row["method"] for row in failed} == {"fedex"}
+    assert all("finite" in row["failed"] for row in failed)
+    assert fedelta("report", str(tmp_path / "some")) == 0
+    assert "–, 2 diverged" in (tmp_path / "some" / "tables" / "main-score.md").read_text()
+
+
+def test_bad_input_ends_the_grid_in_a_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("sweep", str(grid), "-o", str(tmp_path / "little"))
+    assert "unknown key 'training.step'; did you mean 'steps'" in refusal(capsys, *command, "training.step=1")
+    assert not (tmp_path / "little").exists(), "nothing half-written"
+    assert "expected axis=value" in refusal(capsys, *command, "--where", "FedEx")
+    assert fedelta(*command, "data.source=./nothing.csv", "--no-tuning") == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1] == "error: main: zero padding, seed 0: data source ./nothing.csv: no such file or folder"
+
+
+def test_overrides_and_picks_are_of_the_command_line(grid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "picked"
+    options = ["--only", "restart", "--where", "refresh=often", "--no-tuning", "--keep", "-o", str(folder)]
+    assert fedelta("sweep", str(grid), "rounds=1", "training.steps=1", *options) == 0
+    rows = read_rows(folder)
+    assert len(rows) == 2
+    assert {len(row["rounds"]) for row in rows.values()} == {1}
+    assert all(json.loads(row["config"])["training"]["steps"] == 1 for row in rows.values())
+    assert all((folder / "running" / key / "adapter" / "adapter_model.safetensors").exists() for key in rows)
+    # What was asked for is with the results.
+    assert fedelta("report", str(folder)) == 0
+    assert "often" in (folder / "tables" / "restart-score.md").read_text()
+
+
+def test_a_cell_run_again_is_compared_with_its_row(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read_rows(done)
+    key = next(key for key, row in rows.items() if len(row["rounds"]) == 3)
+    command = ("sweep", str(grid), "-o", str(done), "--check")
+    assert fedelta(*command, key) == 0
+    assert f"cell {key}: the same again" in capsys.readouterr().out
+    # A file of before they were measured.
+    write_rows(done, rows | {key: rows[key] | {"base_parameters": None, "scaled_deviation": None}})
+    assert fedelta(*command, key) == 0
+    rows[key]["rounds"][1]["train_loss"] += 1e-9
+    write_rows(done, rows)
+    assert fedelta(*command, key) == 2
+    assert f"cell {key} came out otherwise: rounds, first in round 2" in " ".join(capsys.readouterr().err.split())
+    assert "no cell 'abc'" in refusal(capsys, *command, "abc")
+    assert read_rows(done)[key] == rows[key], "a check writes nothing"
+
+
+def test_rows_come_back_from_the_file_as_they_went_in(done: Path, tmp_path: Path) -> None:
+    again = read_rows(done)
+    write_rows(tmp_path / "two", again)
+    assert (tmp_path / "two" / "cells.parquet").read_bytes() == (done / "cells.parquet").read_bytes()
+    for key, row in again.items():
+        assert first_difference(row, again[key]) is None
+        other = {**row, "test": {**row["test"], "accuracy": 0.0}}
+        assert str(first_difference(row, other)).startswith("test: ")
+
+
+def test_a_damaged_file_is_named(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cells.parquet").write_bytes(b"PAR1 and then nothing")
+    assert str(tmp_path / "cells.parquet") in refusal(capsys, "sweep", str(grid), "-o", str(tmp_path))
+
+
+def test_memory_decides_how_many_cells_run_side_by_side(grid: Path, monkeypatch: Any) -> None:
+    import psutil
+
+    loaded: Grid = load_grid(grid)
+    sweep = Sweep(loaded, Expansion(loaded), Path("unused"))
+    cells = Expansion(loaded).cells(None).cells
+    monkeypatch.setattr(Sweep, "_most", lambda _: 4)
+    name = next(iter(cells.values())).model.name
+    sweep.rows = {"a": {"config": json.dumps({"model": {"name": name}}), "peak_mb": 1000.0}}
+
+    class Free:
+        available = 0
+
+    for free, expected in ((100, 1), (1300, 1), (2600, 2), (100_000, 4)):
+        Free.available = free * 2**20
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
+        assert sweep._fitting(cells) == expected
+        assert sweep._first_of_unknown_memory(cells) is None
+    sweep.rows = {"a": {"config": json.dumps({"model": {"name": "another"}}), "peak_mb": 1.0}}
+    assert sweep._first_of_unknown_memory(cells) == next(iter(cells)), "of this model nothing is known yet"
+
+
+def test_a_part_of_a_tuned_grid_is_tuned_and_shown(grid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    options = ["--where", "method=FedEx", "--only", "main", "-o", str(folder), "--parallel", "2"]
+    assert fedelta("sweep", str(grid), *options) == 0
+    assert len(read_rows(folder)) == 2 + 2
+    page = (folder / "report.md").read_text()
+    assert "FedEx" in (folder / "tables" / "main-score.md").read_text()
+    assert "2 runs of this experiment are still missing" in page
+    assert " *" in (folder / "tables" / "tuning.md").read_text()
+    key = list(read_rows(folder))[-1]
+    assert fedelta("sweep", str(grid), "--check", key, "-o", str(folder)) == 0
+
+
+def test_untuned_results_are_never_shown_as_tuned_ones(grid: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "untuned"
+    assert fedelta("sweep", str(grid), "--no-tuning", "-o", str(folder)) == 0
+    loaded = load_grid(grid)
+    assert all(not results.cells for results in gather(loaded, read_rows(folder)))
+
+
+def test_results_of_other_overrides_are_not_mixed(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (done / "grid.yaml").read_bytes()
+    line = refusal(capsys, "sweep", str(grid), "rounds=2", "-o", str(done))
+    assert "holds results with no overrides, now rounds=2; choose another folder by --output" in line
+    assert (done / "grid.yaml").read_bytes() == before
+
+
+def test_a_failure_that_is_no_divergence_ends_the_grid(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from fedelta.federation.client import Trainer
+
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Trainer, "answer", fail)
+    with pytest.raises(FedeltaError, match=r"main: .*seed 0: round 0: 0 usable updates.*out of memory"):
+        swept_untuned(grid, tmp_path / "some")
+    assert not read_rows(tmp_path / "some")
+
+
+def swept_untuned(source: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    grid = load_grid(source).model_copy(update={"tuning": None})
+    return Sweep(grid, Expansion(grid), folder, **options).run()
+
+
+def test_lost_updates_are_told_and_counted(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from fedelta.federation.client import Trainer
+
+    answer = Trainer.answer
+
+    def sometimes(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        if b"client-002" in blob:
+            raise RuntimeError("out of memory")
+        return answer(self, blob, shard)
+
+    class Heard(SweepObserver):
+        said: ClassVar[list[str]] = []
+
+        def say(self, message: str) -> None:
+            self.said.append(message)
+
+    monkeypatch.setattr(Trainer, "answer", sometimes)
+    rows = swept_untuned(grid, tmp_path / "some", parallel=2, observer=Heard())
+    assert {(r["sampled"], r["clients"]) for row in rows.values() for r in row["rounds"]} == {(4, 3)}
+    assert any("client-002 skipped: RuntimeError: out of memory" in line for line in Heard.said)
+    fedelta("report", str(tmp_path / "some"))
+    assert "18 updates of clients were lost or refused" in (tmp_path / "some" / "report.md").read_text()
+
+
+def test_what_always_diverges_can_not_be_tuned_and_may_be_tried_again(grid: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(grid.read_text())
+    data["tuning"]["search"] = {"training.learning_rate": [1e30]}
+    source, folder = tmp_path / "diverging.yaml", tmp_path / "some"
+    source.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.raises(FedeltaError, match="tuning: every candidate of zero padding diverged"):
+        swept(source, folder, parallel=2)
+    rows = read_rows(folder)
+    assert len(rows) == 2
+    assert all(row["failed"] for row in rows.values())
+    loaded = load_grid(source)
+    for retry, left in ((False, 0), (True, 2)):
+        sweep = Sweep(loaded, Expansion(loaded), folder, 1, retry=retry)
+        sweep.rows = rows
+        plan = Expansion(loaded).trials()[0]
+        assert sum(not sweep._is_done(key, config) for key, config in plan.cells.items()) == left
+
+
+def test_cells_of_several_threads_run_one_by_one(grid: Path, tmp_path: Path) -> None:
+    loaded = load_grid(grid)
+    loaded = loaded.model_copy(update={"config": {**loaded.config, "threads": 2, "workers": 1}})
+    with pytest.raises(FedeltaError, match="cells with threads: 2 run one by one"):
+        Sweep(loaded, Expansion(loaded), tmp_path, 2).run()
+    assert Sweep(loaded, Expansion(loaded), tmp_path)._most() == 1
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
+    from fedelta.runs.config import parse_config
+
+    console = Console(force_terminal=True, file=io.StringIO(), width=120)
+    cells = {key: parse_config({"rounds": 4}) for key in "abc"}
+    row = {"metric": "accuracy", "validation": {"accuracy": 0.5}}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "rounds.jsonl").write_text("{}\n{}\n")
+    with GridProgress(console) as progress:
+        progress.planned("experiments", cells, ["b", "c"], tmp_path)
+        bars = {task.description: task for task in progress.progress.tasks}
+        assert (bars["rounds"].completed, bars["rounds"].total) == (4 + 2, 12)
+        (tmp_path / "b" / "rounds.jsonl").write_text("{}\n{}\n{}\n")
+        deadline = time.monotonic() + 20
+        while bars["rounds"].completed != 4 + 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert bars["rounds"].completed == 4 + 3
+        # Kept folders of cells that are done count once.
+        progress.cell_done("b", "main: x", row)
+        progress.cell_done("c", "main: y", row)
+        assert bars["experiments"].completed == 3
+    assert "2 of 3 cells to run" in console.file.getvalue()  # type: ignore[attr-defined]
