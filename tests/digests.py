@@ -224,6 +224,9 @@ def differences(before: dict[str, Digests], now: dict[str, Digests]) -> list[str
 def main() -> None:
     if len(sys.argv) != 3 or sys.argv[1] not in ("record", "compare"):
         sys.exit(__doc__)
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # PEFT keeps target modules in a set, whose order in a file would change from process to process.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
     verb, file = sys.argv[1], Path(sys.argv[2]).absolute()
     found = record()
     if verb == "record":
