@@ -43,7 +43,7 @@ def seconds(finished: Run) -> list[float]:
 
 
 def megabytes(finished: Run) -> float:
-    """Sent in a round, both ways, as serialised."""
+    """Sent in a round, both ways, as serialized."""
     return mean(record["bytes_down"]["total"] + record["bytes_up"]["total"] for record in finished.records[1:]) / 1e6
 
 

@@ -38,8 +38,8 @@ def work() -> Any:
     torch.set_num_threads(1)
     os.chdir(CONFIG.parents[1])
     config = load_config(CONFIG, [*SAME, "model.class_token_alone=false"])
-    corpus, tokenizer = runner._corpus(runner.corpus_key(config))
-    data = build_data(corpus, config.data, config.partition, config.seed)
+    tokenized, tokenizer = runner._tokenized_splits(runner.splits_key(config))
+    data = build_data(tokenized, config.data, config.partition, config.seed)
     model = runner.make_model(config, len(data.classes), tokenizer)
     model.load(initial_adapter(model.shapes, 8, 0).with_scale(2.0), model.head_tensors())
     return config, data, model, tokenizer

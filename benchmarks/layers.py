@@ -87,11 +87,11 @@ def speed(machine: Machine, layers: list[str], Ks: list[int], ranks: list[int]) 
         weight = torch.randn(m, n)
         svd = None
         for r in ranks:
-            cut = make_method("fedex", remainder=f"rank={r}")
+            cut = make_method("fedex", residual=f"rank={r}")
             for K in Ks:
                 pairs = clients(m, n, K, r)
                 old = seconds(partial(published_fold, pairs, weight))
-                fold, wire = seconds(our_fold(pairs, weight)), seconds(ours(fedex, pairs))
+                fold, factors = seconds(our_fold(pairs, weight)), seconds(ours(fedex, pairs))
                 U, V = torch.randn(m, (K - 1) * r), torch.randn((K - 1) * r, n)
                 # The limit beside what it limits: this GEMM alone, and what the machine's best rate would make of it.
                 gemm = seconds(partial(weight.addmm_, U, V))
@@ -108,7 +108,7 @@ def speed(machine: Machine, layers: list[str], Ks: list[int], ranks: list[int]) 
                         f"{old / fold:.1f}×",
                         f"{100 * gemm / fold:.0f} %",
                         f"{100 * roof / fold:.0f} %",
-                        f"{old / wire:.0f}×",
+                        f"{old / factors:.0f}×",
                         f"{1e3 * svd:.0f}",
                         f"{svd / flex:.0f}×",
                         f"{svd / shorter:.0f}×",
@@ -154,7 +154,7 @@ def memory() -> str:
     rows = []
     for layer in ("RoBERTa-base query", "Mistral-7B q_proj", "Mistral-7B up_proj"):
         found = []
-        for way in ("published", "fold", "wire"):
+        for way in ("published", "fold", "plan"):
             command = [sys.executable, __file__, "--peak", way, "--layer", layer]
             found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         rows.append([f"{layer} {'×'.join(map(str, LAYERS[layer]))}", *(f"{mb:.0f}" for mb in found)])
@@ -167,7 +167,7 @@ def _peak(way: str, layer: str) -> None:
     pairs = clients(m, n, 10, 16)
     small = clients(64, 64, 3, 2)
     work = {"published": lambda p, w: published_fold(p, w), "fold": lambda p, w: our_fold(p, w)()}
-    work["wire"] = lambda p, w: ours(make_method("fedex"), p)()  # noqa: ARG005
+    work["plan"] = lambda p, w: ours(make_method("fedex"), p)()  # noqa: ARG005
     work[way](small, torch.zeros(64, 64))  # libraries load what they need
     forget_peak()
     before = peak_mb()

@@ -20,7 +20,7 @@ CLAIM = 10 * 2**30
 LATE_S = 12.0
 
 
-class BadSite(site.Site):
+class BadSite(site.SiteTrainer):
     """Answers as it should, and then spoils the answer."""
 
     how = ""
@@ -59,5 +59,5 @@ if __name__ == "__main__":
         main()
     else:
         BadSite.how = sys.argv.pop(1)
-        site.Site = BadSite  # type: ignore[misc]
+        site.SiteTrainer = BadSite  # type: ignore[misc]
         site.main()

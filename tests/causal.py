@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-COLOURS = {"ship": "red", "star": "white", "hill": "green", "wave": "blue", "barn": "brown", "moon": "grey"}
-WORDS = [*COLOURS, *COLOURS.values(), *"the colour of is a an old small . :".split()]
+COLORS = {"ship": "red", "star": "white", "hill": "green", "wave": "blue", "barn": "brown", "moon": "grey"}
+WORDS = [*COLORS, *COLORS.values(), *"the color of is a an old small . :".split()]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 SHAPE: dict[str, Any] = {
     "vocab_size": len(SPECIAL) + len(WORDS),
@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, Any] = {
 }
 TASK: dict[str, Any] = {
     "kind": "completion",
-    "prompt": "the colour of {article} {thing} is :",
+    "prompt": "the color of {article} {thing} is :",
     "completion": " {answer} .",
 }
 
@@ -84,12 +84,12 @@ def build_model(architecture: str, folder: Path) -> Path:
 
 
 def write_rows(file: Path, count: int = 150) -> Path:
-    """A JSONL of things and their colours."""
+    """A JSONL of things and their colors."""
     rng = random.Random(0)
     rows = []
     for i in range(count):
-        thing = rng.choice(list(COLOURS))
+        thing = rng.choice(list(COLORS))
         article = rng.choice(["a", "an old", "a small", "an old small"])
-        rows.append({"thing": thing, "article": article, "answer": COLOURS[thing], "row": i})
+        rows.append({"thing": thing, "article": article, "answer": COLORS[thing], "row": i})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

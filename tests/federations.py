@@ -106,49 +106,49 @@ def train(
     """
     kept = {} if kept is None else kept
     generator = torch.Generator().manual_seed(federation.seed + 1 + state.round)
-    wire = method.wire(state.round)
+    plan = method.factors(state.round)
     clients = []
     for i, (rank, scale, weight) in enumerate(
         zip(federation.ranks, federation.scales, federation.weights, strict=True)
     ):
         name = f"client-{i}"
-        tailored = method.tailor(state, ClientView(name, rank))
-        sent = tailored.adapter.with_scale(scale)
+        client_start = method.personalize(state, ClientView(name, rank))
+        sent = client_start.adapter.with_scale(scale)
         begun = sent
-        if name in kept and "B" in wire.keep:
+        if name in kept and "B" in plan.keep:
             mine = kept[name].with_scale(scale)
             begun = Adapter({m: LoraPair(pair.A, mine[m].B, scale) for m, pair in sent.items()})
 
         def change(module: str, pair: LoraPair) -> LoraPair:
             A, B = pair.A, pair.B
-            if "A" in wire.train:
+            if "A" in plan.train:
                 A = A + size * torch.randn(A.shape, generator=generator, dtype=torch.float64)
-            if "B" in wire.train:
+            if "B" in plan.train:
                 B = B + size * torch.randn(B.shape, generator=generator, dtype=torch.float64)
-            if "core" in wire.train:
+            if "core" in plan.train:
                 Q = draw_basis(module, *B.shape, state.seed).double()
                 B = B + size * Q @ torch.randn(pair.rank, pair.rank, generator=generator, dtype=torch.float64)
             return LoraPair(A, B, pair.scale)
 
         trained = method.finish(state.round, begun, Adapter({m: change(m, pair) for m, pair in begun.items()}))
-        if wire.keep:
+        if plan.keep:
             kept[name] = trained
         # What a client does not send back, the server takes from what it sent.
         uploaded = Adapter(
             {
                 m: LoraPair(
-                    pair.A if "A" in wire.up else sent[m].A[: pair.rank],
-                    pair.B if wire.up & {"B", "core"} else sent[m].B[:, : pair.rank],
+                    pair.A if "A" in plan.up else sent[m].A[: pair.rank],
+                    pair.B if plan.up & {"B", "core"} else sent[m].B[:, : pair.rank],
                     pair.scale,
                 )
                 for m, pair in trained.items()
             }
         )
         tail = {
-            m: dense(tailored.tail[m]) if m in tailored.tail else torch.zeros(shape, dtype=torch.float64)
+            m: dense(client_start.tail[m]) if m in client_start.tail else torch.zeros(shape, dtype=torch.float64)
             for m, shape in SHAPES.items()
         }
-        clients.append(Client(begun, trained, tail, Contribution(name, weight, uploaded, tailored.indices)))
+        clients.append(Client(begun, trained, tail, Contribution(name, weight, uploaded, client_start.indices)))
     return clients
 
 

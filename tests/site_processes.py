@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fedelta.flower.certificates import make_keys
+from fedelta.flower.certificates import make_certificates
 from fedelta.flower.processes import free_port
 from fedelta.learning.data.partition import partition
 from fedelta.learning.data.sources import load_splits
@@ -53,7 +53,7 @@ class Federation:
             (folder / name).mkdir()
             rows.select(part).to_csv(str(folder / name / "rows.csv"), index=False)
         if secure:
-            make_keys(folder / "keys", self.names, [])
+            make_certificates(folder / "keys", self.names, [])
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         return self._run(name, "-m", "fedelta.cli", *arguments)

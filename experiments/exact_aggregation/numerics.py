@@ -24,7 +24,7 @@ OUTPUT = Path(__file__).parent / "results" / "numerics"
 SIZE, RANK, CLIENTS = 256, 4, 10
 SPREADS = [10.0**-k for k in range(7)]
 TYPES = (torch.float64, torch.float32, torch.bfloat16)
-COLOURS = {"float64": "C0", "float32": "C1", "bfloat16": "C2"}
+COLORS = {"float64": "C0", "float32": "C1", "bfloat16": "C2"}
 SEEDS = range(5)
 ROUNDS = 50
 STEPS = (1e-2, 1e-3, 1e-4)
@@ -101,7 +101,7 @@ def residuals() -> tuple[TextTable, list[Path]]:
     figure, axes = pyplot().subplots(figsize=(7, 4.4), layout="constrained")
     for name, found in curves.items():
         style = {"marker": "o", "markersize": 3, "label": name, "linestyle": "--" if name.startswith("mean") else "-"}
-        style["color"] = COLOURS[name.rpartition(" ")[2]] if not name.startswith("fedelta") else "k"
+        style["color"] = COLORS[name.rpartition(" ")[2]] if not name.startswith("fedelta") else "k"
         if name == "fedelta, fp32 arithmetic on bfloat16":
             style |= {"linestyle": ":", "marker": "s"}
         axes.plot(SPREADS, [mean(values) for values in found], **style)

@@ -45,13 +45,13 @@ class Diverged(FedeltaError):
     """Training that has left the finite numbers. It is a result, of these settings, and no fault of the input."""
 
 
-MOST_OF_A_REASON = 1000
+MAX_REASON_CHARACTERS = 1000
 """Characters of somebody else's words that are kept."""
 
 
 def one_line(text: object) -> str:
     """What somebody else wrote, as one line of bounded length that any terminal can show."""
-    kept = "".join(c if c.isprintable() else " " for c in str(text)[:MOST_OF_A_REASON])
+    kept = "".join(c if c.isprintable() else " " for c in str(text)[:MAX_REASON_CHARACTERS])
     return " ".join(kept.split())
 
 

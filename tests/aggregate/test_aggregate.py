@@ -155,7 +155,7 @@ def test_every_method_makes_one_server_step_or_says_why_not(name: str, tiny_bert
         with pytest.raises(FedeltaError, match=f"method {name} can't run on folders: "):
             aggregate_folders(paths, tmp_path / "out", method=method)
         return
-    if not method.wire(0).train >= {"A", "B"}:
+    if not method.factors(0).train >= {"A", "B"}:
         with pytest.raises(FedeltaError, match=f"A of module .* differs from that of .*; method {name} is for clients"):
             aggregate_folders(paths, tmp_path / "out", method=method)
         share_A(paths)

@@ -28,7 +28,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedelta.flower.certificates import make_keys
+from fedelta.flower.certificates import make_certificates
 from fedelta.runs.runner import open_run, run
 from site_processes import MIXED, NAMES, Federation
 
@@ -89,7 +89,7 @@ def test_bad_answers_are_left_out_and_written_down(tiny_config: Any, tmp_path: P
 
 def strangers(federation: Federation, tmp_path: Path) -> None:
     """Sites that should not be let in: of an unknown key, with another authority, in plain text."""
-    make_keys(tmp_path / "other", ["stranger", "misled", "plain"], [])
+    make_certificates(tmp_path / "other", ["stranger", "misled", "plain"], [])
     own = tmp_path / "other" / "sites"
     for name in ("stranger", "misled", "plain"):
         (federation.folder / name).mkdir()
@@ -146,8 +146,8 @@ def knock(federation: Federation) -> dict[str, int]:
         }
 
 
-class Wire:
-    """A wire between a client and a server, which keeps what the client says, and may change a byte of it.
+class Tap:
+    """A tap between a client and a server, which keeps what the client says, and may change a byte of it.
 
     Args:
         port: of the server.
@@ -189,12 +189,12 @@ def on_the_wire(federation: Federation) -> None:
         url = f"https://127.0.0.1:{port}/v1/fleet/pull-messages"
         return httpx.post(url, content=b"", headers=headers, verify=context, trust_env=False).status_code
 
-    wire = Wire(federation.port)
-    assert ask(wire.port) == 401
+    tap = Tap(federation.port)
+    assert ask(tap.port) == 401
     # The handshake, and then the request: as it was said, to a server that has drawn another key.
     with socket.create_connection(("127.0.0.1", federation.port), 20) as again:
         heard = b""
-        for piece in wire.said:
+        for piece in tap.said:
             with suppress(OSError):
                 again.sendall(piece)
         with suppress(ConnectionResetError):
@@ -202,9 +202,9 @@ def on_the_wire(federation: Federation) -> None:
                 heard += piece
     # It has hung up after its own part of the handshake, with an alert and no answer.
     assert len(heard) < 4096
-    for packet in range(len(wire.said)):
+    for packet in range(len(tap.said)):
         with pytest.raises(httpx.TransportError):
-            ask(Wire(federation.port, spoil=packet).port)
+            ask(Tap(federation.port, spoil=packet).port)
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
         (["serve", "--keys", "torn"], "are no certificate and its key"),
         (["serve", "--keys", "twins"], "are the same key"),
         (["serve", "--keys", "odd"], "is no public key as ssh-keygen writes it"),
-        (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected letters"),
+        (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected messages"),
         (["serve"], "say --keys FOLDER, or --insecure"),
         (["serve", "--insecure"], "no site"),
         (["serve", "--insecure", "--sites", "a", "--host", "0.0.0.0"], "is for loopback"),
@@ -359,7 +359,7 @@ def test_mistakes_of_a_deployment_are_one_line(
     arguments: list[str], line: str, tiny_config: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config().dump()))
-    make_keys(tmp_path / "keys", ["a", "b"], [])
+    make_certificates(tmp_path / "keys", ["a", "b"], [])
     server = tmp_path / "keys" / "server"
     for broken in ("torn", "twins", "odd"):
         shutil.copytree(server, tmp_path / broken)

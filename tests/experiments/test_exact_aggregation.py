@@ -139,7 +139,7 @@ def test_glue_starts_with_a_roberta(model: str, task: str, method: str, tiny_ber
 def test_generation_starts_with_every_architecture(experiment: str, causal: Any, tmp_path: Path) -> None:
     rows = []
     for i in range(90):
-        asked, told = f"the colour of a ship {'small ' * (i % 3)}is :", "red ."
+        asked, told = f"the color of a ship {'small ' * (i % 3)}is :", "red ."
         rows.append({"mr": asked, "ref": told, "mr_id": i // 2, "query": asked, "response": told})
         rows[-1] |= {"instruction": asked, "output": told, "task": "boolq"}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from fedelta.cli import app as cli
 from fedelta.errors import FedeltaError
-from fedelta.flower.certificates import make_keys
+from fedelta.flower.certificates import make_certificates
 
 
 def handshake(server: Path, authority: Path, name: str) -> None:
@@ -37,19 +37,19 @@ def handshake(server: Path, authority: Path, name: str) -> None:
 
 
 def test_a_site_that_trusts_the_authority_reaches_the_server(tmp_path: Path) -> None:
-    server, *sites = make_keys(tmp_path / "keys", ["north", "south"], ["10.1.2.3", "fed.example.org"])
+    server, *sites = make_certificates(tmp_path / "keys", ["north", "south"], ["10.1.2.3", "fed.example.org"])
     for name in ("10.1.2.3", "fed.example.org", "127.0.0.1", "localhost"):
         for site in sites:
             handshake(server, site / "ca.crt", name)
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
         handshake(server, sites[0] / "ca.crt", "other.example.org")
-    other, *_ = make_keys(tmp_path / "other", ["north"], ["10.1.2.3"])
+    other, *_ = make_certificates(tmp_path / "other", ["north"], ["10.1.2.3"])
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(server, other / "ca.crt", "10.1.2.3")
 
 
 def test_the_server_knows_each_site_by_its_key(tmp_path: Path) -> None:
-    server, *sites = make_keys(tmp_path / "keys", ["north", "south"], [])
+    server, *sites = make_certificates(tmp_path / "keys", ["north", "south"], [])
     for site in sites:
         private = load_ssh_private_key((site / "site.key").read_bytes(), None)
         public = load_ssh_public_key((server / "sites" / f"{site.name}.pub").read_bytes())
@@ -58,7 +58,7 @@ def test_the_server_knows_each_site_by_its_key(tmp_path: Path) -> None:
 
 
 def test_private_keys_are_their_owners_alone(tmp_path: Path) -> None:
-    make_keys(tmp_path / "keys", ["north"], [])
+    make_certificates(tmp_path / "keys", ["north"], [])
     private = sorted((tmp_path / "keys").rglob("*.key"))
     assert [file.parent.name for file in private] == ["authority", "server", "north"]
     assert all(file.stat().st_mode & 0o077 == 0 for file in private)
@@ -67,11 +67,11 @@ def test_private_keys_are_their_owners_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sites", "words"), [([], "at least one"), (["a", "a"], "each once"), (["../a"], "letters"), (["a b"], "letters")]
+    ("sites", "words"), [([], "at least one"), (["a", "a"], "each once"), (["../a"], "messages"), (["a b"], "messages")]
 )
 def test_bad_names_are_refused_and_nothing_is_written(sites: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(FedeltaError, match=words):
-        make_keys(tmp_path / "keys", sites, [])
+        make_certificates(tmp_path / "keys", sites, [])
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.federation.engines.rounds import read_update
 from fedelta.flower.loopback import run_on_loopback
-from fedelta.flower.server.progress_file import EventFile, EventReader
+from fedelta.flower.server.progress_file import ProgressReader, ProgressWriter
 from fedelta.flower.site import trainer_process as warm_trainer
 from fedelta.flower.site.ipc import RelayError, ask, listen, receive, send
 from fedelta.runs.runner import Run, run
@@ -195,7 +195,7 @@ def test_what_one_process_is_told_another_hears(tmp_path: Path) -> None:
         def __getattribute__(self, name: str) -> Any:
             return lambda *arguments: heard.append((name, *arguments))
 
-    writer, reader = EventFile(tmp_path / "events"), EventReader(tmp_path / "events", Listener())
+    writer, reader = ProgressWriter(tmp_path / "events"), ProgressReader(tmp_path / "events", Listener())
     reader.catch_up()
     writer.run_started("fedex", 0, 3)
     writer.clients_started(0, 2)
@@ -238,7 +238,7 @@ def test_a_reason_from_elsewhere_is_one_short_line() -> None:
 
 @pytest.mark.parametrize("noise", [b"", b"x" * 40, (9).to_bytes(8, "big") + b"not json!" + bytes(8), bytes(16)])
 def test_noise_on_its_socket_does_not_end_a_trainer(noise: bytes, tmp_path: Path) -> None:
-    class Clients:
+    class TrainerProcess:
         finished = False
         answered: ClassVar[list[Any]] = []
 
@@ -248,13 +248,13 @@ def test_noise_on_its_socket_does_not_end_a_trainer(noise: bytes, tmp_path: Path
 
     path = tmp_path / "own" / "socket"
     server = listen(path)
-    serving = threading.Thread(target=warm_trainer.serve, args=(server, Clients()), daemon=True)
+    serving = threading.Thread(target=warm_trainer.serve, args=(server, TrainerProcess()), daemon=True)
     serving.start()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         connection.sendall(noise)
     assert ask(str(path), {"kind": "query", "clients": []})[0] == {"ok": 1}
-    assert Clients.answered[-1] == {"kind": "query", "clients": []}
+    assert TrainerProcess.answered[-1] == {"kind": "query", "clients": []}
     assert serving.is_alive()
 
 

@@ -154,7 +154,7 @@ def test_every_method_federates_a_language_model(name: str, causal_config: Any) 
 
 
 @pytest.mark.parametrize(("bits", "large"), [("8bit", False), ("4bit", True)])
-def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
+def test_a_quantized_base_is_never_written_and_carries_its_patch_beside_it(
     bits: str, large: bool, causal: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside a large one the patch stays in factors."""
@@ -183,7 +183,7 @@ def test_a_quantised_base_is_never_written_and_carries_its_patch_beside_it(
     assert lines == [
         f"merged    {config.folder / 'merged'}: into the base of full precision; the run's had {bits} weights"
     ]
-    # A fresh quantised base with the exported adapter, in which the patch is.
+    # A fresh quantized base with the exported adapter, in which the patch is.
     plain, _ = prepare(config.model_copy(update={"method": config.method.model_copy(update={"name": "fedit"})}))
     exported = open_adapter(finished.folder.adapter_folder).read()
     plain.model.load(exported, {})

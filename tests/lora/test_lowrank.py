@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedelta.lora.lowrank import Dense, LowRank, Product, add, from_tensors
-from fedelta.lora.running_sum import ProductSum
+from fedelta.lora.running_sum import RunningSum
 
 
 def product(m: int, n: int, q: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -143,7 +143,7 @@ def test_a_dense_matrix_does_what_a_product_does() -> None:
 
 @pytest.mark.parametrize("terms", [0, 1, 3, 40, 400])
 def test_a_running_sum_is_factors_until_the_matrix_is_smaller(terms: int) -> None:
-    total = ProductSum((30, 20), torch.float64, 5)
+    total = RunningSum((30, 20), torch.float64, 5)
     expected = torch.zeros(30, 20, dtype=torch.float64)
     shift = torch.randn(30, 5, dtype=torch.float64)
     total_a = torch.zeros(5, 20, dtype=torch.float64)

@@ -95,7 +95,7 @@ def test_blocks_by_known_ranks_and_by_index_say_the_same(known: bool) -> None:
         state = start(method, known)
         moments = RankMoments(state.adapter, stream, "by rank", state.ranks)
         found = torch.zeros(SHAPE)
-        moments.normalised_covariance("x").add_to(found)
+        moments.normalized_covariance("x").add_to(found)
         expected = torch.zeros(SHAPE, dtype=torch.float64)
         for j in range(4):
             holders = [c for c in stream if c.adapter["x"].rank > j]

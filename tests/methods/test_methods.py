@@ -176,7 +176,7 @@ def flexlora(r: Round) -> dict[str, Tensor]:
     return {"weight": low_rank(r.mean_product(), 0, r.R)}
 
 
-def rank_normalised(r: Round) -> Tensor:
+def rank_normalized(r: Round) -> Tensor:
     total = r.zeros()
     for j in range(r.R):
         for i in r.holders(j):
@@ -187,11 +187,11 @@ def rank_normalised(r: Round) -> Tensor:
 
 
 def raflora(r: Round) -> dict[str, Tensor]:
-    return {"weight": low_rank(rank_normalised(r), 0, r.R)}
+    return {"weight": low_rank(rank_normalized(r), 0, r.R)}
 
 
 def raflora_exact(r: Round) -> dict[str, Tensor]:
-    return {**factors(*r.contributor_means()), "weight": rank_normalised(r)}
+    return {**factors(*r.contributor_means()), "weight": rank_normalized(r)}
 
 
 def fedex(r: Round) -> dict[str, Tensor]:
@@ -272,10 +272,10 @@ ORACLES: list[tuple[str, dict[str, Any], Oracle]] = [
     ("raflora", {}, raflora),
     ("raflora", {"exact": True}, raflora_exact),
     ("fedex", {}, fedex),
-    ("fedex", {"target": "rank-normalised"}, raflora_exact),
+    ("fedex", {"target": "rank-normalized"}, raflora_exact),
     ("fedex", {"target": "start-relative"}, fedex_start),
-    ("fedex", {"remainder": "rank=2"}, fedex_cut(lambda residual: 2)),  # noqa: ARG005
-    ("fedex", {"remainder": "energy=0.8"}, fedex_cut(lambda residual: energy_rank(residual, 0.8))),
+    ("fedex", {"residual": "rank=2"}, fedex_cut(lambda residual: 2)),  # noqa: ARG005
+    ("fedex", {"residual": "energy=0.8"}, fedex_cut(lambda residual: energy_rank(residual, 0.8))),
     # The first round; later ones are in a test of their own.
     ("fedex-keep", {}, fedex),
     ("fed-plora", {}, fed_plora),
@@ -435,7 +435,7 @@ def test_hetlora_prunes_a_tail_that_became_smaller_and_no_other() -> None:
     begun = Adapter({"x": pair})
     assert method.finish(3, begun, Adapter({"x": smaller})).rank == 2
     assert method.finish(3, begun, begun).rank == 4
-    assert make_method("hetlora", gamma=0.5, least_rank=3).finish(3, begun, Adapter({"x": smaller})).rank == 3
+    assert make_method("hetlora", gamma=0.5, min_rank=3).finish(3, begun, Adapter({"x": smaller})).rank == 3
     assert make_method("hetlora", gamma=1.0).finish(3, begun, Adapter({"x": smaller})).rank == 4
 
 
@@ -485,16 +485,16 @@ WIRES = {
 
 @pytest.mark.parametrize("name", methods())
 def test_what_crosses_the_wire_is_what_the_paper_says(name: str) -> None:
-    wire = make_method(name).wire(0)
+    plan = make_method(name).factors(0)
     expected = WIRES.get(name, ("A B", "A B", "A B", ""))
     if name == "rolora":
         expected = ("A B", "B", "B", "")
-        assert make_method(name).wire(1).up == frozenset("A")
-    assert (wire.down, wire.train, wire.up, wire.keep) == tuple(frozenset(names.split()) for names in expected)
+        assert make_method(name).factors(1).up == frozenset("A")
+    assert (plan.down, plan.train, plan.up, plan.keep) == tuple(frozenset(names.split()) for names in expected)
 
 
 def test_feedback_that_has_been_sent_is_forgotten() -> None:
-    method = make_method("fedex", remainder="rank=2")
+    method = make_method("fedex", residual="rank=2")
     state = state_of(method, 3)
     federation = Federation([3, 3], [1.0, 1.0], [1.0, 1.0], 3, 4)
     state, _ = method.step(state, updates(train(method, state, federation)))
@@ -529,7 +529,7 @@ def test_a_weight_of_zero_stays_zero_when_norms_weigh() -> None:
 
 def test_without_feedback_fedex_forgets_what_it_cuts_off() -> None:
     federation = Federation([3, 3, 3], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0], 3, 4)
-    whole, cut = make_method("fedex"), make_method("fedex", remainder="rank=1", feedback=False)
+    whole, cut = make_method("fedex"), make_method("fedex", residual="rank=1", feedback=False)
     state = state_of(whole, 3)
     for _ in range(3):
         trained = updates(train(whole, state, federation))
@@ -544,7 +544,7 @@ def test_without_feedback_fedex_forgets_what_it_cuts_off() -> None:
 def test_what_fedex_cuts_off_is_sent_in_later_rounds() -> None:
     """Error feedback: the patches and what is kept add up to all residuals."""
     federation = Federation([3, 3, 3], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0], 3, 4)
-    whole, cut = make_method("fedex"), make_method("fedex", remainder="rank=1")
+    whole, cut = make_method("fedex"), make_method("fedex", residual="rank=1")
     state = state_of(whole, 3)
     kept = state
     sums = {m: [torch.zeros(shape, dtype=torch.float64) for _ in range(2)] for m, shape in SHAPES.items()}
@@ -565,7 +565,7 @@ def test_what_fedex_cuts_off_is_sent_in_later_rounds() -> None:
 @pytest.mark.parametrize("budget", [0, 100, 400, 2000])
 def test_a_byte_budget_is_kept_and_spent_where_it_carries_most(budget: int) -> None:
     federation = SITUATIONS["unequal weights"]
-    method = make_method("fedex", remainder=f"bytes={budget}")
+    method = make_method("fedex", residual=f"bytes={budget}")
     state = state_of(method, 3)
     trained = updates(train(method, state, federation))
     _, patch = method.step(state, trained)
@@ -681,7 +681,7 @@ def test_methods_differ_at_mixed_ranks() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
-def test_a_server_optimiser_moves_the_factors_by_its_moments(optimizer: str) -> None:
+def test_a_server_optimizer_moves_the_factors_by_its_moments(optimizer: str) -> None:
     federation = SITUATIONS["mixed ranks"]
     plain = make_method("replication")
     method = make_method("replication", server_optimizer=optimizer, server_learning_rate=0.5, server_momentum=0.8)
@@ -701,7 +701,7 @@ def test_a_server_optimiser_moves_the_factors_by_its_moments(optimizer: str) -> 
         assert torch.allclose(state.adapter["tall"].B, x, atol=1e-9)
 
 
-def test_a_refresh_forgets_the_optimisers_moments() -> None:
+def test_a_refresh_forgets_the_optimizers_moments() -> None:
     method = make_method("replication", server_optimizer="fedadam", refresh=2)
     state = method.start(SHAPES, 2, 0)
     federation = Federation([2, 2], [1.0, 1.0], [1.0, 1.0], 2, 1)
@@ -715,7 +715,7 @@ def test_only_these_methods_collapse_when_nobody_trains() -> None:
     assert denied == {"zero-padding", "hetlora", "flexlora"}
 
 
-def test_a_server_optimiser_needs_factors_that_keep_their_basis() -> None:
+def test_a_server_optimizer_needs_factors_that_keep_their_basis() -> None:
     with pytest.raises(FedeltaError, match="flexlora can't have server_optimizer: it needs factors that mean the same"):
         make_method("flexlora", server_optimizer="fedadam")
 
@@ -749,14 +749,14 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
     ("name", "options", "message"),
     [
         ("fedit", {"tau": 0.9}, "method fedit has no option 'tau'"),
-        ("fedex", {"remainder": "rank=two"}, "remainder 'rank=two': expected exact, rank=q"),
-        ("fedex", {"remainder": "energy=1.5"}, "remainder 'energy=1.5': expected"),
-        ("fedex", {"remainder": "rank="}, "remainder 'rank=': expected"),
-        ("fedex", {"target": "unpadded"}, "target: input should be 'replicated', 'rank-normalised' or"),
+        ("fedex", {"residual": "rank=two"}, "residual 'rank=two': expected exact, rank=q"),
+        ("fedex", {"residual": "energy=1.5"}, "residual 'energy=1.5': expected"),
+        ("fedex", {"residual": "rank="}, "residual 'rank=': expected"),
+        ("fedex", {"target": "unpadded"}, "target: input should be 'replicated', 'rank-normalized' or"),
         ("florist", {"energy": 0}, "method florist: energy: input should be greater than 0, found 0"),
-        ("fedex", {"remainder": "rank=inf"}, "remainder 'rank=inf': expected"),
-        ("fedex", {"remainder": "bytes=1e999"}, "remainder 'bytes=1e999': expected"),
-        ("fedex", {"remainder": "exact="}, "remainder 'exact=': expected"),
+        ("fedex", {"residual": "rank=inf"}, "residual 'rank=inf': expected"),
+        ("fedex", {"residual": "bytes=1e999"}, "residual 'bytes=1e999': expected"),
+        ("fedex", {"residual": "exact="}, "residual 'exact=': expected"),
         ("fedsa", {"norm_weighting": True}, "method fedsa can't have norm_weighting: the server sees no B"),
         ("fed-sb", {"server_optimizer": "fedavgm"}, "method fed-sb can't have server_optimizer: it would move B"),
         ("rolora", {"refresh": 3}, "method rolora: refresh 3 would restart when it is the other factor's turn"),
@@ -796,9 +796,9 @@ def test_clients_that_keep_factors_begin_with_one_effective_weight_and_it_is_the
         effective = W + mean.B @ mean.A
         sent, changes = [], torch.zeros_like(W)
         for name, weight in zip(present, (1.0, 2.0, 5.0), strict=False):
-            tailored = method.tailor(state, ClientView(name, rank))
-            begin = tailored.adapter["layer"]
-            tail = tailored.tail["layer"].U @ tailored.tail["layer"].V if tailored.tail else 0
+            client_start = method.personalize(state, ClientView(name, rank))
+            begin = client_start.adapter["layer"]
+            tail = client_start.tail["layer"].U @ client_start.tail["layer"].V if client_start.tail else 0
             torch.testing.assert_close(W + tail + begin.B @ begin.A, effective)
             if name in last:
                 assert torch.equal(begin.A, last[name].A if keep != "B" else mean.A)

@@ -23,7 +23,7 @@ def test_a_file_is_one_idea(file: Path) -> None:
 
 
 def test_the_top_of_the_package_is_seen_at_a_glance() -> None:
-    modules = [file for file in PACKAGE.glob("*.py")]
+    modules = list(PACKAGE.glob("*.py"))
     packages = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()]
     assert len(modules) <= 5
     assert len(packages) <= 10

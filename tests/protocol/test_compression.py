@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedelta.errors import FedeltaError
-from fedelta.protocol.compression import SCALE, Basis, Remainder, compensate, decode, encode, rounded
+from fedelta.protocol.compression import SCALE, Basis, ErrorFeedback, compensate, decode, encode, rounded
 from fedelta.runs.runner import run
 
 PRECISIONS = ("bfloat16", "float16", "int8")
@@ -87,7 +87,7 @@ def test_a_message_that_contradicts_itself_is_refused(changed: dict[str, Any], d
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_over_the_rounds_only_the_last_remainder_is_missing(precision: Any) -> None:
-    last: Remainder | None = None
+    last: ErrorFeedback | None = None
     exact = arrived = torch.zeros(6, 3, dtype=torch.float64)
     for round in range(50):
         update = {"B/x": message(round)["B/x"]}

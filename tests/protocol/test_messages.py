@@ -7,7 +7,7 @@ from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair, draw_basis, initial_adapter
 from fedelta.lora.lowrank import Dense, LowRank
 from fedelta.lora.patch_log import PatchLog
-from fedelta.protocol.messages import Broadcast, ClientUpdate, Wire, select_factors
+from fedelta.protocol.messages import Broadcast, ClientUpdate, FactorPlan, select_factors
 from fedelta.protocol.serialization import count_bytes
 from fedelta.protocol.validation import receive
 
@@ -15,20 +15,20 @@ SHAPES = {"x": (6, 4), "y": (5, 5)}
 
 
 SEED = 3
-WIRES = {
-    "both": Wire(),
-    "A drawn and frozen": Wire(down=frozenset("B"), train=frozenset("B"), up=frozenset("B")),
-    "B kept": Wire(down=frozenset("A"), up=frozenset("A"), keep=frozenset("B")),
-    "restart": Wire(down=frozenset()),
-    "core": Wire(down=frozenset({"core"}), train=frozenset({"core"}), up=frozenset({"core"})),
+PLANS = {
+    "both": FactorPlan(),
+    "A drawn and frozen": FactorPlan(down=frozenset("B"), train=frozenset("B"), up=frozenset("B")),
+    "B kept": FactorPlan(down=frozenset("A"), up=frozenset("A"), keep=frozenset("B")),
+    "restart": FactorPlan(down=frozenset()),
+    "core": FactorPlan(down=frozenset({"core"}), train=frozenset({"core"}), up=frozenset({"core"})),
 }
 
 
-def start_adapter(wire: Wire) -> Adapter:
+def start_adapter(plan: FactorPlan) -> Adapter:
     drawn = initial_adapter(SHAPES, 2, SEED)
-    if "core" in wire.down:
+    if "core" in plan.down:
         return drawn.map(lambda p: LoraPair(p.A, draw_basis_of(p) @ torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
-    return drawn.map(lambda p: LoraPair(p.A, p.B + 1)) if "B" in wire.down else drawn
+    return drawn.map(lambda p: LoraPair(p.A, p.B + 1)) if "B" in plan.down else drawn
 
 
 def draw_basis_of(pair: LoraPair) -> torch.Tensor:
@@ -36,7 +36,7 @@ def draw_basis_of(pair: LoraPair) -> torch.Tensor:
     return draw_basis(module, pair.shape[0], pair.rank, SEED)
 
 
-def broadcast(wire: Wire = WIRES["both"], tail: bool = False) -> Broadcast:
+def broadcast(plan: FactorPlan = PLANS["both"], tail: bool = False) -> Broadcast:
     log = PatchLog(SHAPES).append({"x": LowRank(torch.ones(6, 1), torch.ones(1, 4)), "y": Dense(torch.ones(5, 5))})
     return Broadcast(
         client="client-001",
@@ -44,8 +44,8 @@ def broadcast(wire: Wire = WIRES["both"], tail: bool = False) -> Broadcast:
         rank=2,
         scale=8.0,
         method={"name": "replication", "options": {"refresh": 3}},
-        wire=wire,
-        factors=select_factors(start_adapter(wire), wire.down, SEED),
+        plan=plan,
+        factors=select_factors(start_adapter(plan), plan.down, SEED),
         seed=SEED,
         heads={"head.weight": torch.ones(3, 5)},
         patch=log.since(0),
@@ -56,7 +56,7 @@ def broadcast(wire: Wire = WIRES["both"], tail: bool = False) -> Broadcast:
 
 
 def answer(sent: Broadcast, shift: float = 0.5) -> ClientUpdate:
-    factors = select_factors(sent.adapter(SHAPES), sent.wire.up, SEED)
+    factors = select_factors(sent.adapter(SHAPES), sent.plan.up, SEED)
     return ClientUpdate(
         client=sent.client,
         round=sent.round,
@@ -72,13 +72,13 @@ def answer(sent: Broadcast, shift: float = 0.5) -> ClientUpdate:
 
 
 @pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("wire", WIRES.values(), ids=list(WIRES))
-def test_a_broadcast_survives_the_wire(wire: Wire, tail: bool) -> None:
-    sent = broadcast(wire, tail)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+def test_a_broadcast_survives_the_wire(plan: FactorPlan, tail: bool) -> None:
+    sent = broadcast(plan, tail)
     got = Broadcast.from_bytes(sent.to_bytes())
-    for name in ("client", "round", "rank", "scale", "method", "wire", "seed", "indices", "wants_validation"):
+    for name in ("client", "round", "rank", "scale", "method", "plan", "seed", "indices", "wants_validation"):
         assert getattr(got, name) == getattr(sent, name)
-    assert set(got.factors) == wire.down
+    assert set(got.factors) == plan.down
     for module, pair in sent.adapter(SHAPES).items():
         assert torch.equal(got.adapter(SHAPES)[module].A, pair.A)
         assert torch.equal(got.adapter(SHAPES)[module].B, pair.B)
@@ -91,10 +91,10 @@ def test_a_broadcast_survives_the_wire(wire: Wire, tail: bool) -> None:
 
 def test_what_is_not_sent_is_drawn_zero_or_kept() -> None:
     drawn = initial_adapter(SHAPES, 2, SEED)
-    fresh = broadcast(WIRES["restart"]).adapter(SHAPES)
+    fresh = broadcast(PLANS["restart"]).adapter(SHAPES)
     assert torch.equal(fresh["x"].A, drawn["x"].A)
     assert not fresh["x"].B.any()
-    sent = broadcast(WIRES["B kept"])
+    sent = broadcast(PLANS["B kept"])
     assert not sent.adapter(SHAPES)["x"].B.any()
     kept = drawn.map(lambda p: LoraPair(p.A, p.B + 2, 4.0))
     assert torch.allclose(sent.adapter(SHAPES, kept)["x"].B, torch.full((6, 2), 1.0)), "its product is what it was"
@@ -104,7 +104,7 @@ def test_what_is_not_sent_is_drawn_zero_or_kept() -> None:
 
 
 def test_a_core_is_all_that_crosses() -> None:
-    sent = broadcast(WIRES["core"])
+    sent = broadcast(PLANS["core"])
     assert count_bytes(sent.to_bytes()).adapter == 2 * 4 * 4
     got = receive(answer(sent), sent, SHAPES)
     core = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + 0.5
@@ -117,7 +117,7 @@ def test_a_tail_counts_as_adapter() -> None:
 
 
 def test_a_client_that_may_prune_itself_sends_a_lower_rank() -> None:
-    sent = broadcast(Wire(prune=True))
+    sent = broadcast(FactorPlan(prune=True))
     update = answer(sent)
     lower = {
         "A": {m: t[:1] for m, t in update.factors["A"].items()},
@@ -153,7 +153,7 @@ def test_bytes_are_counted_by_content_and_add_up_to_the_message() -> None:
 
 
 def test_a_frozen_drawn_A_is_not_on_the_wire() -> None:
-    assert count_bytes(broadcast(WIRES["A drawn and frozen"]).to_bytes()).adapter == 4 * 2 * (6 + 5)
+    assert count_bytes(broadcast(PLANS["A drawn and frozen"]).to_bytes()).adapter == 4 * 2 * (6 + 5)
 
 
 @pytest.mark.parametrize("cut", [3, 40, -1])
@@ -170,7 +170,7 @@ def test_a_tensor_that_nothing_reads_is_refused() -> None:
 
 
 def test_the_door_lets_a_good_update_in_with_frozen_factors_filled_in() -> None:
-    sent = broadcast(WIRES["A drawn and frozen"])
+    sent = broadcast(PLANS["A drawn and frozen"])
     got = receive(answer(sent), sent, SHAPES)
     assert got.weight == 10
     assert torch.equal(got.adapter["x"].A, sent.adapter(SHAPES)["x"].A)
@@ -222,7 +222,7 @@ def test_the_door_refuses_with_the_reason(update: ClientUpdate, reason: str) -> 
 
 
 def test_the_door_refuses_a_factor_that_was_frozen() -> None:
-    sent = broadcast(WIRES["A drawn and frozen"])
+    sent = broadcast(PLANS["A drawn and frozen"])
     with pytest.raises(BadUpdate, match="it sent the factors A, B, expected B"):
         receive(replace(answer(sent), factors=good.factors), sent, SHAPES)
 

@@ -106,10 +106,10 @@ def test_a_crash_at_each_step_of_finishing_a_round_loses_nothing(
 def test_what_methods_keep_between_rounds_survives_a_crash(
     name: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B at the clients, ranks after pruning, the seed after a restart, error feedback, moments of the optimiser."""
+    """B at the clients, ranks after pruning, the seed after a restart, error feedback, moments of the optimizer."""
     options = {
         "hetlora": {"gamma": 0.6, "server_optimizer": "fedadam"},
-        "fedex": {"remainder": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
+        "fedex": {"feedback": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
     }.get(name, {})
     ranks = {"allocation": "uniform", "high": 4} if name == "fed-sb" else {}
     settings = {"rounds": 6, "method": {"name": name, **options}, "federation": {"participation": 0.5}}
@@ -210,9 +210,9 @@ def test_two_processes_never_write_one_run(tiny_config: Any) -> None:
 def test_a_checkpoint_older_than_a_setting_has_its_default(tiny_config: Any) -> None:
     config = tiny_config(rounds=2)
     file = run(config).folder.checkpoint_file
-    state, before, kept, remainders = load_checkpoint(file)
+    state, before, kept, error_feedback = load_checkpoint(file)
     del before["model"]["gradient_checkpointing"], before["task"]
-    save_checkpoint(file, state, before, kept, remainders)
+    save_checkpoint(file, state, before, kept, error_feedback)
     model = {**config.dump()["model"], "gradient_checkpointing": True}
     result = json.loads((config.folder / "result.json").read_text())
     del result["base_parameters"]

@@ -16,7 +16,7 @@ from fedelta.learning.data import Examples
 from fedelta.federation.engines.measure import total_gemm_rate
 from fedelta.federation.engines.workers import Workers
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
-from fedelta.learning.model.activation_cache import find_prefix
+from fedelta.learning.model.activation_cache import find_activation_cache
 from fedelta.runs.profile import Limit, Profile
 from fedelta.cli.profile_table import profile_table
 from fedelta.learning.training.flops import TextCost, count_texts, text_cost
@@ -72,7 +72,7 @@ def test_what_a_prefix_keeps_costs_nothing(training: bool, tiny_bert: Path) -> N
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model = LoraModel(base, LoraSettings(target_modules=r".*layer\.1\..*query"))
-    whole, rest = (text_cost(model, tokenizer, training, each) for each in (None, find_prefix(model, tokenizer)))
+    whole, rest = (text_cost(model, tokenizer, training, each) for each in (None, find_activation_cache(model, tokenizer)))
     # The first layer: six products, and none of them backwards.
     assert whole.linear - rest.linear == pytest.approx(2 * (4 * 24 * 24 + 2 * 24 * 40), rel=0.01)
 
@@ -97,7 +97,7 @@ def test_a_profile_is_printed_and_kept(
     found = json.loads((tmp_path / "runs" / "tiny" / "profile.json").read_text())
     assert found["workers"] == 2
     assert {"clients", "aggregation", "messages", "evaluation"} == set(found["seconds"])
-    assert {"forward", "backward", "batches", "optimiser", "loading", "messages"} <= set(found["seconds_in_workers"])
+    assert {"forward", "backward", "batches", "optimizer", "loading", "messages"} <= set(found["seconds_in_workers"])
     inside = sum(found["seconds_in_workers"].values()) / 2
     assert 0 < inside < found["seconds"]["clients"]
     counts = found["counts"]

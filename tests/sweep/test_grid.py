@@ -20,7 +20,7 @@ GRID: dict[str, Any] = {
     "seeds": [0, 1],
     "config": {"rounds": 3, "training.learning_rate": 0.5, "method": "fedit"},
     "axes": {
-        "method": {"mean": {}, "exact": {"method": {"name": "fedex", "remainder": "rank=2"}}},
+        "method": {"mean": {}, "exact": {"method": {"name": "fedex", "residual": "rank=2"}}},
         "rank": {"low": {"ranks.high": 2}, "high": {"ranks": {"high": 4}}},
         "refresh": {"never": {}, "often": {"method.refresh": 1}},
     },
@@ -50,7 +50,7 @@ def test_axes_are_crossed_and_a_cell_of_two_experiments_runs_once(tmp_path: Path
         assert config.method.name == {"mean": "fedit", "exact": "fedex"}[place.values["method"]]
         assert config.ranks.high == {"low": 2, "high": 4}[place.values["rank"]]
         refresh = {"refresh": 1} if place.values.get("refresh") == "often" else {}
-        exact = {"remainder": "rank=2"} if place.values["method"] == "exact" else {}
+        exact = {"residual": "rank=2"} if place.values["method"] == "exact" else {}
         assert config.method.options == exact | refresh, "what is beside a key stays"
         assert (config.rounds, config.training.learning_rate) == (3, 0.5)
 
@@ -178,7 +178,7 @@ def test_the_choice_is_the_best_mean_over_late_evaluations_and_seeds() -> None:
 
 
 def test_a_cell_is_named_by_what_its_result_depends_on() -> None:
-    config = parse_config({"rounds": 3, "method": {"name": "fedex", "remainder": "rank=2"}})
+    config = parse_config({"rounds": 3, "method": {"name": "fedex", "residual": "rank=2"}})
     same = {"name": "x", "output": "y", "workers": 2, "compare": {"seeds": 3}, "evaluation": {"target": 0.5}}
     key = cell_key(config)
     assert key == cell_key(parse_config({**config.dump(), **same}))

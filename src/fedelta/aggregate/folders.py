@@ -129,7 +129,7 @@ class Folders:
             FedeltaError: if the folders do not share the frozen factor.
         """
         zero = self.zero_adapter(group)
-        frozen = {"A", "B"} - method.wire(0).train
+        frozen = {"A", "B"} - method.factors(0).train
         if not frozen:
             return zero
         (factor,) = frozen

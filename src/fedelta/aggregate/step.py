@@ -26,7 +26,7 @@ from fedelta.methods import Method, MethodState
 GROUP_BYTES = 64 * 2**20
 """Bytes of the sums of the modules that are in memory at once, over all workers. Each group opens every folder once."""
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 """Groups at once. More would make groups so small that opening folders is what takes the time."""
 
 
@@ -90,7 +90,7 @@ def aggregate_folders(
         output: appears whole, or not at all.
         method: one server step of it, whose base patch, if it has one, goes into `base_patch.safetensors`; None is the
             exact weighted mean Σ p_i s_i B_i A_i as one adapter of its numerical rank.
-        weights: w_i ≥ 0, normalised to p_i; None counts all alike.
+        weights: w_i ≥ 0, normalized to p_i; None counts all alike.
         rank: cut the result to this rank by Eckart–Young; with a method this folds its base patch in.
         single: fold a method's base patch into the adapter, which gets the rank that exactness needs.
         progress: called with the numbers of finished and of all modules.
@@ -115,7 +115,7 @@ def aggregate_folders(
     step = _Step(folders, method, rank, single or rank is not None)
     sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
     # Dense sums are few large products, which one group at a time does as fast and in less memory.
-    workers = 1 if folders.makes_dense(sums) else min(torch.get_num_threads(), MOST_WORKERS)
+    workers = 1 if folders.makes_dense(sums) else min(torch.get_num_threads(), MAX_WORKERS)
     whole = method is not None and not method.by_module
     groups = [list(folders.layers)] if whole else folders.groups(GROUP_BYTES // workers, sums)
     reports: list[ModuleReport] = []

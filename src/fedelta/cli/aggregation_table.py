@@ -12,7 +12,7 @@ from rich.table import Table
 from fedelta.aggregate.step import Aggregation, ModuleReport
 from fedelta.lora.files.peft_write import PATCH
 
-MOST_ROWS = 40
+MAX_ROWS = 40
 """A model with more modules is shown by kind: the same name with its layer's number left out."""
 
 
@@ -66,7 +66,7 @@ def aggregation_lines(done: Aggregation) -> list[str]:
 def _kinds(reports: list[ModuleReport]) -> dict[str, list[ModuleReport]]:
     kinds = defaultdict(list)
     for report in reports:
-        name = re.sub(r"\.\d+(?=\.|$)", ".*", report.module) if len(reports) > MOST_ROWS else report.module
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", report.module) if len(reports) > MAX_ROWS else report.module
         kinds[name].append(report)
     return dict(kinds)
 

@@ -149,7 +149,7 @@ def _method(name: str, options: list[str]) -> Any:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals or not key:
-            raise FedeltaError(f"--option {option!r}: expected key=value, such as remainder=rank=8")
+            raise FedeltaError(f"--option {option!r}: expected key=value, such as residual=rank=8")
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:

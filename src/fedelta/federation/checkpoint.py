@@ -14,16 +14,16 @@ from fedelta.files import write_file
 from fedelta.lora.adapter import Adapter
 from fedelta.lora.patch_log import PatchLog
 from fedelta.methods.method import MethodState
-from fedelta.protocol.compression import Remainder
+from fedelta.protocol.compression import ErrorFeedback
 from fedelta.protocol.serialization import (
     adapter_tensors,
+    error_feedback_tensors,
     pack,
     patch_tensors,
-    remainder_tensors,
     take_adapter,
+    take_error_feedback,
     take_patches,
     take_prefix,
-    take_remainder,
     unpack,
     with_prefix,
 )
@@ -38,13 +38,13 @@ class Checkpoint(NamedTuple):
         state: the server's.
         config: that made it.
         kept: client → the adapter it ended its last round with, where clients keep factors of their own.
-        remainders: client → what its last message left out, where messages are rounded.
+        error_feedback: client → what its last message left out, where messages are rounded.
     """
 
     state: ServerState
     config: dict[str, Any]
     kept: dict[str, Adapter]
-    remainders: dict[str, Remainder]
+    error_feedback: dict[str, ErrorFeedback]
 
 
 def save_checkpoint(
@@ -52,7 +52,7 @@ def save_checkpoint(
     state: ServerState,
     config: Mapping[str, Any],
     kept: Mapping[str, Adapter],
-    remainders: Mapping[str, Remainder],
+    error_feedback: Mapping[str, ErrorFeedback],
 ) -> None:
     """Write the state, and what an engine's own clients keep, replacing what was there."""
     tensors = adapter_tensors("", state.method.adapter)
@@ -60,15 +60,15 @@ def save_checkpoint(
     tensors |= patch_tensors(state.log.entries, state.log.total)
     for client, adapter in kept.items():
         tensors |= adapter_tensors(f"kept/{client}/", adapter)
-    for client, remainder in remainders.items():
-        tensors |= remainder_tensors(f"left/{client}", remainder)
+    for client, feedback in error_feedback.items():
+        tensors |= error_feedback_tensors(f"left/{client}", feedback)
     facts = {
         "format": FORMAT,
         "config": config,
         "round": state.round,
         "seed": state.method.seed,
         "kept": {client: next(iter(adapter.values())).scale for client, adapter in kept.items()},
-        "remainders": {client: remainder.facts for client, remainder in remainders.items()},
+        "error_feedback": {client: feedback.facts for client, feedback in error_feedback.items()},
         "classes": list(state.classes),
         "shapes": {module: list(shape) for module, shape in state.log.shapes.items()},
         "digests": list(state.log.digests),
@@ -117,9 +117,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         first_losses=facts["first_losses"],
     )
     kept = {client: take_adapter(f"kept/{client}/", scale, tensors) for client, scale in facts["kept"].items()}
-    remainders = {
-        client: take_remainder(f"left/{client}", told, tensors) for client, told in facts.get("remainders", {}).items()
+    error_feedback = {
+        client: take_error_feedback(f"left/{client}", told, tensors) for client, told in facts["error_feedback"].items()
     }
     if tensors:
         raise FedeltaError(f"checkpoint {path} holds tensors that nothing reads: {sorted(tensors)[:3]}")
-    return Checkpoint(state, facts["config"], kept, remainders)
+    return Checkpoint(state, facts["config"], kept, error_feedback)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedelta.learning.device import device_errors, synchronize
-from fedelta.learning.model.activation_cache import find_prefix
+from fedelta.learning.model.activation_cache import find_activation_cache
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.shards import Shard
 from fedelta.learning.tasks import Task, evaluate
@@ -21,14 +21,14 @@ from fedelta.lora.adapter import Adapter, finite
 from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.methods import Method, make_method
-from fedelta.protocol.compression import LOSSLESS, Basis, Remainder, compensate
+from fedelta.protocol.compression import LOSSLESS, Basis, ErrorFeedback, compensate
 from fedelta.protocol.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.protocol.serialization import (
     adapter_tensors,
+    error_feedback_tensors,
     pack,
-    remainder_tensors,
     take_adapter,
-    take_remainder,
+    take_error_feedback,
     unpack,
 )
 from fedelta.seeds import derive_seed
@@ -45,16 +45,16 @@ class _Task:
     seed: int
 
 
-def pack_kept(adapter: Adapter | None, remainder: Remainder | None) -> bytes:
+def pack_kept(adapter: Adapter | None, feedback: ErrorFeedback | None) -> bytes:
     """What `Trainer.take_kept` takes; nothing of nothing."""
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     if adapter is not None:
         tensors |= adapter_tensors("kept/", adapter)
         facts["scale"] = next(iter(adapter.values())).scale
-    if remainder is not None:
-        tensors |= remainder_tensors("left", remainder)
-        facts["remainder"] = remainder.facts
+    if feedback is not None:
+        tensors |= error_feedback_tensors("left", feedback)
+        facts["feedback"] = feedback.facts
     return pack(tensors, facts) if facts else b""
 
 
@@ -74,8 +74,8 @@ class Trainer:
 
     Attributes:
         kept: client → the adapter that it ended its last round with, where the method has it keep factors.
-        remainders: client → what its last message left out, where messages are rounded.
-        prefix: of the model, if it has one; an engine decides of which texts it keeps activations.
+        error_feedback: client → what its last message left out, where messages are rounded.
+        cache: of the model, if it has one; an engine decides of which texts it keeps activations.
         watch: counts seconds by phase, and tokens; an engine starts a new one for what it wants apart.
         timed: whether a phase on a GPU ends when the GPU has done it. Else it ends when the work is queued, which is
             faster, and the wait counts for the phase that reads a result.
@@ -98,10 +98,10 @@ class Trainer:
         self.seed = seed
         self.base = PatchedBase(model.patch.factor_bytes)
         self.kept: dict[str, Adapter] = {}
-        self.remainders: dict[str, Remainder] = {}
+        self.error_feedback: dict[str, ErrorFeedback] = {}
         self.timed = False
         self.watch = Stopwatch()
-        self.prefix = find_prefix(model, tokenizer)
+        self.activation_cache = find_activation_cache(model, tokenizer)
 
     def start_watch(self) -> Stopwatch:
         """A new `watch`."""
@@ -115,7 +115,7 @@ class Trainer:
 
     def kept_bytes(self, client: str) -> bytes:
         """What this client keeps from one round to the next, to cross from a worker or to be filed; may be nothing."""
-        return pack_kept(self.kept.get(client), self.remainders.get(client))
+        return pack_kept(self.kept.get(client), self.error_feedback.get(client))
 
     def take_kept(self, client: str, blob: bytes) -> None:
         """The other end of `kept_bytes`."""
@@ -124,8 +124,8 @@ class Trainer:
         tensors, facts = unpack(blob)
         if "scale" in facts:
             self.kept[client] = take_adapter("kept/", facts["scale"], tensors)
-        if "remainder" in facts:
-            self.remainders[client] = take_remainder("left", facts["remainder"], tensors)
+        if "feedback" in facts:
+            self.error_feedback[client] = take_error_feedback("left", facts["feedback"], tensors)
 
     def answer(self, blob: bytes, shard: Shard) -> bytes:
         """Train as the broadcast says and return the update.
@@ -139,7 +139,7 @@ class Trainer:
         """
         task = self._task(blob, shard)
         broadcast, model = task.broadcast, self.model
-        model.load(task.start, broadcast.heads, broadcast.wire.train, broadcast.seed)
+        model.load(task.start, broadcast.heads, broadcast.plan.train, broadcast.seed)
         self.watch.lap("loading")
         smaller = self._smaller(self.settings.micro_batch_size or self.settings.batch_size)
         with self.with_tail(broadcast.tail), device_errors(f"{broadcast.client} trains", smaller):
@@ -151,7 +151,7 @@ class Trainer:
                 task.seed,
                 penalty=lambda: task.method.penalty(task.start, model.live()),
                 watch=self.watch,
-                prefix=self.prefix,
+                cache=self.activation_cache,
             )
             return self._update(task, loss)
 
@@ -178,7 +178,7 @@ class Trainer:
         """
         tasks = [self._task(blob, shard) for blob, shard in zip(blobs, shards, strict=True)]
         # A tail is in the base, which all of a stack share; a core has a basis in the place of B.
-        alone = any(task.broadcast.tail or "core" in task.broadcast.wire.train for task in tasks)
+        alone = any(task.broadcast.tail or "core" in task.broadcast.plan.train for task in tasks)
         if alone or can_stack(self.model):
             return None
         clients = [
@@ -187,7 +187,7 @@ class Trainer:
                 task.broadcast.heads,
                 task.shard.train,
                 task.seed,
-                frozenset(task.broadcast.wire.train),
+                frozenset(task.broadcast.plan.train),
                 partial(task.method.penalty, task.start),
             )
             for task in tasks
@@ -215,7 +215,7 @@ class Trainer:
     def _update(self, task: "_Task", loss: float) -> bytes:
         """What a client sends, after the training of what the model has loaded."""
         broadcast, shard = task.broadcast, task.shard
-        wire, client = broadcast.wire, broadcast.client
+        plan, client = broadcast.plan, broadcast.client
         metrics = {"train_loss": loss}
         if broadcast.wants_validation and len(shard.validation) > 0:
             with device_errors(f"{client} is evaluated", ["lower evaluation.batch_size"]):
@@ -224,7 +224,7 @@ class Trainer:
             self.watch.lap("evaluation")
         trained = task.method.finish(broadcast.round, task.start, self.model.read())
         # A client that diverged keeps what it had: its update will be refused too.
-        if wire.keep and all(finite(pair.A) and finite(pair.B) for pair in trained.values()):
+        if plan.keep and all(finite(pair.A) and finite(pair.B) for pair in trained.values()):
             self.kept[client] = trained
         update = ClientUpdate(
             client=client,
@@ -234,7 +234,7 @@ class Trainer:
             version=self.base.version,
             digest=self.base.digest,
             examples=len(shard.train),
-            factors=select_factors(trained, wire.up, broadcast.seed),
+            factors=select_factors(trained, plan.up, broadcast.seed),
             heads=self.model.head_tensors(),
             metrics=metrics,
             precision=broadcast.precision,
@@ -248,10 +248,10 @@ class Trainer:
     def _compensated(self, task: "_Task", update: ClientUpdate) -> ClientUpdate:
         """The update with what this client's earlier messages have left out."""
         basis = Basis(task.broadcast.seed, update.rank, update.scale)
-        last = self.remainders.get(update.client) if task.method.keeps_basis else None
+        last = self.error_feedback.get(update.client) if task.method.keeps_basis else None
         tensors, left = compensate(update.tensors, update.precision, update.round, basis, last)
         if all(finite(tensor) for tensor in left.after.values()):
-            self.remainders[update.client] = left
+            self.error_feedback[update.client] = left
         return update.with_tensors(tensors)
 
     @contextmanager

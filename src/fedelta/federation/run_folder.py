@@ -23,7 +23,7 @@ from fedelta.federation.checkpoint import Checkpoint, load_checkpoint, save_chec
 from fedelta.federation.server import ServerState
 from fedelta.files import write_file
 from fedelta.lora.adapter import Adapter
-from fedelta.protocol.compression import Remainder
+from fedelta.protocol.compression import ErrorFeedback
 
 HOLD_S = 10.0
 EXTENDABLE = (
@@ -42,7 +42,7 @@ class Result(TypedDict):
     rounds: int
     classes: list[str]
     clients: dict[str, int]
-    majority: float | None
+    constant_score: float | None
     validation: dict[str, float]
     test: dict[str, float]
     adapter_rank: int
@@ -172,14 +172,14 @@ class RunFolder:
         self,
         state: ServerState,
         kept: Mapping[str, Adapter],
-        remainders: Mapping[str, Remainder],
+        error_feedback: Mapping[str, ErrorFeedback],
         record: Mapping[str, Any],
         timing: Mapping[str, Any],
     ) -> None:
         """Make a round last. The checkpoint comes last: lines without it are dropped and made again."""
         _append(self.rounds_file, record)
         _append(self.timings_file, timing)
-        save_checkpoint(self.checkpoint_file, state, self.config, kept, remainders)
+        save_checkpoint(self.checkpoint_file, state, self.config, kept, error_feedback)
 
     def finish(self, result: Result) -> None:
         write_file(self.result_file, json.dumps(result, indent=2) + "\n")

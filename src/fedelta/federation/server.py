@@ -14,7 +14,7 @@ from torch import Tensor
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.federation.ranks import RankSettings, initial_ranks, promote
 from fedelta.federation.settings import FederationSettings
-from fedelta.federation.update_collector import Intake, Reply
+from fedelta.federation.update_collector import Reply, UpdateCollector
 from fedelta.lora.adapter import Adapter, ScaleRule, Shapes, lora_scale
 from fedelta.lora.deviation import Deviation, deviation
 from fedelta.lora.patch_log import PatchLog
@@ -163,8 +163,8 @@ class Server:
         """
         rank = state.ranks[client]
         scale = self.scale(rank)
-        tailored = self.method.tailor(state.method, ClientView(client, rank))
-        wire, seed = self.method.wire(state.round), state.method.seed
+        client_start = self.method.personalize(state.method, ClientView(client, rank))
+        plan, seed = self.method.factors(state.round), state.method.seed
         precision = self.settings.precision
         message = Broadcast(
             client=client,
@@ -172,11 +172,11 @@ class Server:
             rank=rank,
             scale=scale,
             method={"name": self.method.name, "options": self.method.options},
-            wire=wire,
-            factors=select_factors(tailored.adapter.with_scale(scale), wire.down, seed),
+            plan=plan,
+            factors=select_factors(client_start.adapter.with_scale(scale), plan.down, seed),
             seed=seed,
-            tail=tailored.tail,
-            indices=None if tailored.indices is None else tuple(tailored.indices.tolist()),
+            tail=client_start.tail,
+            indices=None if client_start.indices is None else tuple(client_start.indices.tolist()),
             heads=state.heads,
             patch=state.log.since(state.versions[client] if since is None else since),
             wants_validation=self.ranks.loss_on == "own" and self.to_be_judged(state, client),
@@ -208,7 +208,7 @@ class Server:
             FedeltaError: on the first bad one if the setting says refuse, or a mean that is not finite.
         """
         refuse = self.settings.on_bad_update == "refuse"
-        intake = Intake(replies, state.log.shapes, self._weights(state), state.heads, refuse)
+        intake = UpdateCollector(replies, state.log.shapes, self._weights(state), state.heads, refuse)
         before = replace(state.method, ranks=frozenset(state.ranks.values()))
         # Where clients keep B there is no product on the server to measure.
         measured = self.settings.deviation and not self.method.personal
@@ -237,7 +237,7 @@ class Server:
             first_losses={**state.first_losses, **intake.losses},
         ), outcome
 
-    def _check_usable(self, state: ServerState, intake: Intake, moments: RankMoments) -> None:
+    def _check_usable(self, state: ServerState, intake: UpdateCollector, moments: RankMoments) -> None:
         usable = len(intake.contributors)
         if usable < self.settings.min_clients:
             reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(intake.skipped.items())[:3])

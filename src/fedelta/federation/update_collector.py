@@ -21,7 +21,7 @@ class Reply(NamedTuple):
     loss: float | None = None
 
 
-class Intake:
+class UpdateCollector:
     """Turns replies into contributions and keeps what a round has to know of each client; the factors it lets go.
 
     Args:

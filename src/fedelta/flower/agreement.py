@@ -5,7 +5,7 @@ from typing import Any
 
 from fedelta.runs.config import Config
 
-OWN = ("model.name", "model.device", "model.prefix_cache")
+OWN = ("model.name", "model.device", "model.activation_cache")
 """Settings that are a site's own: where it has its model, and what its machine is. So are those of `data` but these."""
 
 

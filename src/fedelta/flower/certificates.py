@@ -74,7 +74,7 @@ def public_half(file: Path) -> bytes:
     return key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
+def make_certificates(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
     """Write what a server and its sites need.
 
     Args:
@@ -91,7 +91,7 @@ def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[
     """
     for site in sites:
         if not SITE.fullmatch(site):
-            raise FedeltaError(f"site {site!r}: expected letters, digits, - and _")
+            raise FedeltaError(f"site {site!r}: expected messages, digits, - and _")
     if not sites or len(set(sites)) < len(sites):
         raise FedeltaError(f"sites: {', '.join(sites) or 'none'}, expected at least one, each once")
     for host in hosts:

@@ -12,7 +12,7 @@ from fedelta.federation.client import pack_kept
 from fedelta.federation.engines.observer import Observer
 from fedelta.federation.run_folder import RunFolder
 from fedelta.files import write_file
-from fedelta.flower.processes import Kept, environment, last_line
+from fedelta.flower.processes import Supervised, environment, last_line
 from fedelta.flower.server.engine import check
 from fedelta.flower.server.superlink import CONFIG, SuperLink, workplace
 from fedelta.flower.site.ipc import ask
@@ -47,8 +47,8 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
             shutil.rmtree(memory, ignore_errors=True)
         elif folder.checkpoint_file.exists():
             # Rounds in process keep it in the checkpoint.
-            for client, remainder in load_checkpoint(folder.checkpoint_file).remainders.items():
-                write_file(memory / f"{client}.safetensors", pack_kept(None, remainder))
+            for client, feedback in load_checkpoint(folder.checkpoint_file).error_feedback.items():
+                write_file(memory / f"{client}.safetensors", pack_kept(None, feedback))
         trainer = [
             sys.executable,
             "-m",
@@ -57,7 +57,7 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
             socket,
             str(memory),
         ]
-        kept = [stack.enter_context(Kept("trainer", lambda: trainer, environment(), logs))]
+        kept = [stack.enter_context(Supervised("trainer", lambda: trainer, environment(), logs))]
         # Before anything of Flower's starts: bad data or a bad model shows here.
         clients = _clients(socket, kept[0])
         link = stack.enter_context(SuperLink(scratch, logs, simulated=len(clients) if ray else 0))
@@ -65,7 +65,7 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         home = with_starter(stack, scratch, link.environment, logs, kept) if not ray else {}
         for client in [] if ray else clients:
             command = partial(node_command, link.address, f'client="{client}" trainer="{socket}"')
-            kept.append(stack.enter_context(Kept(f"node-{client}", command, home, logs)))
+            kept.append(stack.enter_context(Supervised(f"node-{client}", command, home, logs)))
 
         def look() -> None:
             for each in kept:
@@ -75,7 +75,7 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
     return open_run(config.folder)
 
 
-def _clients(socket: str, trainer: Kept) -> list[str]:
+def _clients(socket: str, trainer: Supervised) -> list[str]:
     """The clients whose rows the trainer has read, once it is up."""
     while True:
         try:

@@ -103,7 +103,7 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
         os.killpg(child.pid, number)
 
 
-class Kept:
+class Supervised:
     """A process that is started again when it ends; whoever waits for it goes on where it was.
 
     Args:
@@ -159,7 +159,7 @@ class Kept:
         self._scope.close()
         self._start()
 
-    def __enter__(self) -> "Kept":
+    def __enter__(self) -> "Supervised":
         return self
 
     def __exit__(self, *_: object) -> None:

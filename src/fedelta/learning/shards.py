@@ -44,8 +44,8 @@ class FederatedData:
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
-    """Tokenised splits before they are shared out: the same for every seed and method."""
+class TokenizedSplits:
+    """Tokenized splits before they are shared out: the same for every seed and method."""
 
     train: Examples
     validation: Examples
@@ -64,25 +64,27 @@ def read_splits(settings: DataSettings, task: Task) -> tuple[dict[str, Any], lis
     return splits, task.classes(settings, splits)
 
 
-def build_corpus(
+def tokenize_splits(
     settings: DataSettings, task: Task, splits: dict[str, Any], classes: list[str], tokenizer: Any
-) -> Corpus:
-    """Tokenise each split, once."""
+) -> TokenizedSplits:
+    """Tokenize each split, once."""
     examples = {name: task.examples(split, settings, classes, tokenizer) for name, split in splits.items()}
-    return Corpus(**examples, classes=classes, rows=splits["train"])
+    return TokenizedSplits(**examples, classes=classes, rows=splits["train"])
 
 
-def build_data(corpus: Corpus, settings: DataSettings, sharing: PartitionSettings, seed: int) -> FederatedData:
+def build_data(
+    tokenized: TokenizedSplits, settings: DataSettings, sharing: PartitionSettings, seed: int
+) -> FederatedData:
     """Share the training rows out to clients, each with its own held-out part.
 
     Raises:
         FedeltaError: if a client has too few rows to hold some out and train on the others.
     """
     shards = {}
-    parts = partition(corpus.rows, list(corpus.train.labels), sharing, seed)
+    parts = partition(tokenized.rows, list(tokenized.train.labels), sharing, seed)
     for client, rows in zip(client_names(len(parts)), parts, strict=True):
-        shards[client] = _shard(corpus.train, rows, client, settings.client_validation, seed)
-    return FederatedData(shards, corpus.validation, corpus.test, corpus.classes)
+        shards[client] = _shard(tokenized.train, rows, client, settings.client_validation, seed)
+    return FederatedData(shards, tokenized.validation, tokenized.test, tokenized.classes)
 
 
 def client_names(clients: int) -> list[str]:

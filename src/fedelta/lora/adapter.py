@@ -148,7 +148,7 @@ class Adapter(Mapping[str, LoraPair]):
 
 
 def draw_A(module: str, rank: int, n: int, seed: int) -> Tensor:
-    """A (rank, n) as PEFT initialises it: kaiming-uniform with a = √5, that is U(−1/√n, 1/√n).
+    """A (rank, n) as PEFT initializes it: kaiming-uniform with a = √5, that is U(−1/√n, 1/√n).
 
     Depends on the seed and the module's name alone, and its first rows are the same at every rank: a client
     that knows the seed draws its own A, and a promoted client's new rows are those that the server holds.

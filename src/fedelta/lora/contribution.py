@@ -14,7 +14,7 @@ class Contribution:
 
     Args:
         client: its id.
-        weight: w_i, not normalised.
+        weight: w_i, not normalized.
         adapter: s_i·B_i·A_i of every module.
         indices: which rank indices of the global adapter it trained, (r_i,); None is the first r_i.
         heads: name → tensor.

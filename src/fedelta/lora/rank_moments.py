@@ -23,7 +23,7 @@ from torch import Tensor
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import LowRank, Product, add
-from fedelta.lora.running_sum import ProductSum
+from fedelta.lora.running_sum import RunningSum
 
 Covariance = Literal["none", "total", "by rank"]
 Padding = Literal["contributors", "zeros", "unchanged"]
@@ -41,7 +41,7 @@ class _Module:
         self.B_sum = torch.zeros(m, R, dtype=torch.float64)  # Σ w_i d^b_ij
         self.A_sum = torch.zeros(R, n, dtype=torch.float64)
         self.blocks = list(zip([0, *ends], ends, strict=False))
-        self.sums = [ProductSum(before.shape, dtype, R) for _ in self.blocks]
+        self.sums = [RunningSum(before.shape, dtype, R) for _ in self.blocks]
         self._filled = 0  # indices below have a reference, as long as clients train the first r_i
         self._weights: defaultdict[int, float] = defaultdict(float)  # weight by rank, of those clients
         self._mass: Tensor | None = None  # weight by index, once a client has trained others
@@ -226,7 +226,7 @@ class RankMoments:
         weight = self.weight or 1.0
         return add([block.scaled(w / weight) for block, w in self._blocks(module)])
 
-    def normalised_covariance(self, module: str) -> Product:
+    def normalized_covariance(self, module: str) -> Product:
         """Σ_j cov_j / c_j, (m, n): each index by its own contributors.
 
         Raises:

@@ -9,7 +9,7 @@ CHUNK = 256
 """Inner size at which one GEMM into a dense sum runs at the machine's peak."""
 
 
-class ProductSum:
+class RunningSum:
     """Σ_i w_i (b_i − δ)·a_i: stacked factors while those are smaller than the m×n matrix, then that matrix.
 
     The shift δ is known only in the end. Factors are then corrected in place. What is folded into a dense sum was

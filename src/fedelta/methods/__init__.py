@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedelta.errors import FedeltaError
-from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.method import ClientStart, ClientView, Method, MethodState, Patch, Properties
 
 _REGISTRY: dict[str, type[Method]] = {}
 _ALIASES: dict[str, tuple[str, str]] = {}
@@ -86,12 +86,12 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "AliasWarning",
+    "ClientStart",
     "ClientView",
     "Method",
     "MethodState",
     "Patch",
     "Properties",
-    "Tailored",
     "aliases",
     "make_method",
     "methods",

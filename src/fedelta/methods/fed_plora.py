@@ -16,7 +16,7 @@ import torch
 from fedelta.lora.adapter import Adapter
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.method import ClientStart, ClientView, Method, MethodState, Patch, Properties
 from fedelta.seeds import derive_seed
 
 
@@ -29,13 +29,13 @@ class FedPLoRA(Method):
 
     offline = "folders do not say which rank indices they trained; on the first ones it is replication"
 
-    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+    def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
         R = state.adapter.rank
         rng = np.random.default_rng(derive_seed(state.seed, "rank indices", state.round, client.id))
         drawn = sorted(rng.choice(R, client.rank, replace=False).tolist())
         trained, rest = torch.tensor(drawn), torch.tensor([j for j in range(R) if j not in drawn], dtype=torch.long)
         tail = Adapter({m: pair.select(rest) for m, pair in state.adapter.items()}).products() if len(rest) else {}
-        return Tailored(state.adapter.map(lambda pair: pair.select(trained)), tail, trained)
+        return ClientStart(state.adapter.map(lambda pair: pair.select(trained)), tail, trained)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         return replace(state, adapter=moments.means()), {}

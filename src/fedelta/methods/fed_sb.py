@@ -15,7 +15,7 @@ from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 CORE = frozenset({"core"})
 
@@ -30,8 +30,8 @@ class FedSB(Method):
     refused = (("server_optimizer", "it would move B out of the span of its basis"),)
     offline = "its clients share a basis of B that adapter folders do not have"
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(down=CORE, train=CORE, up=CORE)
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(down=CORE, train=CORE, up=CORE)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         # Every B_i is Q·C_i, so the mean of B is Q·C̄.

@@ -10,14 +10,14 @@ Mixed ranks (docs/methods.md 3): the factors are replication's contributor means
 cov_j = Σ_{S_j} p_i (s_i b_ij − b̄_j)(a_ij − ā_j), what goes into the base depends on the target:
 
     replicated        Σ_j cov_j                                               products after replication; the default
-    rank-normalised   Σ_j cov_j / c_j                                         raFLoRA's, each index by its contributors
+    rank-normalized   Σ_j cov_j / c_j                                         raFLoRA's, each index by its contributors
     start-relative    Σ_j cov_j + (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j)              old weight + Σ p_i × what client i changed
 
 All agree at equal ranks. For the third a client folds the tail that it can't hold into its base for the round, so that
 what it changes is a change of the whole model; use it with `refresh`. (The unpadded mean Σ p_i s_i B_i A_i with
 truncated broadcasts is not offered: it diverges even when nobody trains.)
 
-The paper also cuts the residual to a rank r′ (Eckart–Young); `remainder` does that, and keeps what it cut for the
+The paper also cuts the residual to a rank r′ (Eckart–Young); `residual` does that, and keeps what it cut for the
 next round unless `feedback` is false.
 """
 
@@ -29,7 +29,7 @@ import torch
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import ClientView, Holds, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.method import ClientStart, ClientView, Holds, Method, MethodState, Patch, Properties
 from fedelta.methods.residual_cut import cut_residuals, parse_cut
 
 
@@ -38,57 +38,57 @@ class FedEx(Method):
     """Options: how much of the residual is sent (`exact`, `rank=q`, `energy=τ`, `bytes=N`), whether what is cut off is
     kept for the next round, and the target."""
 
-    remainder: str = "exact"
+    residual: str = "exact"
     feedback: bool = True
-    target: Literal["replicated", "rank-normalised", "start-relative"] = "replicated"
+    target: Literal["replicated", "rank-normalized", "start-relative"] = "replicated"
 
     name = "fedex"
     paper = "FedEx-LoRA, arXiv 2410.09432; mixed ranks: docs/methods.md 3"
     summary = "mean of factors, and the exact residual folded into the base weight"
     properties = Properties(exact="equal ranks", gauge_invariant="equal ranks")
     variants = (
-        {"target": "rank-normalised"},
+        {"target": "rank-normalized"},
         {"target": "start-relative"},
-        {"remainder": "rank=2"},
-        {"remainder": "rank=2", "feedback": False},
-        {"remainder": "energy=0.9"},
-        {"remainder": "bytes=500"},
+        {"residual": "rank=2"},
+        {"residual": "rank=2", "feedback": False},
+        {"residual": "energy=0.9"},
+        {"residual": "bytes=500"},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_cut(self.remainder)
+        parse_cut(self.residual)
 
     def holds(self) -> Properties:
         where: Holds = "always" if self.target == "start-relative" else "equal ranks"
-        if self.remainder != "exact":
+        if self.residual != "exact":
             where = "never"
         return self.properties._replace(exact=where, gauge_invariant=where)
 
     @property
     def covariance(self) -> Covariance:  # type: ignore[override]
-        return "by rank" if self.target == "rank-normalised" else "total"
+        return "by rank" if self.target == "rank-normalized" else "total"
 
     @property
     def by_module(self) -> bool:
-        return super().by_module and parse_cut(self.remainder).kind != "bytes"
+        return super().by_module and parse_cut(self.residual).kind != "bytes"
 
-    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+    def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
         adapter = state.adapter.truncate(client.rank)
         if self.target != "start-relative" or client.rank >= state.adapter.rank:
-            return Tailored(adapter)
+            return ClientStart(adapter)
         rest = torch.arange(client.rank, state.adapter.rank)
-        return Tailored(adapter, {module: pair.select(rest).product() for module, pair in state.adapter.items()})
+        return ClientStart(adapter, {module: pair.select(rest).product() for module, pair in state.adapter.items()})
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
-        normalised = self.target == "rank-normalised"
+        normalized = self.target == "rank-normalized"
         after = replace(state, adapter=moments.means())
         residuals: dict[str, Product] = {}
         for module in state.adapter:
-            residuals[module] = moments.normalised_covariance(module) if normalised else moments.covariance(module)
+            residuals[module] = moments.normalized_covariance(module) if normalized else moments.covariance(module)
             if self.target == "start-relative":
                 residuals[module] = add([residuals[module], _unchanged(module, moments, state, after)])
-        patch, memory = cut_residuals(residuals, parse_cut(self.remainder), state.memory, self.feedback)
+        patch, memory = cut_residuals(residuals, parse_cut(self.residual), state.memory, self.feedback)
         return replace(after, memory=memory), patch
 
 

@@ -10,7 +10,7 @@ The global model is W + B̄ Ā, as in FedEx. What clients change is B_i A_i − 
     W ← W + [Σ p_i B_i A_i − B̄ Ā]_new + Σ p_i (B̄ Ā − B_start A_start)
 
 of which the second sum is zero where one factor is kept and all clients take part. The paper's other strategies are
-FedEx itself (average) and FedEx with `refresh: 1` (re-initialise).
+FedEx itself (average) and FedEx with `refresh: 1` (re-initialize).
 
 The server remembers each client's last factors and sends them back, with the difference as a tail; a client that kept
 them itself would save those bytes, so bytes of this method say nothing.
@@ -27,7 +27,7 @@ from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import ClientView, Method, MethodState, Patch, Properties, Tailored
+from fedelta.methods.method import ClientStart, ClientView, Method, MethodState, Patch, Properties
 
 _KEPT = "kept"
 
@@ -68,13 +68,13 @@ class FedExKeep(Method):
     def fold(self, state: MethodState, contributions: Iterable[Contribution], measured: bool = False) -> RankMoments:  # noqa: ARG002
         return _Remembered(state.adapter, contributions, self.covariance, state.ranks)
 
-    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+    def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
         own = {module: _own(state, client.id, module) for module in state.adapter}
         pairs, tail = {}, {}
         for module, mean in state.adapter.items():
             kept = own[module]
             if kept is None:
-                return Tailored(state.adapter)
+                return ClientStart(state.adapter)
             if self.keep == "A":
                 pairs[module] = LoraPair(kept.A, mean.B)
                 tail[module] = LowRank(mean.B, mean.A - kept.A)
@@ -85,7 +85,7 @@ class FedExKeep(Method):
                 pairs[module] = kept
                 U = torch.cat([mean.B, mean.B - kept.B], dim=1)
                 tail[module] = LowRank(U, torch.cat([mean.A - kept.A, kept.A]))
-        return Tailored(Adapter(pairs), tail)
+        return ClientStart(Adapter(pairs), tail)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         assert isinstance(moments, _Remembered)
@@ -93,7 +93,7 @@ class FedExKeep(Method):
         patch: dict[str, Product] = {module: moments.covariance(module) for module in state.adapter}
         memory = dict(state.memory)
         for c in moments.contributions:
-            tail = self.tailor(state, ClientView(c.client, c.adapter.rank)).tail
+            tail = self.personalize(state, ClientView(c.client, c.adapter.rank)).tail
             for module, pair in c.adapter.items():
                 if module in tail:
                     patch[module] = add([patch[module], tail[module].scaled(c.weight / total)])

@@ -16,7 +16,7 @@ from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 
 @register
@@ -32,8 +32,8 @@ class FedSA(Method):
     )
     offline = "every client keeps its own B, so there is no common adapter to write"
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(down=frozenset("A"), train=frozenset("AB"), up=frozenset("A"), keep=frozenset("B"))
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(down=frozenset("A"), train=frozenset("AB"), up=frozenset("A"), keep=frozenset("B"))
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means()

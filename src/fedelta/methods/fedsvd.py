@@ -18,7 +18,7 @@ from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 
 def refactor(pair: LoraPair) -> LoraPair:
@@ -46,8 +46,8 @@ class FedSVD(Method):
     properties = Properties(exact="always", identity="equal ranks")
     keeps_basis = False
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(train=frozenset("B"), up=frozenset("B"))
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(train=frozenset("B"), up=frozenset("B"))
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means("unchanged")

@@ -15,7 +15,7 @@ from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 B_ALONE = frozenset("B")
 
@@ -27,8 +27,8 @@ class FFA(Method):
     summary = "A frozen at its initial draw, mean of B; exact, half the bytes, fewer directions"
     properties = Properties(exact="always", reduces_to_fedit="equal ranks", linear=True)
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(down=B_ALONE, train=B_ALONE, up=B_ALONE)
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(down=B_ALONE, train=B_ALONE, up=B_ALONE)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means("unchanged")

@@ -16,7 +16,7 @@ from fedelta.lora.adapter import LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 
 @register
@@ -33,8 +33,8 @@ class FLoRA(Method):
     keeps_basis = False
     variants = ({"restart_from": "same"},)
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(down=frozenset())
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(down=frozenset())
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         stacks = {module: moments.mean_product(module) for module in state.adapter}

@@ -14,7 +14,7 @@ from pydantic import Field
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Holds, Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 
 @register
@@ -35,8 +35,8 @@ class FLoRIST(Method):
         whole: Holds = "always" if self.energy == 1 else "never"
         return self.properties._replace(exact=whole, identity=whole)
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(down=frozenset())
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(down=frozenset())
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         patch: Patch = {}

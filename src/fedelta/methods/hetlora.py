@@ -26,7 +26,7 @@ from fedelta.lora.adapter import Adapter
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 
 @register
@@ -36,15 +36,15 @@ class HetLoRA(Method):
     norm_weighting: bool = True
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
     penalty_weight: Annotated[float, Field(ge=0)] = 0.01
-    least_rank: Annotated[int, Field(ge=1)] = 1
+    min_rank: Annotated[int, Field(ge=1)] = 1
 
     name = "hetlora"
     paper = "HetLoRA, arXiv 2401.06432"
     summary = "zero padding, clients weighed by the norm of their update, small tails pruned"
     properties = Properties(no_op_invariant="equal ranks")
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002
-        return Wire(prune=self.gamma < 1)
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
+        return FactorPlan(prune=self.gamma < 1)
 
     def _tail(self, adapter: Adapter) -> Tensor:
         norms = []
@@ -59,7 +59,7 @@ class HetLoRA(Method):
         return self.penalty_weight * self._tail(trained)
 
     def finish(self, round: int, start: Adapter, trained: Adapter) -> Adapter:  # noqa: ARG002
-        rank = max(int(self.gamma * trained.rank), self.least_rank)
+        rank = max(int(self.gamma * trained.rank), self.min_rank)
         if rank < trained.rank and bool(self._tail(trained) < self._tail(start)):
             return trained.truncate(rank)
         return trained

@@ -26,7 +26,7 @@ from fedelta.methods.method import Method, MethodState, Patch, Properties
 class LoRAFAIR(Method):
     """Options: λ, how much a large correction costs."""
 
-    regularisation: Annotated[float, Field(ge=0)] = 0.01
+    regularization: Annotated[float, Field(ge=0)] = 0.01
 
     name = "lora-fair"
     paper = "LoRA-FAIR, arXiv 2411.14961"
@@ -40,7 +40,7 @@ class LoRAFAIR(Method):
         pairs = {}
         for module, mean in moments.means().items():
             residual, A = moments.covariance(module), mean.A.double()
-            gram = A @ A.T + self.regularisation * torch.eye(mean.rank, dtype=torch.float64)
+            gram = A @ A.T + self.regularization * torch.eye(mean.rank, dtype=torch.float64)
             if isinstance(residual, LowRank):
                 projected = residual.U.double() @ (residual.V.double() @ A.T)
             else:

@@ -20,7 +20,7 @@ from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer, optimize
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 from fedelta.seeds import derive_seed
 
 Holds = Literal["never", "equal ranks", "always"]
@@ -76,7 +76,7 @@ class ClientView(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Tailored:
+class ClientStart:
     """What one client is sent.
 
     Args:
@@ -99,7 +99,7 @@ class Method(ABC):
         residual_step: η, by which a patch of the base is multiplied.
         norm_weighting: weigh clients by ‖s_i B_i A_i‖_F of their whole adapter instead (HetLoRA, 2401.06432).
         server_optimizer: treat the change of the factors as a gradient (FedOpt, Reddi et al. 2003.00295).
-        server_learning_rate, server_momentum: of that optimiser; the momentum is β₁.
+        server_learning_rate, server_momentum: of that optimizer; the momentum is β₁.
 
     Class attributes:
         paper: citation.
@@ -108,7 +108,7 @@ class Method(ABC):
         mixed_ranks: whether clients may have different ranks.
         covariance: what `aggregate` needs besides means: nothing, the covariance of the factors, or that by rank index.
         keeps_basis: rank index j means the same direction in the next round, so that factors of two rounds can be
-            subtracted; methods that factor anew (SVD) can't have a server optimiser.
+            subtracted; methods that factor anew (SVD) can't have a server optimizer.
         personal: whether every client has a model of its own, kept in part where nobody else sees it.
         remembers_clients: whether the state holds each client's last factors, so that memory grows with their number;
             else a step holds one client at a time.
@@ -167,13 +167,13 @@ class Method(ABC):
         """The state before round 0: A from the seed, B zero."""
         return MethodState(0, initial_adapter(shapes, rank, seed), seed)
 
-    def wire(self, round: int) -> Wire:  # noqa: ARG002  the schedule is the method's to use
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002  the schedule is the method's to use
         """Which factors cross in this round, which are trained, and which stay at the client."""
-        return Wire()
+        return FactorPlan()
 
-    def tailor(self, state: MethodState, client: ClientView) -> Tailored:
+    def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
         """What this client starts from; by default the first `rank` rank indices."""
-        return Tailored(state.adapter.truncate(client.rank))
+        return ClientStart(state.adapter.truncate(client.rank))
 
     def penalty(self, start: Adapter, trained: Adapter) -> Tensor | None:  # noqa: ARG002
         """What a client adds to its loss, a function of the factors in training; None is nothing."""
@@ -233,7 +233,7 @@ class Method(ABC):
         fresh = self.start(state.adapter.shapes, state.adapter.rank, seed)
         first = next(iter(state.adapter.values()))
         adapter = fresh.adapter.to(first.B.dtype)
-        # Moments of the optimiser are of directions that are gone.
+        # Moments of the optimizer are of directions that are gone.
         kept = {key: tensor for key, tensor in state.memory.items() if not key.startswith(f"{MOMENTS}/")}
         return replace(state, adapter=adapter, seed=seed, memory={**kept, **fresh.memory})
 

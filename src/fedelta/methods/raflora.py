@@ -39,7 +39,7 @@ class RaFLoRA(Method):
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means()
-        rest = {module: moments.normalised_covariance(module) for module in means}
+        rest = {module: moments.normalized_covariance(module) for module in means}
         if self.exact:
             return replace(state, adapter=means), {m: product for m, product in rest.items() if not product.is_zero()}
         pairs = {}

@@ -19,7 +19,7 @@ FEEDBACK = "feedback"
 
 
 class Cut(NamedTuple):
-    """A parsed `remainder` option: its kind, and the number after the equals sign."""
+    """A parsed `residual` option: its kind, and the number after the equals sign."""
 
     kind: str
     amount: float = 0.0
@@ -39,7 +39,7 @@ def parse_cut(text: str) -> Cut:
     whole = 0 <= number < 2**62 and number == int(number)
     good = {"exact": text == "exact", "rank": whole, "energy": 0 < number <= 1, "bytes": whole}
     if not good.get(kind) or (kind != "exact" and not amount):
-        raise FedeltaError(f"remainder {text!r}: expected exact, rank=q, energy=τ (0 < τ ≤ 1) or bytes=N")
+        raise FedeltaError(f"residual {text!r}: expected exact, rank=q, energy=τ (0 < τ ≤ 1) or bytes=N")
     return Cut(kind, number)
 
 

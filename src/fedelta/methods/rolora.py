@@ -19,7 +19,7 @@ from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, MethodState, Patch, Properties
-from fedelta.protocol.messages import Wire
+from fedelta.protocol.messages import FactorPlan
 
 
 @register
@@ -42,13 +42,13 @@ class RoLoRA(Method):
                 "gradient while B is zero; expected an even number of rounds"
             )
 
-    def wire(self, round: int) -> Wire:
+    def factors(self, round: int) -> FactorPlan:
         factor = frozenset(("BA" if self.first == "B" else "AB")[round % 2])
-        return Wire(train=factor, up=factor)
+        return FactorPlan(train=factor, up=factor)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means("unchanged")
-        (factor,) = self.wire(state.round).train
+        (factor,) = self.factors(state.round).train
         pairs = {
             module: LoraPair(pair.A, means[module].B) if factor == "B" else LoraPair(means[module].A, pair.B)
             for module, pair in state.adapter.items()

@@ -1,4 +1,4 @@
-"""The server's optimiser: the change of the factors as a pseudo-gradient (FedOpt, Reddi et al., 2003.00295).
+"""The server's optimizer: the change of the factors as a pseudo-gradient (FedOpt, Reddi et al., 2003.00295).
 
     Δ = aggregate − previous,  m ← β₁m + Δ,               x ← x + η m              (FedAvgM)
                                m ← β₁m + (1 − β₁)Δ,
@@ -24,7 +24,7 @@ MOMENTS = "optimizer"
 
 
 def optimize(method: "Method", before: "MethodState", after: "MethodState") -> "MethodState":
-    """The state with its factors moved by the optimiser, whose moments are in the memory."""
+    """The state with its factors moved by the optimizer, whose moments are in the memory."""
     memory = dict(after.memory)
 
     def move(key: str, old: Tensor, new: Tensor) -> Tensor:

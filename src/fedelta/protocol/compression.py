@@ -1,7 +1,7 @@
 """Messages in fewer bits: bfloat16, float16, or int8 with a scale for each rank index; and what that left out.
 
 What is left out of an update is added to the client's next one (error feedback: Seide et al. 2014, «1-bit stochastic
-gradient descent»; Karimireddy et al., arXiv 1901.09847): over the rounds nothing is lost but the last remainder. That
+gradient descent»; Karimireddy et al., arXiv 1901.09847): over the rounds nothing is lost but the last feedback. That
 needs factors that mean the same in the next round; after a refresh, at another rank or under a method that factors
 anew the memory starts afresh. Patches of the base and the server's state stay float32.
 """
@@ -99,20 +99,20 @@ def rounded(tensors: Mapping[str, Tensor], precision: Precision) -> dict[str, Te
 
 
 class Basis(NamedTuple):
-    """What a remainder is of: it means nothing to factors of another seed, rank or scale."""
+    """What a feedback is of: it means nothing to factors of another seed, rank or scale."""
 
     seed: int
     rank: int
     scale: float
 
 
-class Remainder(NamedTuple):
+class ErrorFeedback(NamedTuple):
     """What a client's messages have left out.
 
     Args:
         round: of the last update.
         basis: of its factors.
-        before, after: key → remainder that was added to it, and that it left. A round that is done again begins
+        before, after: key → feedback that was added to it, and that it left. A round that is done again begins
             with the former.
     """
 
@@ -128,8 +128,8 @@ class Remainder(NamedTuple):
 
 
 def compensate(
-    tensors: Mapping[str, Tensor], precision: Precision, round: int, basis: Basis, last: Remainder | None
-) -> tuple[dict[str, Tensor], Remainder]:
+    tensors: Mapping[str, Tensor], precision: Precision, round: int, basis: Basis, last: ErrorFeedback | None
+) -> tuple[dict[str, Tensor], ErrorFeedback]:
     """An update with what earlier ones have left out, and what it leaves out itself.
 
     Args:
@@ -146,4 +146,4 @@ def compensate(
     }
     arrived = rounded(corrected, precision)
     left = {key: corrected[key] - arrived[key] for key in corrected}
-    return corrected, Remainder(round, basis, dict(owed), left)
+    return corrected, ErrorFeedback(round, basis, dict(owed), left)

@@ -29,7 +29,7 @@ from fedelta.protocol.serialization import (
 )
 
 
-class Wire(NamedTuple):
+class FactorPlan(NamedTuple):
     """Which factors of B·A cross in a round: out of "A", "B", and "core", the r×r matrix C of B = basis·C.
 
     Args:
@@ -50,7 +50,7 @@ class Wire(NamedTuple):
         return {key: value if isinstance(value, bool) else sorted(value) for key, value in self._asdict().items()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Wire":
+    def from_json(cls, data: Mapping[str, Any]) -> "FactorPlan":
         sets = {key: frozenset(value) for key, value in data.items() if key != "prune"}
         return cls(**sets, prune=bool(data["prune"]))
 
@@ -96,7 +96,7 @@ class Broadcast:
     rank: int
     scale: float
     method: Mapping[str, Any]
-    wire: Wire
+    plan: FactorPlan
     factors: Mapping[str, Mapping[str, Tensor]]
     seed: int
     heads: Mapping[str, Tensor]
@@ -116,7 +116,7 @@ class Broadcast:
         Raises:
             FedeltaError: if a module is missing, unknown or of another shape.
         """
-        for name in self.wire.down:
+        for name in self.plan.down:
             if set(self.factors[name]) != set(shapes):
                 odd = sorted(set(self.factors[name]) ^ set(shapes))[0]
                 raise FedeltaError(f"broadcast and model differ in adapted modules, first: {odd}")
@@ -132,16 +132,16 @@ class Broadcast:
         return Adapter(pairs)
 
     def _A(self, module: str, n: int) -> Tensor:
-        if "A" in self.wire.down:
+        if "A" in self.plan.down:
             return self.factors["A"][module]
         return draw_A(module, self.rank, n, self.seed)
 
     def _B(self, module: str, m: int, kept: Adapter | None) -> Tensor:
-        if "B" in self.wire.down:
+        if "B" in self.plan.down:
             return self.factors["B"][module]
-        if "core" in self.wire.down:
+        if "core" in self.plan.down:
             return draw_basis(module, m, self.rank, self.seed) @ self.factors["core"][module]
-        if kept is not None and "B" in self.wire.keep:
+        if kept is not None and "B" in self.plan.keep:
             # A client that has been promoted since keeps what it has; its new columns are zero.
             B = kept[module].with_scale(self.scale).B[:, : self.rank]
             return torch.nn.functional.pad(B, (0, self.rank - B.shape[1]))
@@ -163,7 +163,7 @@ class Broadcast:
         tensors, changed = encode(tensors | products_to_tensors("tail", self.tail), self.precision)
         tensors |= patch_tensors(self.patch.entries, self.patch.total)
         names = ("client", "round", "rank", "scale", "method", "seed", "indices", "wants_validation", "precision")
-        facts = {name: getattr(self, name) for name in names} | {"wire": self.wire.to_json(), "changed": changed}
+        facts = {name: getattr(self, name) for name in names} | {"plan": self.plan.to_json(), "changed": changed}
         facts["patch"] = {
             "start": self.patch.start,
             "end": self.patch.end,
@@ -186,11 +186,11 @@ class Broadcast:
             entries,
             total if log["dense"] else None,
         )
-        wire = Wire.from_json(facts.pop("wire"))
+        plan = FactorPlan.from_json(facts.pop("plan"))
         indices = facts.pop("indices")
         message = cls(
-            factors=_take_factors(wire.down, tensors),
-            wire=wire,
+            factors=_take_factors(plan.down, tensors),
+            plan=plan,
             heads=take_prefix("head", tensors),
             tail=take_products("tail", tensors),  # type: ignore[arg-type]
             indices=None if indices is None else tuple(indices),

@@ -16,13 +16,13 @@ from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import Product, from_tensors
 from fedelta.lora.patch_log import Patch
-from fedelta.protocol.compression import Basis, Remainder
+from fedelta.protocol.compression import Basis, ErrorFeedback
 
 METADATA_KEY = "fedelta"
 
 
 class ByteCount(NamedTuple):
-    """Bytes of serialised messages by content; `overhead` is names, shapes and metadata."""
+    """Bytes of serialized messages by content; `overhead` is names, shapes and metadata."""
 
     adapter: int = 0
     heads: int = 0
@@ -147,15 +147,15 @@ def take_patches(
     return entries, take_prefix("patch/total", tensors)
 
 
-def remainder_tensors(prefix: str, remainder: Remainder) -> dict[str, Tensor]:
+def error_feedback_tensors(prefix: str, feedback: ErrorFeedback) -> dict[str, Tensor]:
     """What a client's message has left out, under `prefix/before/…` and `prefix/after/…`."""
-    return with_prefix(f"{prefix}/before", remainder.before) | with_prefix(f"{prefix}/after", remainder.after)
+    return with_prefix(f"{prefix}/before", feedback.before) | with_prefix(f"{prefix}/after", feedback.after)
 
 
-def take_remainder(prefix: str, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> Remainder:
-    """Take out what `remainder_tensors` put in."""
+def take_error_feedback(prefix: str, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> ErrorFeedback:
+    """Take out what `error_feedback_tensors` put in."""
     before, after = (take_prefix(f"{prefix}/{part}", tensors) for part in ("before", "after"))
-    return Remainder(facts["round"], Basis(*facts["basis"]), before, after)
+    return ErrorFeedback(facts["round"], Basis(*facts["basis"]), before, after)
 
 
 def nothing_left(kind: str, tensors: Mapping[str, Tensor]) -> None:

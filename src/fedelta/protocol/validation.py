@@ -11,9 +11,9 @@ from fedelta.lora.adapter import Adapter, LoraPair, Shapes, draw_basis, finite
 from fedelta.lora.contribution import Contribution
 from fedelta.protocol.messages import Broadcast, ClientUpdate
 
-MOST_EXAMPLES = 10**12
+MAX_EXAMPLES = 10**12
 """A client that claims more would drown all others by a slip or by intent."""
-MOST_METRIC = 1e30
+MAX_METRIC = 1e30
 """Sums of metrics stay finite below this."""
 
 
@@ -45,22 +45,22 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
         found, expected = getattr(update, name), getattr(sent, name)
         if found != expected:
             raise refuse(f"its update says {name} {found}, expected {expected}")
-    lowest = 1 if sent.wire.prune else sent.rank
+    lowest = 1 if sent.plan.prune else sent.rank
     if type(update.rank) is not int or not lowest <= update.rank <= sent.rank:
         raise refuse(f"its update says rank {str(update.rank)[:20]}, expected {sent.rank}")
     if (update.version, update.digest) != (sent.patch.end, sent.patch.digests[sent.patch.end]):
         raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
-    if type(update.examples) is not int or not 1 <= update.examples <= MOST_EXAMPLES:
-        raise refuse(f"it reports {str(update.examples)[:20]} training examples, expected 1 to {MOST_EXAMPLES}")
+    if type(update.examples) is not int or not 1 <= update.examples <= MAX_EXAMPLES:
+        raise refuse(f"it reports {str(update.examples)[:20]} training examples, expected 1 to {MAX_EXAMPLES}")
     if not isinstance(update.metrics, Mapping):
         raise refuse(f"its metrics are a {type(update.metrics).__name__}, expected names and numbers")
     for name, value in update.metrics.items():
-        if not isinstance(value, int | float) or not abs(value) <= MOST_METRIC:
+        if not isinstance(value, int | float) or not abs(value) <= MAX_METRIC:
             kind = NotFinite if isinstance(value, float) and not math.isfinite(value) else BadUpdate
             raise refuse(f"it reports {name} {shown(value)}, expected a finite number", kind)
     start = sent.adapter(shapes).truncate(update.rank)
-    if set(update.factors) != sent.wire.up:
-        found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.wire.up))
+    if set(update.factors) != sent.plan.up:
+        found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.plan.up))
         raise refuse(f"it sent the factors {found}, expected {expected}")
     pairs = dict(start)
     for name, found in update.factors.items():

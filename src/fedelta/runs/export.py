@@ -140,7 +140,7 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None, rank: in
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         target = adapter or Path(scratch) / "adapter"
-        # Of the model only names and shapes are asked for: a quantised base need not be quantised here too.
+        # Of the model only names and shapes are asked for: a quantized base need not be quantized here too.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
         model = make_model(plain, len(state.classes), tokenizer)
         exported = export_state(target if rank is None else Path(scratch) / "whole", server, state, kept, model)

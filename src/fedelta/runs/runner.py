@@ -1,6 +1,6 @@
 """From a configuration to a finished run, or to a comparison of methods on the same data and weights."""
 
-from fedelta.runs.assemble import _corpus, corpus_key, make_server, prepare
+from fedelta.runs.assemble import _tokenized_splits, splits_key, make_server, prepare
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from fedelta.files import write_file
 from fedelta.learning.model.base_model import load_base, load_tokenizer, longest_text
 from fedelta.federation.client import Trainer
 from fedelta.runs.config import Config, load_config, parse_config
-from fedelta.learning.shards import Corpus, FederatedData, build_corpus, build_data, read_splits
+from fedelta.learning.shards import TokenizedSplits, FederatedData, tokenize_splits, build_data, read_splits
 from fedelta.federation.engines import Observer
 from fedelta.federation.engines.evaluation import Evaluator
 from fedelta.federation.engines.local import LocalEngine
 from fedelta.federation.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
-from fedelta.federation.engines.activation_caches import Prefixes
+from fedelta.federation.engines.activation_caches import ActivationCaches
 from fedelta.federation.engines.rounds import Engine
 from fedelta.federation.engines.workers import Workers, can_fork
 from fedelta.errors import FedeltaError
@@ -108,12 +108,12 @@ def _run(
     trainer, data = prepare(config, partitioned=sites is None)
     trainer.timed = profile
     clients = sites or {client: len(shard.train) for client, shard in data.shards.items()}
-    corpus, model = _corpus(corpus_key(config))[0], trainer.model
+    tokenized, model = _tokenized_splits(splits_key(config))[0], trainer.model
     if checkpoint is None:
         state = server.start(model.shapes, model.head_tensors(), clients, data.classes)
         if config.training.stack == "auto":
             ranks = [state.ranks[client] for client in server.sample(state)]
-            folder.settle_stack(fastest_stack(trainer, corpus.train, ranks))
+            folder.settle_stack(fastest_stack(trainer, tokenized.train, ranks))
         folder.begin(state)
     else:
         state = checkpoint.state
@@ -121,20 +121,20 @@ def _run(
             raise FedeltaError(f"checkpoint {folder.checkpoint_file} is of another model or other clients")
     if checkpoint is not None:
         trainer.kept.update(checkpoint.kept)
-        trainer.remainders.update(checkpoint.remainders)
-        if not trainer.remainders:
+        trainer.error_feedback.update(checkpoint.error_feedback)
+        if not trainer.error_feedback:
             # Over Flower, clients file what they keep themselves.
             for file in folder.clients_folder.glob("*.safetensors"):
                 trainer.take_kept(file.stem, file.read_bytes())
-    workers = config.workers if config.workers != "auto" else fastest_workers(trainer, corpus.train)
+    workers = config.workers if config.workers != "auto" else fastest_workers(trainer, tokenized.train)
     if workers > 1 and not can_fork():
         raise FedeltaError(f"workers: {workers} needs Linux and a machine without a GPU, expected 1 or auto")
     pool = Workers(workers, config.threads)
     stack = folder.config["training"]["stack"]
     # A stack goes through the whole model.
     kept = data.shards if stack == 1 else {}
-    prefixes = Prefixes(trainer.prefix, pool, data.validation, kept, config.model.prefix_cache * 1e9)
-    evaluator = Evaluator(server, trainer, pool, observer, prefixes)
+    caches = ActivationCaches(trainer.activation_cache, pool, data.validation, kept, config.model.activation_cache * 1e9)
+    evaluator = Evaluator(server, trainer, pool, observer, caches)
     rounds = engine(
         server,
         trainer,
@@ -161,7 +161,7 @@ def _run(
         "rounds": state.round,
         "classes": data.classes,
         "clients": dict(clients),
-        "majority": config.task.constant_score(corpus.train, corpus.test),
+        "constant_score": config.task.constant_score(tokenized.train, tokenized.test),
         "validation": validation,
         "test": test,
         "adapter_rank": exported.rank,
@@ -173,15 +173,15 @@ def _run(
     folder.finish(finished)
     if not profile:
         return Run(config, folder, records, finished)
-    found = read_profile(folder, _limit(trainer, prefixes))
+    found = read_profile(folder, _limit(trainer, caches))
     write_file(folder.path / "profile.json", found.to_json() + "\n")
     return Run(config, folder, records, finished, found)
 
 
-def _limit(trainer: Trainer, prefixes: Prefixes) -> Limit:
-    model, workers = trainer.model, prefixes.workers
-    prefix = trainer.prefix if prefixes.chosen else None
-    training, evaluation = (text_cost(model, trainer.tokenizer, train, prefix) for train in (True, False))
+def _limit(trainer: Trainer, caches: ActivationCaches) -> Limit:
+    model, workers = trainer.model, caches.workers
+    cache = trainer.activation_cache if caches.chosen else None
+    training, evaluation = (text_cost(model, trainer.tokenizer, train, cache) for train in (True, False))
     return Limit(training, evaluation, total_gemm_rate(workers, model.dtype, model.device), workers.count)
 
 

@@ -52,7 +52,7 @@ SCHEMA = pa.schema(
         ("failed", pa.string()),  # why training left the finite numbers; null where it did not
         ("test", _SCORES),  # of the final model
         ("validation", _SCORES),
-        ("majority", pa.float64()),  # what always giving the same answer scores; null where that says nothing
+        ("constant_score", pa.float64()),  # what always giving the same answer scores; null where that says nothing
         ("clients", pa.int32()),
         ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
         ("base_parameters", pa.int64()),  # of the whole model without LoRA; null in files of before it was counted
@@ -67,6 +67,8 @@ SCHEMA = pa.schema(
         ("versions", pa.map_(pa.string(), pa.string())),
     ]
 )
+FROM_RESULT = ("test", "validation", "constant_score", "lora_parameters", "base_parameters")
+"""What a row takes from `result.json` as it is."""
 CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
 """What may differ between two runs of the same cell."""
 ADDED = ("base_parameters", "scaled_deviation")
@@ -99,7 +101,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         result = run.result
         timings = [json.loads(line) for line in run.folder.timings_file.read_text().splitlines()]
         row |= {
-            **{name: result[name] for name in ("test", "validation", "majority", "lora_parameters", "base_parameters")},
+            **{name: result[name] for name in FROM_RESULT},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
             # A run that was begun before it was measured lacks it.

@@ -15,7 +15,7 @@ from fedelta.federation.engines import Observer
 from fedelta.federation.engines.workers import Result, Workers, can_fork
 from fedelta.federation.run_folder import RunFolder
 from fedelta.files import write_file
-from fedelta.runs.assemble import corpus_key, warm
+from fedelta.runs.assemble import splits_key, warm
 from fedelta.runs.config import Config
 from fedelta.runs.runner import run
 from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, Tuned, chosen_by, describe
@@ -145,7 +145,7 @@ class Sweep:
             return
         names = {place.key: describe(place) for place in reversed(plan.places)}
         # All, before the first cell: bad input must not show after an hour.
-        for key, config in {corpus_key(config): (key, config) for key, config in reversed(left.items())}.values():
+        for key, config in {splits_key(config): (key, config) for key, config in reversed(left.items())}.values():
             try:
                 warm(config)
             except FedeltaError as error:

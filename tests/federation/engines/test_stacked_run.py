@@ -187,12 +187,12 @@ def test_the_fastest_stack_is_found(
 
     config = calm_config(1)
     trainer, _ = runner.prepare(config)
-    corpus, _ = runner._corpus(runner.corpus_key(config))
-    assert measure.fastest_stack(trainer, corpus.train, [2, 4, 2]) in (1, 2, 3)  # by the true clock
+    tokenized, _ = runner._tokenized_splits(runner.splits_key(config))
+    assert measure.fastest_stack(trainer, tokenized.train, [2, 4, 2]) in (1, 2, 3)  # by the true clock
     monkeypatch.setattr(measure, "train", alone)
     monkeypatch.setattr(measure, "train_stacked", stacked)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    assert measure.fastest_stack(trainer, corpus.train, [2, 4, 2, 4, 2]) == best
+    assert measure.fastest_stack(trainer, tokenized.train, [2, 4, 2, 4, 2]) == best
 
 
 def test_a_pass_that_is_limited_is_not_of_a_stack(calm_config: Any) -> None:

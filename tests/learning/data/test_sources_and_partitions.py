@@ -12,7 +12,7 @@ from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.partition import partition
 from fedelta.learning.data.pydoc import CHAPTERS, read_pydoc
 from fedelta.learning.data.sources import load_splits
-from fedelta.learning.shards import build_corpus, build_data, read_splits
+from fedelta.learning.shards import build_data, read_splits, tokenize_splits
 from fedelta.learning.tasks import Classification
 
 
@@ -197,9 +197,9 @@ def test_partitions_that_cannot_be_made_are_refused(settings: dict, reason: str)
 def test_a_client_too_small_to_hold_rows_out_is_named(texts: Path, tiny_bert: Path) -> None:
     settings = DataSettings(source=str(texts), limit=10)
     splits, classes = read_splits(settings, Classification())
-    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
+    tokenized = tokenize_splits(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
     with pytest.raises(FedeltaError, match="client-000 has 1 rows, too few to hold out 1"):
-        build_data(corpus, settings, PartitionSettings(clients=10), seed=0)
+        build_data(tokenized, settings, PartitionSettings(clients=10), seed=0)
 
 
 def test_pairs_of_texts_are_tokenised_together(tmp_path: Path, tiny_bert: Path) -> None:
@@ -207,9 +207,9 @@ def test_pairs_of_texts_are_tokenised_together(tmp_path: Path, tiny_bert: Path) 
     file.write_text("a,b,label\n" + "".join(f"the ship,old moon,{'xy'[i % 2]}\n" for i in range(10)))
     settings = DataSettings(source=str(file), text=("a", "b"))
     splits, classes = read_splits(settings, Classification())
-    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
-    assert corpus.classes == ["x", "y"]
-    feature = corpus.train.features[0]
+    tokenized = tokenize_splits(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
+    assert tokenized.classes == ["x", "y"]
+    feature = tokenized.train.features[0]
     assert len(feature["input_ids"]) == 7
     assert feature["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
 
@@ -241,8 +241,8 @@ def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(text
     )
     settings = DataSettings(source=str(file), client_validation=0.25, max_length=100)
     splits, classes = read_splits(settings, Classification())
-    corpus = build_corpus(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
-    data = build_data(corpus, settings, PartitionSettings(clients=5), seed=0)
+    tokenized = tokenize_splits(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
+    data = build_data(tokenized, settings, PartitionSettings(clients=5), seed=0)
     parts = [part for shard in data.shards.values() for part in (shard.train, shard.validation)]
     texts_of = [[tuple(f["input_ids"]) for f in part.features] for part in (*parts, data.validation, data.test)]
     everything = [text for part in texts_of for text in part]

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedelta.federation.engines.activation_caches import Prefixes
+from fedelta.federation.engines.activation_caches import ActivationCaches
 from fedelta.federation.engines.workers import Workers
 from fedelta.learning.data import Examples
-from fedelta.learning.model.activation_cache import find_prefix
+from fedelta.learning.model.activation_cache import find_activation_cache
 from fedelta.learning.model.base_model import ModelSettings, load_base
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.learning.tasks import Classification, Unit, evaluate
@@ -65,14 +65,14 @@ def test_training_and_scores_are_those_of_the_plain_path(kind: str, folders: dic
     found = []
     for keeping in (False, True):
         model, tokenizer = lora_model(folders[kind], target_modules=TOP[kind], dropout=0.1)
-        prefix = find_prefix(model, tokenizer)
-        assert prefix
-        assert not prefix.drops_out
+        cache = find_activation_cache(model, tokenizer)
+        assert cache
+        assert not cache.drops_out
         if keeping:
-            prefix.fill(examples)
+            cache.fill(examples)
         seen: list[int] = []
         passes_of_the_first_layer(model, seen)
-        loss = train(model, tokenizer, examples, how, seed=3, prefix=prefix)
+        loss = train(model, tokenizer, examples, how, seed=3, cache=cache)
         assert bool(seen) is not keeping
         found.append(
             (loss, model.read(), model.head_tensors(), evaluate(Classification(), model, tokenizer, examples, 8))
@@ -89,20 +89,20 @@ def test_training_and_scores_are_those_of_the_plain_path(kind: str, folders: dic
 
 def test_dropout_below_leaves_training_alone(tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, target_modules=TOP["bert"])
-    prefix = find_prefix(model, tokenizer)
-    assert prefix
-    assert prefix.drops_out
+    cache = find_activation_cache(model, tokenizer)
+    assert cache
+    assert cache.drops_out
     examples = texts()
-    prefix.fill(examples)
+    cache.fill(examples)
     seen: list[int] = []
     passes_of_the_first_layer(model, seen)
-    train(model, tokenizer, examples, TrainingSettings(steps=1, batch_size=8), seed=3, prefix=prefix)
+    train(model, tokenizer, examples, TrainingSettings(steps=1, batch_size=8), seed=3, cache=cache)
     assert sum(seen) == 8
     # Evaluation has no dropout, and goes without.
     seen.clear()
     for rows in examples.evaluation_order(8):
         judged = [
-            Classification().judge(model, tokenizer, examples, Unit("answer", rows), using) for using in (prefix, None)
+            Classification().judge(model, tokenizer, examples, Unit("answer", rows), using) for using in (cache, None)
         ]
         mine, plain = ([answer[0] for answer in answers] for answers in judged)
         assert mine == pytest.approx(plain, rel=1e-5)
@@ -114,10 +114,10 @@ def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
     examples = texts()
     before = evaluate(Classification(), model, tokenizer, examples, 8)
     replaced = {name for name, module in model.peft.named_modules() if "forward" in vars(module)}
-    prefix = find_prefix(model, tokenizer)
-    assert prefix
-    prefix.fill(examples)
-    with pytest.raises(RuntimeError), prefix.replay(examples, [0], examples.batch([0], tokenizer)):
+    cache = find_activation_cache(model, tokenizer)
+    assert cache
+    cache.fill(examples)
+    with pytest.raises(RuntimeError), cache.replay(examples, [0], examples.batch([0], tokenizer)):
         raise RuntimeError
     assert {name for name, module in model.peft.named_modules() if "forward" in vars(module)} == replaced
     assert evaluate(Classification(), model, tokenizer, examples, 8) == before
@@ -128,7 +128,7 @@ def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
 )
 def test_no_prefix_where_something_below_may_train(settings: dict[str, Any], tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, **settings)
-    assert find_prefix(model, tokenizer) is None
+    assert find_activation_cache(model, tokenizer) is None
 
 
 def other_model(kind: str, adapted: str, **options: Any) -> LoraModel:
@@ -145,9 +145,9 @@ def test_dropout_is_found_wherever_it_is_written(rate: float, skipped: float, ra
     """OPT has its rates as plain numbers."""
     options = {"num_hidden_layers": 2, "ffn_dim": 40, "word_embed_proj_dim": 24, "max_position_embeddings": 40}
     model = other_model("opt", r".*layers\.1\..*q_proj", **options, dropout=rate, layerdrop=skipped)
-    prefix = find_prefix(model, AutoTokenizer.from_pretrained(tiny_bert))
-    assert prefix
-    assert prefix.drops_out is random
+    cache = find_activation_cache(model, AutoTokenizer.from_pretrained(tiny_bert))
+    assert cache
+    assert cache.drops_out is random
 
 
 def test_dropout_above_does_not_count(tiny_bert: Path) -> None:
@@ -157,51 +157,51 @@ def test_dropout_above_does_not_count(tiny_bert: Path) -> None:
     assert config.seq_classif_dropout > 0
     base = AutoModelForSequenceClassification.from_config(config)
     model = LoraModel(base, LoraSettings(target_modules=r".*layer\.1\..*q_lin"))
-    prefix = find_prefix(model, AutoTokenizer.from_pretrained(tiny_bert))
-    assert prefix
-    assert not prefix.drops_out
+    cache = find_activation_cache(model, AutoTokenizer.from_pretrained(tiny_bert))
+    assert cache
+    assert not cache.drops_out
 
 
 def test_no_prefix_where_layers_run_more_than_once(tiny_bert: Path) -> None:
     options = {"embedding_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2, "intermediate_size": 40}
     model = other_model("albert", r".*groups\.1\..*query", **options, initializer_range=0.5)
-    assert find_prefix(model, AutoTokenizer.from_pretrained(tiny_bert)) is None
+    assert find_activation_cache(model, AutoTokenizer.from_pretrained(tiny_bert)) is None
 
 
 def test_no_prefix_where_positions_depend_on_padding(tiny_gpt2: Path) -> None:
     model, tokenizer = lora_model(tiny_gpt2, target_modules=TOP["gpt2"])
     tokenizer.padding_side = "left"
-    assert find_prefix(model, tokenizer) is None
+    assert find_activation_cache(model, tokenizer) is None
 
 
 def test_the_budget_is_spent_in_a_fixed_order(folders: dict[str, Path]) -> None:
     model, tokenizer = lora_model(folders["bert"], target_modules=TOP["bert"])
-    prefix = find_prefix(model, tokenizer)
-    assert prefix
+    cache = find_activation_cache(model, tokenizer)
+    assert cache
     sizes = {name: texts(count) for name, count in (("b", 10), ("a", 20), ("c", 5))}
     shards: Any = {name: type("Rows", (), {"train": examples}) for name, examples in sizes.items()}
     validation = texts(7)
 
     def chosen(most: float) -> set[Examples]:
-        return Prefixes(prefix, Workers(1), validation, shards, most).chosen
+        return ActivationCaches(cache, Workers(1), validation, shards, most).chosen
 
-    everything = sum(prefix.bytes_of(each) for each in [validation, *sizes.values()])
+    everything = sum(cache.bytes_of(each) for each in [validation, *sizes.values()])
     assert chosen(everything) == {validation, *sizes.values()}
     assert chosen(everything - 1) == {validation, sizes["a"], sizes["b"]}
-    assert chosen(prefix.bytes_of(validation) + prefix.bytes_of(sizes["b"])) == {validation, sizes["b"]}
+    assert chosen(cache.bytes_of(validation) + cache.bytes_of(sizes["b"])) == {validation, sizes["b"]}
     assert chosen(0) == set()
     # What was not chosen is not kept either.
-    small = Prefixes(prefix, Workers(1), validation, shards, everything - 1)
+    small = ActivationCaches(cache, Workers(1), validation, shards, everything - 1)
     small.fill([sizes["b"], sizes["c"]])
-    assert prefix.keeps(sizes["b"])
-    assert not prefix.keeps(sizes["c"])
-    assert not prefix.keeps(validation)
+    assert cache.keeps(sizes["b"])
+    assert not cache.keeps(sizes["c"])
+    assert not cache.keeps(validation)
 
 
 @pytest.fixture
 def top_config(tiny_config: Any, folders: dict[str, Path]) -> Any:
     def make(name: str, gigabytes: float = 1.0, **changes: Any) -> Any:
-        model = {"name": str(folders["bert"]), "prefix_cache": gigabytes}
+        model = {"name": str(folders["bert"]), "activation_cache": gigabytes}
         lora = {"alpha": 8, "target_modules": TOP["bert"]}
         return tiny_config(**{"name": name, "model": model, "lora": lora, "method": "fedex", **changes})
 
@@ -219,7 +219,7 @@ def test_a_run_with_it_is_a_run_without_it(top_config: Any) -> None:
         assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
         assert mine["validation"]["loss"] == pytest.approx(other["validation"]["loss"], rel=1e-4)
     timings = [json.loads(line) for line in with_it.folder.timings_file.read_text().splitlines()]
-    assert all(timing["seconds"]["prefix"] > 0 for timing in timings)
+    assert all(timing["seconds"]["activations"] > 0 for timing in timings)
 
 
 def test_workers_and_a_resume_change_no_bit(top_config: Any) -> None:

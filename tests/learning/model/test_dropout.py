@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedelta.learning.model.dropout import Dropout, quicken
+from fedelta.learning.model.dropout import Dropout, use_fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
@@ -45,7 +45,7 @@ def test_the_seed_decides_and_evaluation_drops_nothing() -> None:
 
 def test_a_model_gets_it_everywhere() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.3)), nn.Dropout2d(0.3)).eval()
-    quicken(model)
+    use_fast_dropout(model)
     assert type(model[1][0]) is Dropout
     assert model[1][0].p == 0.3
     assert not model[1][0].training

@@ -128,7 +128,7 @@ def test_adapters_and_heads_are_fp32_on_a_bf16_base(tiny_bert: Path) -> None:
     output.loss.backward()
 
 
-def test_a_frozen_factor_gets_no_gradient_and_no_optimiser(tiny_bert: Path) -> None:
+def test_a_frozen_factor_gets_no_gradient_and_no_optimizer(tiny_bert: Path) -> None:
     model = make(tiny_bert)
     model.load(random_adapter(model, 3, 1.0), model.head_tensors(), train={"B"})
     model.peft(input_ids=torch.tensor([[2, 5, 3]]), labels=torch.tensor([1])).loss.backward()

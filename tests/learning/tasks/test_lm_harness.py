@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from causal import COLOURS
+from causal import COLORS
 from fedelta.errors import FedeltaError
 from fedelta.learning.tasks.lm_harness import HarnessSettings, check_harness
 from fedelta.runs.assemble import warm
@@ -20,7 +20,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
 output_type: {kind}
-doc_to_text: "the colour of {{{{article}}}} {{{{thing}}}} is :"
+doc_to_text: "the color of {{{{article}}}} {{{{thing}}}} is :"
 """
 GENERATED = """
 doc_to_target: "{{answer}} ."
@@ -28,7 +28,7 @@ generation_kwargs: {until: ["</s>"], max_gen_toks: 3, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 CHOSEN = f"""
-doc_to_choice: [{", ".join(COLOURS.values())}]
+doc_to_choice: [{", ".join(COLORS.values())}]
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
@@ -39,18 +39,18 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
 ) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
-    for name, kind, rest in (("colours", "generate_until", GENERATED), ("choice", "multiple_choice", CHOSEN)):
+    for name, kind, rest in (("colors", "generate_until", GENERATED), ("choice", "multiple_choice", CHOSEN)):
         (folder / f"{name}.yaml").write_text(COMMON.format(name=name, rows=things, kind=kind) + rest)
     finished = run(
         causal_config(
             rounds=6,
             training={"epochs": 2, "batch_size": 8, "learning_rate": 0.02},
-            evaluation={"harness": {"tasks": ["colours", "choice"], "include": str(folder), "limit": 40}},
+            evaluation={"harness": {"tasks": ["colors", "choice"], "include": str(folder), "limit": 40}},
         )
     )
     test = finished.result["test"]
-    assert set(test) == {"loss", "perplexity", "colours/exact_match", "choice/acc"}
-    assert test["colours/exact_match"] > 0.9
+    assert set(test) == {"loss", "perplexity", "colors/exact_match", "choice/acc"}
+    assert test["colors/exact_match"] > 0.9
     assert test["choice/acc"] > 0.9
     assert test["loss"] < 0.5
 

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from causal import COLOURS, SPECIAL, TASK, WORDS, build_tokenizer
+from causal import COLORS, SPECIAL, TASK, WORDS, build_tokenizer
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.examples import IGNORED, Completions, Examples
 from fedelta.learning.data.sources import load_splits
-from fedelta.learning.model.activation_cache import find_prefix
+from fedelta.learning.model.activation_cache import find_activation_cache
 from fedelta.learning.model.base_model import ModelSettings, load_base, load_tokenizer
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.learning.shards import read_splits
@@ -31,7 +31,7 @@ from fedelta.runs.runner import run
 BEGIN, END = 1, 2
 
 
-def colours(things: Path, tokenizer: Any, length: int = 32, **task: Any) -> Completions:
+def colors(things: Path, tokenizer: Any, length: int = 32, **task: Any) -> Completions:
     settings, asked = DataSettings(source=str(things), max_length=length), Completion(**(TASK | task))
     splits = load_splits(settings, asked.columns(settings))
     return asked.examples(splits["train"], settings, [], tokenizer)
@@ -47,12 +47,12 @@ def model_of(folder: Path, **lora: Any) -> tuple[LoraModel, Any]:
 
 def test_the_loss_counts_the_completion_and_its_end_alone(things: Path) -> None:
     tokenizer = build_tokenizer()
-    examples = colours(things, tokenizer)
+    examples = colors(things, tokenizer)
     for i in range(len(examples)):
         tokens, labels = examples.features[i]["input_ids"], examples.labels[i]
         asked = examples.prompts[i]
         assert tokens[0] == BEGIN
-        assert tokenizer.decode(asked, skip_special_tokens=True).startswith("the colour of")
+        assert tokenizer.decode(asked, skip_special_tokens=True).startswith("the color of")
         assert tokenizer.decode(asked).endswith(":")
         assert tokenizer.decode(tokens[len(asked) :]) == examples.references[i] + " </s>"
         assert labels == [IGNORED] * len(asked) + tokens[len(asked) :]
@@ -60,9 +60,9 @@ def test_the_loss_counts_the_completion_and_its_end_alone(things: Path) -> None:
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(things: Path) -> None:
-    whole = colours(things, build_tokenizer())
+    whole = colors(things, build_tokenizer())
     with pytest.warns(CutWarning, match=f"{len(whole)} of {len(whole)} texts are longer than data.max_length"):
-        cut = colours(things, build_tokenizer(), 6)
+        cut = colors(things, build_tokenizer(), 6)
     for i in range(len(whole)):
         # What begins a text stays.
         assert cut.features[i]["input_ids"] == [BEGIN, *whole.features[i]["input_ids"][-5:]]
@@ -71,23 +71,21 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(things: Path) -> None:
 
 
 def test_a_completion_that_is_too_long_leaves_the_prompt_half_of_the_room(things: Path) -> None:
-    long = {"prompt": "{thing} is :", "completion": " the colour of {thing} is {answer} ."}
+    long = {"prompt": "{thing} is :", "completion": " the color of {thing} is {answer} ."}
     with pytest.warns(CutWarning):
-        cut = colours(things, build_tokenizer(), 7, **long)
+        cut = colors(things, build_tokenizer(), 7, **long)
     assert all(label[:4] == [IGNORED] * 4 and IGNORED not in label[4:] for label in cut.labels)
 
 
 def test_answers_that_may_not_be_long_enough_are_told(things: Path) -> None:
     generate = {"max_new_tokens": 2}
     with pytest.warns(CutWarning, match=r"(\d+) of \1 completions are longer than task\.generate\.max_new_tokens 2"):
-        colours(things, build_tokenizer(), generate=generate)
+        colors(things, build_tokenizer(), generate=generate)
 
 
 def test_what_a_model_is_asked_does_not_depend_on_the_answer(things: Path) -> None:
     with pytest.warns(CutWarning):
-        short, long = (
-            colours(things, build_tokenizer(), 6, completion=c) for c in (" {answer}", " {answer} . . . . .")
-        )
+        short, long = (colors(things, build_tokenizer(), 6, completion=c) for c in (" {answer}", " {answer} . . . . ."))
     assert short.prompts == long.prompts
 
 
@@ -97,8 +95,8 @@ def test_a_token_across_the_seam_is_the_completions(things: Path) -> None:
     joined = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
     joined.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, pad_token="<pad>", eos_token="</s>")
-    seam = colours(things, tokenizer, prompt="the colour of {article} {thing} is : ", completion="{answer} .")
-    clean = colours(things, tokenizer)
+    seam = colors(things, tokenizer, prompt="the color of {article} {thing} is : ", completion="{answer} .")
+    clean = colors(things, tokenizer)
     for i in range(len(seam)):
         tokens, labels = seam.features[i]["input_ids"], seam.labels[i]
         assert tokens == clean.features[i]["input_ids"], "as the one text that it is"
@@ -114,34 +112,34 @@ def test_a_chat_template_makes_turns(things: Path) -> None:
         "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant : {% endif %}"
     )
-    with_turns, plain = (colours(things, tokenizer, chat=chat) for chat in (None, False))
+    with_turns, plain = (colors(things, tokenizer, chat=chat) for chat in (None, False))
     assert tokenizer.decode(with_turns.prompts[0]).endswith("<unk> :"), "the assistant's turn has begun"
     told = with_turns.features[0]["input_ids"][len(with_turns.prompts[0]) :]
     assert tokenizer.decode(told).split() == [*with_turns.references[0].split(), "</s>"]
     assert plain.prompts[0][0] == BEGIN
     with pytest.warns(CutWarning):
-        cut = colours(things, tokenizer, 10)
+        cut = colors(things, tokenizer, 10)
     assert {text["input_ids"][0] for text in cut.features} == {with_turns.prompts[0][0]}
     for short, long in zip(cut.prompts, with_turns.prompts, strict=True):
         header = 2  # «user :», which is not cut
         assert short == [*long[:header], *long[header:][-(10 - header) :]]
     with pytest.raises(FedeltaError, match=r"data\.max_length 3 leaves no room beside 2 tokens before every prompt"):
-        colours(things, tokenizer, 3)
+        colors(things, tokenizer, 3)
     for template, reason in (
         ("{{ messages[0].content }}", "puts no special token after an answer"),
         ("{{ x.y }}", "fails"),
     ):
         tokenizer.chat_template = template
         with pytest.raises(FedeltaError, match=f"chat template {reason}"):
-            colours(things, tokenizer)
+            colors(things, tokenizer)
     with pytest.raises(FedeltaError, match=r"task\.chat is true, but the tokenizer has no chat template"):
-        colours(things, build_tokenizer(), chat=True)
+        colors(things, build_tokenizer(), chat=True)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_losses_are_those_of_each_text_alone(padding: str, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    examples = colours(things, tokenizer)
+    examples = colors(things, tokenizer)
     tokenizer.padding_side = padding
     rows = [0, 1, 2, 3, 4, 5]
     found = Completion(**TASK).judge(model, tokenizer, examples, Unit("answer", rows))
@@ -157,7 +155,7 @@ def test_losses_are_those_of_each_text_alone(padding: str, causal: Any, things: 
 
 def test_the_score_is_a_mean_over_tokens(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    examples = colours(things, tokenizer, completion=" {answer} {article} .")
+    examples = colors(things, tokenizer, completion=" {answer} {article} .")
     task = Completion(**TASK)
     answers = [task.judge(model, tokenizer, examples, Unit("answer", [row]))[0] for row in range(len(examples))]
     assert len({count for _, count, _ in answers}) > 1
@@ -178,7 +176,7 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
     monkeypatch.setattr(local, "_parts", lambda *a, real=local._parts: parts.append(len(real(*a))) or real(*a))
     for how in ({"micro_batches": False}, {"micro_batches": True}, {"micro_batches": False, "micro_batch_size": 2}):
         model, tokenizer = model_of(causal("llama"))
-        examples = colours(things, tokenizer, completion=" {answer}{filler} .").select(list(range(24)))
+        examples = colors(things, tokenizer, completion=" {answer}{filler} .").select(list(range(24)))
         assert len({examples.length(row) for row in range(24)}) > 8
         loss = train(
             model, tokenizer, examples, TrainingSettings(steps=3, batch_size=8, optimizer="sgd", **how), seed=1
@@ -197,7 +195,7 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
 
 def test_the_models_own_loss_is_ours(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    examples = colours(things, tokenizer, completion=" {answer} {article} .")
+    examples = colors(things, tokenizer, completion=" {answer} {article} .")
     batch = examples.batch(list(range(9)), tokenizer)
     found = model.peft(**batch)
     assert float(found.loss) == pytest.approx(float(mean_loss(found.logits, batch["labels"])), rel=1e-5)
@@ -209,7 +207,7 @@ def test_the_models_own_loss_is_ours(causal: Any, things: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_clients_in_one_pass_are_clients_alone(architecture: str, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal(architecture))
-    examples = colours(things, tokenizer, completion=" {answer} {article} .")
+    examples = colors(things, tokenizer, completion=" {answer} {article} .")
     settings = TrainingSettings(steps=3, batch_size=4, optimizer="sgd")
     clients = []
     for k, rank in enumerate((2, 3, 4)):
@@ -228,7 +226,7 @@ def test_clients_in_one_pass_are_clients_alone(architecture: str, causal: Any, t
 @pytest.mark.parametrize("beams", [1, 3])
 def test_prompts_are_answered_together_as_alone(beams: int, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    examples = colours(things, tokenizer)
+    examples = colors(things, tokenizer)
     train(model, tokenizer, examples, TrainingSettings(epochs=12, learning_rate=0.02), seed=0)
     prompts = [examples.prompts[row] for row in range(12)]
     assert len({len(prompt) for prompt in prompts}) > 1
@@ -255,7 +253,7 @@ def test_what_is_generated_is_scored_in_the_end_alone_where_runs_are_judged_by_t
 
 
 def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Path) -> None:
-    rows = [{"mr": f"colour {i // 2}", "ref": word, "key": i // 2} for i, word in enumerate(["red", "blue", "green"])]
+    rows = [{"mr": f"color {i // 2}", "ref": word, "key": i // 2} for i, word in enumerate(["red", "blue", "green"])]
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     settings = DataSettings(source=str(file), test=0.2)
@@ -275,7 +273,7 @@ def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Pat
         passes = [Unit("answer", list(range(len(examples))))]
         found = task.score(examples, [*passes, *units], [[[1.0, 1, None]] * len(examples), *answers])
         assert found["exact"] == 0.5
-        assert (found["exact/colour 0"], found["exact/colour 1"]) == (1, 0)
+        assert (found["exact/color 0"], found["exact/color 1"]) == (1, 0)
 
 
 def test_every_kind_of_question_counts_alike_in_the_macro_mean(tmp_path: Path) -> None:
@@ -325,7 +323,7 @@ def test_a_number_is_learned_and_judged_by_correlation(tiny_config: Any, texts: 
     assert set(finished.result["test"]) == {"loss", "pearson", "spearman"}
     assert finished.result["test"]["pearson"] > 0.5
     assert finished.result["classes"] == []
-    assert finished.result["majority"] is None
+    assert finished.result["constant_score"] is None
 
 
 def test_the_loss_of_a_number_is_its_squared_error() -> None:
@@ -396,7 +394,7 @@ def test_answers_that_may_leave_the_models_positions_are_refused_before_the_run(
 
 def test_a_models_own_generation_settings_have_no_part_in_it(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
-    prompts = colours(things, tokenizer).prompts[:4]
+    prompts = colors(things, tokenizer).prompts[:4]
     settings = Generation(max_new_tokens=12)
     before = generate(model, tokenizer, prompts, settings)
     for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "min_new_tokens": 12}.items():
@@ -424,7 +422,7 @@ def test_partitions_by_class_are_for_classes(causal_config: Any) -> None:
 def test_a_template_that_does_not_take_a_row_is_named(causal_config: Any) -> None:
     with pytest.raises(FedeltaError, match="expected names of columns alone in braces"):
         causal_config(task=TASK | {"prompt": "{} {thing}"})
-    thing = "|".join(COLOURS)
+    thing = "|".join(COLORS)
     with pytest.raises(FedeltaError, match=rf"template '\{{thing:\.2f\}}' does not take .*({thing})"):
         run(causal_config(task=TASK | {"prompt": "{thing:.2f}"}))
 
@@ -440,11 +438,11 @@ def test_stacks_with_dropout_and_checkpointing_go_one_by_one(causal: Any) -> Non
 
 def test_a_language_models_frozen_prefix_is_found(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"), target_modules=r".*layers\.1\..*_proj")
-    prefix = find_prefix(model, tokenizer)
-    assert prefix
-    examples = colours(things, tokenizer)
+    cache = find_activation_cache(model, tokenizer)
+    assert cache
+    examples = colors(things, tokenizer)
     plain = evaluate(Completion(**TASK), model, tokenizer, examples, 8)
-    prefix.fill(examples)
+    cache.fill(examples)
     units = [Unit("answer", rows) for rows in examples.evaluation_order(8)]
-    kept = [Completion(**TASK).judge(model, tokenizer, examples, unit, prefix) for unit in units]
+    kept = [Completion(**TASK).judge(model, tokenizer, examples, unit, cache) for unit in units]
     assert Completion(**TASK).score(examples, units, kept)["loss"] == pytest.approx(plain["loss"], rel=1e-5)

@@ -488,7 +488,7 @@ def test_what_all_columns_share_is_in_the_title() -> None:
     assert gather(GRID, made_up_rows())[0].title == "Main"
 
 
-def test_a_modules_short_name_tells_it_from_its_neighbours() -> None:
+def test_a_modules_short_name_tells_it_from_its_neighbors() -> None:
     names = [f"bert.encoder.layer.0.{name}.dense" for name in ("attention.output", "intermediate", "output")]
     assert short_names(names) == ["0 attention.output.dense", "0 layer.intermediate.dense", "0 layer.output.dense"]
     assert short_names(["h.0.attn.c_proj", "h.1.attn.c_proj"]) == ["0 c_proj", "1 c_proj"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.client import Trainer
-from fedelta.federation.engines.activation_caches import Prefixes
+from fedelta.federation.engines.activation_caches import ActivationCaches
 from fedelta.federation.engines.observer import Observer
 from fedelta.federation.engines.workers import Result, Workers
 from fedelta.federation.server import Server, ServerState
@@ -31,17 +31,17 @@ class Evaluator:
         trainer: whose model and base are used.
         workers: among which batches are shared out.
         observer: is told of progress.
-        prefixes: what need not be computed again.
+        caches: what need not be computed again.
     """
 
     def __init__(
-        self, server: Server, trainer: Trainer, workers: Workers, observer: Observer, prefixes: Prefixes
+        self, server: Server, trainer: Trainer, workers: Workers, observer: Observer, caches: ActivationCaches
     ) -> None:
         self.server = server
         self.trainer = trainer
         self.workers = workers
         self.observer = observer
-        self.prefixes = prefixes
+        self.caches = caches
 
     def evaluate(self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None) -> Scores:
         """Scores of the global model: base with all patches, adapter at rank R, heads.
@@ -81,7 +81,7 @@ class Evaluator:
         task, tokenizer = self.trainer.task, self.trainer.tokenizer
         units = task.units(examples, self.trainer.evaluation_batch, final=split == "test")
         self.observer.evaluation_started(split, sum(len(unit.rows) for unit in units) * len(adapters))
-        self.prefixes.fill([examples])
+        self.caches.fill([examples])
         model = self.trainer.model
         loaded = [0]
 
@@ -93,7 +93,7 @@ class Evaluator:
                 loaded[0] = which
             lower = "task.generate.batch_size" if unit.what == "generate" else "evaluation.batch_size"
             with device_errors(f"the model is evaluated ({split})", [f"lower {lower} (now {len(unit.rows)})"]):
-                answers = task.judge(model, tokenizer, examples, unit, self.trainer.prefix)
+                answers = task.judge(model, tokenizer, examples, unit, self.trainer.activation_cache)
             counted = count_texts([examples.length(row) for row in unit.rows])
             counts = {f"evaluated_{name}": count for name, count in counted.items()}
             return Result({"answers": answers, "counts": counts})

@@ -1,6 +1,6 @@
 """The in-process engine: clients of a round shared out to workers, all on one base model.
 
-Messages are serialised as on a wire, so that bytes are measured and a client sees what a real one would.
+Messages are serialized as on a wire, so that bytes are measured and a client sees what a real one would.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ class LocalEngine(Engine):
         self.shards = shards
         self.stack = stack
         self.workers = self.evaluator.workers
-        self.prefixes = self.evaluator.prefixes
+        self.caches = self.evaluator.caches
         self.told: set[str] = set()
 
     def answers(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[Answer]:
@@ -38,9 +38,9 @@ class LocalEngine(Engine):
         for rank in sorted({state.ranks[client] for client in clients}):
             # Workers are forked from this process: what all of them need is made here, once.
             self.trainer.model.prepare(rank)
-        if self.trainer.prefix:
-            self.prefixes.fill([self.shards[client].train for client in clients])
-            watch.lap("prefix")
+        if self.trainer.activation_cache:
+            self.caches.fill([self.shards[client].train for client in clients])
+            watch.lap("activations")
         stacks = [clients[begin : begin + self.stack] for begin in range(0, len(clients), self.stack)]
         costs = [sum(self.shards[client].cost for client in stack) for stack in stacks]
         results = self.workers.map(lambda i: self._train(state, stacks[i], draw.absent), costs)

@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     Args:
         sent: the broadcast.
         update: its update, or why there is none.
-        down, up: bytes as serialised; none up where nothing came.
+        down, up: bytes as serialized; none up where nothing came.
     """
 
     client: str
@@ -201,7 +201,7 @@ class Engine(ABC):
             "in_workers": dict(inside.seconds),
             "counts": dict(inside.counts),
         }
-        self.folder.finish_round(after, self.trainer.kept, self.trainer.remainders, record, timing)
+        self.folder.finish_round(after, self.trainer.kept, self.trainer.error_feedback, record, timing)
         self.observer.round_done(record)
         return after
 

@@ -7,8 +7,8 @@ from typing import Any
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.rounds import Answer, Draw, Engine
 from fedelta.federation.server import ServerState
-from fedelta.flower.server.node_registry import POLL_S, Nodes
-from fedelta.flower.server.round_exchange import RoundKey, RoundTrip
+from fedelta.flower.server.node_registry import POLL_S, NodeRegistry
+from fedelta.flower.server.round_exchange import RoundExchange, RoundKey
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.runs.config import Config
@@ -35,12 +35,12 @@ class FlowerEngine(Engine):
 
     spare = True
 
-    def __init__(self, *arguments: Any, nodes: Nodes, **_: Any) -> None:
+    def __init__(self, *arguments: Any, nodes: NodeRegistry, **_: Any) -> None:
         super().__init__(*arguments)
         self.nodes = nodes
-        self.mail = nodes.mail
+        self.grid_client = nodes.grid_client
         # What clients' messages have left out is with them.
-        self.trainer.remainders.clear()
+        self.trainer.error_feedback.clear()
         self.nodes.expect(fingerprint(self.trainer.model.peft))
         self._late: dict[str, int] = {}
         self._bytes_late = 0
@@ -62,30 +62,30 @@ class FlowerEngine(Engine):
         # A round for which too few are there waits; one that has enough goes on without the others.
         self.nodes.wait(draw.clients, settings.min_clients, settings.deadline, self._late_reply)
         watch.lap("waiting")
-        trip = RoundTrip(self.server, state, draw, self.nodes, self.mail)
+        exchange = RoundExchange(self.server, state, draw, self.nodes, self.grid_client)
         watch.lap("messages")
         until = time.monotonic() + settings.deadline
         for client in draw.clients:
-            while client not in trip:
-                if trip.usable >= trip.kept:
-                    trip.give_up(client, f"{trip.kept} others came first")
+            while client not in exchange:
+                if exchange.usable >= exchange.kept:
+                    exchange.give_up(client, f"{exchange.kept} others came first")
                 elif time.monotonic() > until:
-                    trip.give_up(client, f"TimeoutError: no reply within {settings.deadline:.0f} s")
-                elif not self._receive(trip):
+                    exchange.give_up(client, f"TimeoutError: no reply within {settings.deadline:.0f} s")
+                elif not self._receive(exchange):
                     time.sleep(POLL_S)
             watch.lap("clients")
-            yield trip.answer(client)
-        self._caught_up |= trip.caught_up
+            yield exchange.answer(client)
+        self._caught_up |= exchange.caught_up
 
-    def _receive(self, trip: RoundTrip) -> bool:
+    def _receive(self, exchange: RoundExchange) -> bool:
         """Take what has come, and say whether anything has."""
         self.nodes.look()
         found = False
-        for reply in self.mail.receive():
+        for reply in self.grid_client.receive():
             found = True
             if not isinstance(reply.key, RoundKey):
                 self.nodes.hear(reply)
-            elif not trip.take(reply):
+            elif not exchange.take(reply):
                 self._late_reply(reply)
         return found
 

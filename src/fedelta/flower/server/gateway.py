@@ -38,7 +38,7 @@ UNKNOWN = "its key is not registered"
 OF_ONE_HOP = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "accept-encoding"}
 
 
-class Door:
+class Gateway:
     """The application.
 
     Args:
@@ -110,7 +110,7 @@ def main() -> None:
     host, port, folder, superlink, authority = sys.argv[1:]
     keys = [public_key(file) for file in (Path(folder) / "sites").glob("*.pub")]
     uvicorn.run(
-        Door(superlink, authority, keys).app,
+        Gateway(superlink, authority, keys).app,
         host=host,
         port=int(port),
         ssl_certfile=str(Path(folder) / "server.crt"),

@@ -14,7 +14,7 @@ TTL_S = 43200.0
 """Of Flower: how long a message is of use."""
 
 
-class Letter(NamedTuple):
+class Outgoing(NamedTuple):
     """A message to a node.
 
     Args:
@@ -32,7 +32,7 @@ class Letter(NamedTuple):
     patience: float = 0.0
 
 
-class Received(NamedTuple):
+class Incoming(NamedTuple):
     """A reply: its facts and blob, or in one line why there is none."""
 
     key: Any
@@ -41,7 +41,7 @@ class Received(NamedTuple):
     error: str | None = None
 
 
-class Mail:
+class GridClient:
     """Sends, and gives what has come since.
 
     Args:
@@ -56,14 +56,14 @@ class Mail:
         self._open: dict[str, Any] = {}
         self._lost: list[Any] = []
 
-    def send(self, letters: Iterable[Letter]) -> None:
+    def send(self, messages: Iterable[Outgoing]) -> None:
         """Hand over messages.
 
         Raises:
             FedeltaError: if Flower does not take them.
         """
-        letters = list(letters)
-        if not letters:
+        messages = list(messages)
+        if not messages:
             return
         messages = [
             Message(
@@ -73,21 +73,21 @@ class Mail:
                 message_type=each.kind,
                 ttl=max(TTL_S, 2 * each.patience),
             )
-            for each in letters
+            for each in messages
         ]
         numbers = list(self.grid.push_messages(messages))
-        if len(numbers) < len(letters):
-            raise FedeltaError(f"Flower took {len(numbers)} of {len(letters)} messages; are they too large for it?")
-        for number, letter in zip(numbers, letters, strict=True):
+        if len(numbers) < len(messages):
+            raise FedeltaError(f"Flower took {len(numbers)} of {len(messages)} messages; are they too large for it?")
+        for number, message in zip(numbers, messages, strict=True):
             if number:
-                self._open[number] = letter.key
+                self._open[number] = message.key
             else:
-                self._lost.append(letter.key)
+                self._lost.append(message.key)
 
-    def receive(self) -> Iterator[Received]:
+    def receive(self) -> Iterator[Incoming]:
         """What has come, in the order in which Flower has it."""
         while self._lost:
-            yield Received(self._lost.pop(), {}, b"", "its node is gone")
+            yield Incoming(self._lost.pop(), {}, b"", "its node is gone")
         if not self._believed:
             for number in list(self._open):
                 try:
@@ -97,18 +97,18 @@ class Mail:
                     # The SuperLink, not the node.
                     raise
                 except Exception as error:
-                    found = [Received(self._open.pop(number), {}, b"", f"its reply can't be read: {one_line(error)}")]
+                    found = [Incoming(self._open.pop(number), {}, b"", f"its reply can't be read: {one_line(error)}")]
                 yield from found
         elif self._open:
             for reply in self.grid.pull_messages(list(self._open)):
                 if reply.metadata.reply_to_message_id in self._open:
                     yield self._read(reply.metadata.reply_to_message_id, reply)
 
-    def _read(self, number: str, reply: Message) -> Received:
+    def _read(self, number: str, reply: Message) -> Incoming:
         if reply.metadata.reply_to_message_id != number:
             raise FedeltaError("it replies to another message")
         if reply.has_error():
-            return Received(self._open.pop(number), {}, b"", f"its node failed: {one_line(reply.error.reason)}")
+            return Incoming(self._open.pop(number), {}, b"", f"its node failed: {one_line(reply.error.reason)}")
         record = reply.content.config_records.get("message", {})
         blob = record.get("blob", b"")
-        return Received(self._open.pop(number), dict(record), blob if isinstance(blob, bytes) else b"")
+        return Incoming(self._open.pop(number), dict(record), blob if isinstance(blob, bytes) else b"")

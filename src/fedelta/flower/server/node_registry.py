@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flwr.app import MessageType
 
 from fedelta.errors import FedeltaError, TooFewUpdates, one_line
-from fedelta.flower.server.grid_client import Letter, Mail, Received
+from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
 
 AWAY = "its site is away"
 
@@ -49,11 +49,11 @@ class Capabilities(NamedTuple):
         return cls(str(facts.get("base")), rank, rows)
 
 
-class Nodes:
+class NodeRegistry:
     """The nodes of a federation.
 
     Args:
-        mail: to them.
+        grid_client: to them.
         clients: who is to be served.
         names: node → the client that it was registered for; None where nodes are believed.
         question: what every node is asked, as JSON.
@@ -68,14 +68,14 @@ class Nodes:
 
     def __init__(
         self,
-        mail: Mail,
+        grid_client: GridClient,
         clients: Sequence[str],
         names: Mapping[int, str] | None,
         question: Mapping[str, Any],
         warn: Callable[[str], None],
         most: int | None = None,
     ) -> None:
-        self.mail = mail
+        self.grid_client = grid_client
         self.clients = list(clients)
         self._names = names
         self._question = question
@@ -112,20 +112,20 @@ class Nodes:
         if time.monotonic() - self._looked < LOOK_S:
             return
         self._looked = time.monotonic()
-        self._online = set(self.mail.grid.get_node_ids())
+        self._online = set(self.grid_client.grid.get_node_ids())
         # A node that was away may have come back as somebody else's process.
         self._asked &= self._online
         new = sorted(self._online - self._asked)
         # It may have changed, too: it serves nobody until it has answered.
         self._nodes = {client: node for client, node in self._nodes.items() if node not in new}
         self._asked |= set(new)
-        self.mail.send(Letter(NodeKey(node), node, MessageType.QUERY, self._ask(node)) for node in new)
+        self.grid_client.send(Outgoing(NodeKey(node), node, MessageType.QUERY, self._ask(node)) for node in new)
 
     def _ask(self, node: int) -> bytes:
         name = self._names.get(node) if self._names is not None else None
         return json.dumps({**self._question, "client": name}).encode()
 
-    def hear(self, reply: Received) -> None:
+    def hear(self, reply: Incoming) -> None:
         """Take the answer of a node."""
         node = reply.key.node
         if reply.error is not None or "failed" in reply.facts:
@@ -169,14 +169,14 @@ class Nodes:
         self._looked = -LOOK_S
         self.look()
         nodes = set(self._nodes.values()) & self._online
-        self.mail.send(Letter(FarewellKey(node), node, MessageType.QUERY, farewell) for node in sorted(nodes))
+        self.grid_client.send(Outgoing(FarewellKey(node), node, MessageType.QUERY, farewell) for node in sorted(nodes))
         until = time.monotonic() + patience
         while nodes and time.monotonic() < until:
-            nodes -= {reply.key.node for reply in self.mail.receive() if isinstance(reply.key, FarewellKey)}
+            nodes -= {reply.key.node for reply in self.grid_client.receive() if isinstance(reply.key, FarewellKey)}
             time.sleep(POLL_S)
 
     def wait(
-        self, clients: Sequence[str], number: int, patience: float, other: Callable[[Received], None] | None = None
+        self, clients: Sequence[str], number: int, patience: float, other: Callable[[Incoming], None] | None = None
     ) -> None:
         """Until so many of these clients are served, or patience ends.
 
@@ -189,7 +189,7 @@ class Nodes:
         until = time.monotonic() + patience
         while True:
             self.look()
-            for reply in self.mail.receive():
+            for reply in self.grid_client.receive():
                 if isinstance(reply.key, NodeKey):
                     self.hear(reply)
                 elif other is not None:

@@ -16,7 +16,7 @@ def _lock(path: Path) -> Path:
     return path.with_suffix(".lock")
 
 
-class EventFile(Observer):
+class ProgressWriter(Observer):
     """Writes what it is told.
 
     Args:
@@ -65,7 +65,7 @@ class EventFile(Observer):
         self._write(FINISHED)
 
 
-class EventReader:
+class ProgressReader:
     """Tells an observer what another process has written since the last time.
 
     Attributes:

@@ -7,13 +7,13 @@ from flwr.app import MessageType
 from fedelta.errors import BadUpdate, ClientFailed
 from fedelta.federation.engines.rounds import Answer, Draw, read_update
 from fedelta.federation.server import Server, ServerState
-from fedelta.flower.server.grid_client import Letter, Mail, Received
-from fedelta.flower.server.node_registry import AWAY, Nodes
+from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
+from fedelta.flower.server.node_registry import AWAY, NodeRegistry
 from fedelta.protocol.messages import ClientUpdate
 from fedelta.protocol.serialization import ByteCount, count_bytes
 from fedelta.protocol.validation import receive
 
-MOST_AGAIN = 3
+MAX_RESENDS = 3
 """How often in a round a trainer may come back blank."""
 
 
@@ -25,7 +25,7 @@ class RoundKey(NamedTuple):
     client: str
 
 
-class RoundTrip:
+class RoundExchange:
     """Sends each client its broadcast, and keeps what comes back.
 
     Args:
@@ -33,19 +33,21 @@ class RoundTrip:
         state: of the round.
         draw: who takes part.
         nodes: that serve them.
-        mail: to the nodes.
+        grid_client: to the nodes.
 
     Attributes:
         usable: updates that have come and can be used.
         caught_up: client → version that its base had come back with.
     """
 
-    def __init__(self, server: Server, state: ServerState, draw: Draw, nodes: Nodes, mail: Mail) -> None:
+    def __init__(
+        self, server: Server, state: ServerState, draw: Draw, nodes: NodeRegistry, grid_client: GridClient
+    ) -> None:
         self._server = server
         self._state = state
         self._attempt = draw.attempt
         self._nodes = nodes
-        self._mail = mail
+        self._grid_client = grid_client
         self._sent = {client: server.broadcast(state, client) for client in draw.clients}
         self._down = dict.fromkeys(draw.clients, ByteCount())
         self._up = dict.fromkeys(draw.clients, ByteCount())
@@ -62,11 +64,11 @@ class RoundTrip:
             elif client not in nodes:
                 self.give_up(client, AWAY)
             else:
-                self._mail.send([self._letter(client, blob)])
+                self._grid_client.send([self._message(client, blob)])
 
-    def _letter(self, client: str, blob: bytes) -> Letter:
+    def _message(self, client: str, blob: bytes) -> Outgoing:
         key = RoundKey(self._state.round, self._attempt, client)
-        return Letter(key, self._nodes[client], MessageType.TRAIN, blob, self._server.settings.deadline)
+        return Outgoing(key, self._nodes[client], MessageType.TRAIN, blob, self._server.settings.deadline)
 
     def __contains__(self, client: str) -> bool:
         return client in self._came
@@ -75,7 +77,7 @@ class RoundTrip:
         """Go on without this client."""
         self._came[client] = ClientFailed(client, reason)
 
-    def take(self, reply: Received) -> bool:
+    def take(self, reply: Incoming) -> bool:
         """Take a reply; false if it is of another round, or too late for this one."""
         key = reply.key
         client = key.client
@@ -85,13 +87,13 @@ class RoundTrip:
             self.give_up(client, reply.error)
             return True
         version = reply.facts.get("behind")
-        if type(version) is int and 0 <= version < self._state.log.version and self._again[client] < MOST_AGAIN:
+        if type(version) is int and 0 <= version < self._state.log.version and self._again[client] < MAX_RESENDS:
             # A trainer that came back blank, perhaps more than once, gets every patch again.
             self._again[client] += 1
             self.caught_up[client] = version
             blob = self._server.broadcast(self._state, client, since=version).to_bytes()
             self._down[client] = self._down[client].plus(count_bytes(blob))
-            self._mail.send([self._letter(client, blob)])
+            self._grid_client.send([self._message(client, blob)])
             return True
         update = read_update(client, reply.facts, reply.blob)
         if isinstance(update, ClientUpdate):
@@ -108,6 +110,6 @@ class RoundTrip:
     def answer(self, client: str) -> Answer:
         """What this client was sent and what came of it, which is then let go."""
         sent, update = self._sent.pop(client), self._came[client]
-        # Kept as an answer that is there, without the factors.
+        # Supervised as an answer that is there, without the factors.
         self._came[client] = ClientFailed(client, "answered")
         return Answer(client, sent, update, self._down[client], self._up[client])

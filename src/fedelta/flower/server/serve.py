@@ -12,7 +12,7 @@ from fedelta.federation.engines.observer import Observer
 from fedelta.federation.run_folder import RunFolder
 from fedelta.files import write_file
 from fedelta.flower.certificates import SITE, make_loopback_certificate, public_key
-from fedelta.flower.processes import LOOPBACK, Kept, Tail, environment
+from fedelta.flower.processes import LOOPBACK, Supervised, Tail, environment
 from fedelta.flower.server.engine import check
 from fedelta.flower.server.gateway import REFUSED
 from fedelta.flower.server.superlink import SuperLink, workplace
@@ -54,7 +54,7 @@ def serve(
     public = _keys_of_sites(keys) if keys else {}
     for name in (*public, *sites):
         if not SITE.fullmatch(name):
-            raise FedeltaError(f"site {name!r}: expected letters, digits, - and _")
+            raise FedeltaError(f"site {name!r}: expected messages, digits, - and _")
     if not (names := sorted(public or sites)):
         raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
     _check_port(host, port)
@@ -67,7 +67,7 @@ def serve(
         if keys and inner:
             door = [sys.executable, "-m", "fedelta.flower.server.gateway", host, str(port), str(keys)]
             door += [link.address, str(inner / "ca.crt")]
-            kept.append(stack.enter_context(Kept("door", lambda: door, environment(), logs)))
+            kept.append(stack.enter_context(Supervised("door", lambda: door, environment(), logs)))
         plan = {"resume": resume, "sites": True, "run": _name_of_run(logs / "run", resume)}
         events = link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience}, observer)
 

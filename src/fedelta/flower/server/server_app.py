@@ -14,9 +14,9 @@ from fedelta.federation.engines.process_lifetime import end_with_holder
 from fedelta.federation.run_folder import RunFolder
 from fedelta.flower.agreement import comparable
 from fedelta.flower.server.engine import FlowerEngine, check
-from fedelta.flower.server.grid_client import Mail
-from fedelta.flower.server.node_registry import Nodes
-from fedelta.flower.server.progress_file import EventFile
+from fedelta.flower.server.grid_client import GridClient
+from fedelta.flower.server.node_registry import NodeRegistry
+from fedelta.flower.server.progress_file import ProgressWriter
 from fedelta.learning.shards import read_splits
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.runner import run
@@ -33,14 +33,14 @@ def main(grid: Grid, context: Context) -> None:
     """Run what the plan says: `config`, `events`, `resume`, `clients`, and of sites with rows of their own `sites`."""
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     end_with_holder(Path(plan["hold"]))
-    events = EventFile(Path(plan["events"]))
+    events = ProgressWriter(Path(plan["events"]))
     try:
         config = load_config(Path(plan["config"]))
         check(config)
         if plan.get("sites"):
             _run_with_sites(config, grid, plan, events)
         else:
-            nodes = Nodes(Mail(grid), plan["clients"], None, {}, events.warn)
+            nodes = NodeRegistry(GridClient(grid), plan["clients"], None, {}, events.warn)
             nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])
             run(config, resume=plan["resume"], observer=events, engine=partial(FlowerEngine, nodes=nodes))
         events.finished()
@@ -49,13 +49,13 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: EventFile) -> None:
+def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: ProgressWriter) -> None:
     names = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
     question = {"settings": comparable(config), "classes": read_splits(config.data, config.task)[1], "run": plan["run"]}
     checkpoint = RunFolder(config.folder, {}).checkpoint_file
     begun = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
     clients = sorted(begun or plan["clients"])
-    nodes = Nodes(Mail(grid, believed=False), clients, names, question, events.warn, config.ranks.largest)
+    nodes = NodeRegistry(GridClient(grid, believed=False), clients, names, question, events.warn, config.ranks.largest)
     nodes.ranks = dict(begun or {})
     events.say(f"waiting for {', '.join(clients)}")
     try:

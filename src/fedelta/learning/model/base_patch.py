@@ -69,7 +69,7 @@ class BasePatch:
         """What a layer's input is multiplied with, one after the other."""
         if isinstance(patch, LowRank) and self.factor_bytes:
             return patch.V.T.to(weight.device), patch.U.T.to(weight.device)
-        # Of the type that the layer computes in: a quantised weight's own is none.
+        # Of the type that the layer computes in: a quantized weight's own is none.
         return (_dense(patch).to(weight.device).T.to(weight.dtype if weight.is_floating_point() else self._dtype),)
 
     def _hook(self, module: str) -> Any:

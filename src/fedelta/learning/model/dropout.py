@@ -27,7 +27,7 @@ def draw_mask(shape: torch.Size, p: float, dtype: torch.dtype, generator: torch.
     return kept.to(dtype).mul_(LEVELS / (LEVELS - dropped))
 
 
-def quicken(model: nn.Module) -> None:
+def use_fast_dropout(model: nn.Module) -> None:
     """Replace every `nn.Dropout` in a model on the CPU; other devices draw fast by themselves."""
     for module in list(model.modules()):
         for name, child in module.named_children():

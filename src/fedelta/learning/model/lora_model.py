@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from fedelta.errors import FedeltaError
 from fedelta.learning.model.base_model import modules_to_train
 from fedelta.learning.model.base_patch import BasePatch
-from fedelta.learning.model.dropout import quicken
+from fedelta.learning.model.dropout import use_fast_dropout
 from fedelta.lora.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.settings import Settings
 
@@ -102,7 +102,7 @@ class LoraModel:
         self.head_modules = sorted(self._head_wrappers)
         self.patch = BasePatch(self.layers, self.dtype)
         self._prepare_heads()
-        self._quicken()
+        self._use_fast_dropout()
 
     def _refuse_missing_targets(self) -> None:
         """PEFT passes over a name without a layer, as long as another one has some."""
@@ -122,9 +122,9 @@ class LoraModel:
             if others:
                 raise FedeltaError(f"module {name}: its weight is {others[0]} too, and LoRA there would change both")
 
-    def _quicken(self) -> None:
+    def _use_fast_dropout(self) -> None:
         if self.device.type == "cpu":
-            quicken(self.peft)
+            use_fast_dropout(self.peft)
 
     def _config(self, rank: int) -> Any:
         import peft
@@ -191,7 +191,7 @@ class LoraModel:
         new = name not in self.peft.peft_config
         if new:
             self.peft.add_adapter(name, self._config(rank))
-            self._quicken()
+            self._use_fast_dropout()
         self.peft.set_adapter(name)
         if new:
             self._prepare_heads()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings
-from fedelta.learning.data.examples import Examples, tokenise
+from fedelta.learning.data.examples import Examples, tokenize
 from fedelta.learning.tasks.metrics import classification_scores
 from fedelta.learning.tasks.task import Task
 
@@ -52,7 +52,7 @@ class Classification(Task):
                 known = ", ".join(classes[:10])
                 raise FedeltaError(f"data source {data.source}: label {name!r} is none of the server's ({known})")
         labels = [index[_name(feature, value)] for value in rows[data.label][:]]
-        return Examples(tokenise(rows, data.text_columns, tokenizer, data.max_length), labels)
+        return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), labels)
 
     def answers(self, logits: Tensor) -> list[Any]:
         return logits.argmax(-1).tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.examples import IGNORED, Completions, Examples
-from fedelta.learning.model.activation_cache import Prefix
+from fedelta.learning.model.activation_cache import ActivationCache
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks import plain, turns
 from fedelta.learning.tasks.answers import ANSWERS, AnswerForm
@@ -136,10 +136,10 @@ class Completion(Task):
         return [*found, *(Unit("generate", first[i : i + size]) for i in range(0, len(first), size))]
 
     def judge(
-        self, model: LoraModel, tokenizer: Any, examples: Examples, unit: Unit, prefix: Prefix | None = None
+        self, model: LoraModel, tokenizer: Any, examples: Examples, unit: Unit, cache: ActivationCache | None = None
     ) -> list[Answer]:
         if unit.what == "answer":
-            return super().judge(model, tokenizer, examples, unit, prefix)
+            return super().judge(model, tokenizer, examples, unit, cache)
         assert isinstance(examples, Completions)
         assert self.generate is not None
         end = turns.end_of_answer(tokenizer) if self.makes_turns(tokenizer) else None

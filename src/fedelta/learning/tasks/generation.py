@@ -16,7 +16,7 @@ class Generation(Settings):
     Args:
         max_new_tokens: of an answer.
         beams: 1 is greedy.
-        length_penalty: of beam search; more favours longer answers.
+        length_penalty: of beam search; more favors longer answers.
         no_repeat_ngram_size: n-grams of so many tokens come once in an answer, which may repeat those of its prompt; 0
             lets them repeat.
         batch_size: prompts at once.

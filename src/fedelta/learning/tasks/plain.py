@@ -11,7 +11,7 @@ Tokens = list[int]
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
     """Of each text the tokens that begin it, those of the prompt, and those of the completion with an end.
 
-    Both are tokenised as the one text that they are; a token across the seam is the completion's.
+    Both are tokenized as the one text that they are; a token across the seam is the completion's.
 
     Raises:
         FedeltaError: if the tokenizer has no end, or a prompt is empty where nothing begins a text.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings
-from fedelta.learning.data.examples import Examples, tokenise
+from fedelta.learning.data.examples import Examples, tokenize
 from fedelta.learning.tasks.metrics import regression_scores
 from fedelta.learning.tasks.task import Task
 
@@ -31,7 +31,7 @@ class Regression(Task):
         wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v)]
         if wrong:
             raise FedeltaError(f"column {data.label!r} holds {wrong[0]!r}, expected numbers")
-        return Examples(tokenise(rows, data.text_columns, tokenizer, data.max_length), [float(v) for v in values])
+        return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), [float(v) for v in values])
 
     def answers(self, logits: Tensor) -> list[Any]:
         return logits[:, 0].tolist()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.examples import Examples
-from fedelta.learning.model.activation_cache import Prefix, replayed
+from fedelta.learning.model.activation_cache import ActivationCache, replayed
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.learning.training.loss import row_losses
@@ -82,12 +82,12 @@ class Task(Settings, ABC):
 
     @torch.no_grad()
     def judge(
-        self, model: LoraModel, tokenizer: Any, examples: Examples, unit: Unit, prefix: Prefix | None = None
+        self, model: LoraModel, tokenizer: Any, examples: Examples, unit: Unit, cache: ActivationCache | None = None
     ) -> list[Answer]:
         """What the loaded model makes of a batch, text by text."""
         model.peft.eval()
         batch = examples.batch(unit.rows, tokenizer, model.device)
-        with replayed(prefix, examples, unit.rows, batch):
+        with replayed(cache, examples, unit.rows, batch):
             logits = model.peft(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
         losses, weights = row_losses(logits, batch["labels"])
         return [list(answer) for answer in zip(losses.tolist(), weights.tolist(), self.answers(logits), strict=True)]

@@ -13,7 +13,7 @@ Pairs = Sequence[tuple[str, Sequence[str]]]
 
 
 def _bleu(pairs: Pairs) -> float:
-    """Corpus BLEU-4 with the tokens of mteval-13a in lower case, as E2E's own script counts; from 0 to 1."""
+    """TokenizedSplits BLEU-4 with the tokens of mteval-13a in lower case, as E2E's own script counts; from 0 to 1."""
     import sacrebleu
 
     # References of the same rank together; a text with fewer of them has None, which is left out.

@@ -8,7 +8,7 @@ import torch
 
 from fedelta.learning.data import Examples
 from fedelta.learning.device import synchronize
-from fedelta.learning.model.activation_cache import Prefix, replayed
+from fedelta.learning.model.activation_cache import ActivationCache, replayed
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.seeds import torch_seed
 
@@ -33,11 +33,11 @@ class TextCost(NamedTuple):
         return self.constant * counts["texts"] + self.linear * counts["tokens"] + self.square * counts["squares"]
 
 
-def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix | None = None) -> TextCost:
+def text_cost(model: LoraModel, tokenizer: Any, training: bool, cache: ActivationCache | None = None) -> TextCost:
     """What the loaded model multiplies for a text, forward and, in training, backward; counted by torch.
 
     Args:
-        prefix: what it would keep of a text is not multiplied.
+        cache: what it would keep of a text is not multiplied.
 
     Torch does not count attention scores on every CPU; for short texts they are a few percent.
     """
@@ -49,11 +49,11 @@ def text_cost(model: LoraModel, tokenizer: Any, training: bool, prefix: Prefix |
         label = [token] * length if model.task_type == "CAUSAL_LM" else 0
         text = Examples([{"input_ids": [token] * length}], [label])
         batch = text.batch([0], tokenizer, model.device)
-        if prefix:
-            prefix.fill(text)
+        if cache:
+            cache.fill(text)
         with FlopCounterMode(display=False) as counter, torch_seed(0, model.device):
             model.peft.train(training)
-            with torch.set_grad_enabled(training), replayed(prefix, text, [0], batch):
+            with torch.set_grad_enabled(training), replayed(cache, text, [0], batch):
                 loss = model.peft(**batch).loss
                 if training:
                     loss.backward()

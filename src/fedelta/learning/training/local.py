@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import Examples
 from fedelta.learning.device import deterministic
-from fedelta.learning.model.activation_cache import Prefix, replayed
+from fedelta.learning.model.activation_cache import ActivationCache, replayed
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.training.flops import count_texts
 from fedelta.learning.training.micro_batches import like_lengths
@@ -22,11 +22,11 @@ from fedelta.settings import Settings
 
 
 class TrainingSettings(Settings):
-    """A client's local training; every round starts a fresh optimiser.
+    """A client's local training; every round starts a fresh optimizer.
 
     Args:
         epochs: over the client's rows, unless `steps` is given.
-        steps: optimiser steps instead of epochs.
+        steps: optimizer steps instead of epochs.
         batch_size: texts a step.
         learning_rate: its peak.
         optimizer: AdamW or plain SGD.
@@ -66,7 +66,7 @@ class TrainingSettings(Settings):
 
 
 class LocalSteps:
-    """The optimiser of one local training, its schedule, and its batches in order.
+    """The optimizer of one local training, its schedule, and its batches in order.
 
     Args:
         parameters: that are trained.
@@ -122,7 +122,7 @@ def train(
     seed: int,
     penalty: Callable[[], Tensor | None] = lambda: None,
     watch: Stopwatch | None = None,
-    prefix: Prefix | None = None,
+    cache: ActivationCache | None = None,
 ) -> float:
     """Train what the model has loaded, in place.
 
@@ -132,7 +132,7 @@ def train(
         seed: of the order of batches and of dropout.
         penalty: what a method adds to the loss, evaluated at each step; None is nothing.
         watch: counts the seconds of each phase, and tokens.
-        prefix: what it keeps of the examples is not computed again.
+        cache: what it keeps of the examples is not computed again.
 
     Returns:
         Mean training loss over the steps, without the penalty.
@@ -155,7 +155,7 @@ def train(
                 count_tokens(watch, examples, part, batch)
                 watch.lap("batches")
                 # The model's loss is a mean over texts, or over tokens: a part counts by its share of them.
-                with replayed(prefix, examples, part, batch):
+                with replayed(cache, examples, part, batch):
                     loss = model.peft(**batch).loss * (examples.weight(part) / whole)
                 # Read after the last step: a GPU would wait for each number that is read here.
                 losses[-1].append(loss.detach())
@@ -166,7 +166,7 @@ def train(
             if extra is not None:
                 extra.backward()
             steps.update()
-            watch.lap("optimiser")
+            watch.lap("optimizer")
     return sum(sum(map(float, parts)) for parts in losses) / len(losses)
 
 

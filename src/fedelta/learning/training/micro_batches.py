@@ -16,7 +16,7 @@ def like_lengths(
     """These rows in parts whose padded tokens, with a constant for each part, are the fewest.
 
     Args:
-        rows: of one optimiser step.
+        rows: of one optimizer step.
         length: tokens of a row.
         device, dtype: of the base; they decide what a part costs.
         most: rows in a part at most; None takes as many as there are.

@@ -2,7 +2,7 @@
 
 A batch holds the rows of all clients, those of one client together. The frozen base sees them as one batch; LoRA and
 heads multiply with a leading client dimension. Every client has parameters of its own, of its own rank: they are padded
-with zeros as they are stacked, so what a client does not have is neither stored nor trained. Optimiser,
+with zeros as they are stacked, so what a client does not have is neither stored nor trained. Optimizer,
 schedule, clipping and order of batches are those of `local`, one of each a client, so that a client that is done just
 leaves the stack.
 
@@ -161,7 +161,7 @@ def train_stacked(
             for k, loss in found.items():
                 steps[k].update()
                 losses[k].append(loss.detach())
-            watch.lap("optimiser")
+            watch.lap("optimizer")
     return [
         Trained(stack.adapter(k).map(_copy), stack.heads(k), sum(map(float, losses[k])) / len(losses[k]))
         for k in range(len(clients))

@@ -8,7 +8,7 @@ import yaml
 
 from fedelta import __version__
 from fedelta.files import write_file
-from fedelta.runs.report.summary import caption, cells, columns, default_target, metric_of, summarise
+from fedelta.runs.report.summary import caption, cells, columns, default_target, metric_of, summarize
 from fedelta.runs.runner import Run
 
 
@@ -24,7 +24,7 @@ def write_page(runs: Sequence[Run], folder: Path) -> Path:
         version=__version__,
         caption=caption(runs),
         columns=columns(metric, target),
-        rows=[cells(metric, row) for row in summarise(runs, target)],
+        rows=[cells(metric, row) for row in summarize(runs, target)],
         metric=metric,
         plot=svg[svg.index("<svg") :],
         runs=[

@@ -33,8 +33,8 @@ def plot_scores(runs: Sequence[Run], folder: Path) -> list[Path]:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for method, points in curves(runs).items():
         draw_curve(axes, points, label=method)
-    if (majority := runs[0].result["majority"]) is not None:
-        axes.axhline(majority, color="grey", linewidth=1, linestyle=":", label="most frequent class")
+    if (constant_score := runs[0].result["constant_score"]) is not None:
+        axes.axhline(constant_score, color="grey", linewidth=1, linestyle=":", label="most frequent class")
     axes.set(
         ylabel=f"validation {runs[0].config.task.judged.title}", title=f"{runs[0].config.data.source}, {len(runs)} runs"
     )

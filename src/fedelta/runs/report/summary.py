@@ -65,7 +65,7 @@ def rounds_to(target: float, run: Run) -> int | None:
     return None
 
 
-def summarise(runs: Sequence[Run], target: float) -> list[MethodSummary]:
+def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
     """A row for each method, in the order in which they ran."""
     rows = []
     for method in dict.fromkeys(run.config.method.name for run in runs):
@@ -123,12 +123,12 @@ def cells(metric: Metric, row: MethodSummary) -> list[str]:
 def caption(runs: Sequence[Run]) -> str:
     """What the figures are, in one line."""
     seeds = len({run.config.seed for run in runs})
-    constant = [found for run in runs if (found := run.result["majority"]) is not None]
+    constant = [found for run in runs if (found := run.result["constant_score"]) is not None]
     frequent = f"; always answering the most frequent class: {100 * mean(constant):.2f} %" if constant else ""
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     return (
         f"Final model after {runs[0].config.rounds} rounds on the test split, {spread}{frequent}. Rounds until the "
-        f"validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as serialised. Deviation: "
+        f"validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as serialized. Deviation: "
         "what averaging A and B apart loses of the mean product."
     )
 
@@ -136,7 +136,7 @@ def caption(runs: Sequence[Run]) -> str:
 def write_table(runs: Sequence[Run], folder: Path) -> Path:
     """Write `table.json`: the metric, the target, and the fields of each `MethodSummary`."""
     target = default_target(runs)
-    rows = [asdict(row) for row in summarise(runs, target)]
+    rows = [asdict(row) for row in summarize(runs, target)]
     write_file(
         folder / "table.json",
         json.dumps({"metric": metric_of(runs).name, "target": target, "rows": rows}, indent=2) + "\n",
@@ -151,6 +151,6 @@ def console_table(runs: Sequence[Run]) -> Table:
     metric = metric_of(runs)
     for i, name in enumerate(columns(metric, target)):
         table.add_column(name, justify="left" if i == 0 else "right")
-    for row in summarise(runs, target):
+    for row in summarize(runs, target):
         table.add_row(*cells(metric, row))
     return table

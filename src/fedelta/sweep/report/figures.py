@@ -159,7 +159,7 @@ def short_names(modules: Sequence[str]) -> list[str]:
 
 
 def _style(i: int, count: int) -> dict[str, Any]:
-    """Colours, and in a crowd other markers and dashes, that tell lines apart, and no bands over each other."""
+    """Colors, and in a crowd other markers and dashes, that tell lines apart, and no bands over each other."""
     style = {"color": pyplot().get_cmap("tab10").colors[i % 10], "linewidth": 1.3, "marker": "o"}
     if count > CROWD:
         style |= {"marker": "osDv^Px*"[i % 8], "linestyle": "--" if i >= CROWD else "-"}

@@ -47,7 +47,7 @@ def traffic(results: Results) -> TextTable:
     note = (
         "A client in a round, mean over those that were sent something: LoRA parameters that it has at the ranks of "
         "the last round; parameters that are communicated, of adapter and base patch both ways (a dash where messages "
-        "are not of fp32); and 10⁶ bytes as serialised: adapter (A and B, or the one of them that is sent), base patch "
+        "are not of fp32); and 10⁶ bytes as serialized: adapter (A and B, or the one of them that is sent), base patch "
         "(from the second round on: in the first there is none), and modules trained whole (heads), both ways. All: "
         "these with overhead. Full fine-tuning: all parameters in fp32."
     )
