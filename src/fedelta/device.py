@@ -8,6 +8,10 @@ import torch
 
 from fedelta.errors import FedeltaError
 
+# torch refuses deterministic products on a GPU without this. It reads the variable at its first product there and never
+# again, so it is set before a model is loaded. Hopper GPUs get a workspace of this size anyway.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 class DeviceError(FedeltaError):
     """The device cannot do what the configuration asks. It concerns every client that trains there."""
@@ -23,8 +27,6 @@ def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
     if device.type != "cuda" or not wanted:
         yield
         return
-    # cuBLAS reads this when it is first used, and torch refuses deterministic products without it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # With warn_only, attention would silently use its non-deterministic backward pass.
@@ -47,7 +49,8 @@ def device_errors(doing: str, lower: Sequence[str]) -> Iterator[None]:
         lower: settings that need less memory, the most effective first.
 
     Raises:
-        DeviceError: if memory runs out, or an operation has no deterministic kernel.
+        DeviceError: if memory runs out, an operation has no deterministic kernel, or a product on the GPU came before
+            fedelta could ask for deterministic ones.
     """
     try:
         yield
@@ -60,6 +63,11 @@ def device_errors(doing: str, lower: Sequence[str]) -> Iterator[None]:
             raise DeviceError(
                 f"{operation} has no deterministic kernel on this device; set training.deterministic: false "
                 "(a resumed run then ends with slightly different numbers)"
+            ) from error
+        if "CUBLAS_WORKSPACE_CONFIG" in text:
+            raise DeviceError(
+                "deterministic products need CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first "
+                "product on the GPU; import fedelta before that, or set training.deterministic: false"
             ) from error
         raise
 

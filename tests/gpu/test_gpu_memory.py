@@ -1,0 +1,71 @@
+"""A GPU without enough memory ends a run in one line that names what to lower."""
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fedelta.config import Config
+from fedelta.device import DeviceError
+from fedelta.engines import Observer
+from fedelta.runner import run
+
+pytestmark = pytest.mark.gpu
+
+
+class Limit(Observer):
+    """From the second round on, the process gets no more of the GPU's memory than it holds; collects warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
+        if round == 1:
+            gc.collect()
+            torch.cuda.empty_cache()
+            # Less than is in use already: what is in use stays, and nothing is added.
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture
+def limit(device: str) -> Iterator[Limit]:
+    if device != "cuda":
+        pytest.skip("the CPU's memory is not limited here")
+    try:
+        yield Limit()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+LINE = "out of memory while client-000 trains; to need less, lower training.micro_batch_size "
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+def test_out_of_memory_ends_in_one_line_that_names_what_to_lower(
+    stack: int, limit: Limit, calm: Callable[..., Config]
+) -> None:
+    """A stack is tried one by one first, and a warning says so."""
+    training = {"batch_size": 512, "steps": 2, "stack": stack, "micro_batches": False}
+    # Few clients with many rows, so that a pass needs more than the allocator's spare room.
+    partition = {"kind": "iid", "clients": 4}
+    data = calm("encoder", "cuda", "limited").data.model_dump()
+    with pytest.raises(DeviceError) as caught:
+        run(
+            calm("encoder", "cuda", f"limited-{stack}", training=training, partition=partition, data=data),
+            observer=limit,
+        )
+    assert str(caught.value).startswith(LINE)
+    assert "\n" not in str(caught.value)
+    told = any("one by one: out of memory while 4 clients train in one pass" in line for line in limit.warnings)
+    assert told == (stack > 1)
+
+
+def test_the_limit_is_gone_afterwards(device: str, calm: Callable[..., Config]) -> None:
+    finished = run(calm("encoder", device, "unlimited"))
+    assert len(finished.records) == 2
