@@ -79,20 +79,19 @@ def test_what_is_set_already_is_not_advised(tiny_config: Any, tiny_bert: Path, f
     assert line == "out of memory while client-000 trains; to need less, lower data.max_length"
 
 
-def test_evaluation_without_memory_names_its_batch_size(tiny_config: Any, fails_in: Any) -> None:
-    config = tiny_config()
-    prepare(config)  # loading tries the model in evaluation mode
-    trained = []
+def test_evaluation_without_memory_names_its_batch_size(tiny_config: Any) -> None:
+    trained: list[bool] = []
     true = BertForSequenceClassification.forward
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        # Loading tries the model in evaluation mode too.
         if self.training:
             trained.append(True)
         return out_of_memory() if trained and not self.training else true(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BertForSequenceClassification, "forward", forward)
-        line = ended(config)
+        line = ended(tiny_config())
     assert line.startswith(
         "out of memory while the model is evaluated (validation); to need less, lower evaluation.batch"
     )
@@ -124,9 +123,9 @@ def test_an_operation_without_a_deterministic_kernel_names_the_setting(tiny_conf
 
 
 def test_products_that_came_too_early_name_the_environment_variable() -> None:
-    with pytest.raises(DeviceError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first"):
-        with device_errors("client-000 trains", []):
-            no_workspace()
+    expected = pytest.raises(DeviceError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first")
+    with expected, device_errors("client-000 trains", []):
+        no_workspace()
 
 
 def test_the_environment_asks_for_deterministic_products_once_fedelta_is_imported() -> None:
@@ -170,9 +169,15 @@ def test_deterministic_leaves_the_flags_as_they_were(before: tuple[bool, bool]) 
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     try:
         expected = flags()
-        with pytest.raises(KeyError), deterministic(torch.device("cuda")):
-            assert flags() == (True, False, False)
+        inside = []
+
+        def fail() -> None:
+            inside.append(flags())
             raise KeyError
+
+        with pytest.raises(KeyError), deterministic(torch.device("cuda")):
+            fail()
+        assert inside == [(True, False, False)]
         assert flags() == expected
         for device, wanted in (("cpu", True), ("cuda", False)):
             with deterministic(torch.device(device), wanted):
