@@ -1,7 +1,7 @@
 """One round of each experiment's full size, and the hours that the whole of it would take."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,11 @@ def seconds_of_round(config: Config, cost: Cost) -> float:
     return clients * steps(config) * cost.step + cost.aggregation + evaluation
 
 
-def aggregation(model: LoraModel, rank: int, clients: int) -> Any:
+def aggregation(model: LoraModel, rank: int, clients: int) -> Callable[[], None]:
     """A step of fedex on that many updates."""
-    zero = Adapter({name: LoraPair(torch.zeros(rank, n), torch.zeros(m, rank)) for name, (m, n) in model.shapes.items()})
+    zero = Adapter(
+        {name: LoraPair(torch.zeros(rank, n), torch.zeros(m, rank)) for name, (m, n) in model.shapes.items()}
+    )
     # Two adapters in turn: what a client adds costs the same whatever it holds.
     adapters = [random_adapter(model, rank, seed) for seed in range(2)]
     method = make_method("fedex")
@@ -144,7 +146,7 @@ class Models:
         return self._model
 
 
-def measure(bench: Bench, models: Models, configs: list[Config]) -> Cost:
+def measure(bench: Bench, models: Models, configs: Sequence[Config]) -> Cost:
     """A few steps, one aggregation and an evaluation of a group of runs."""
     config = configs[0]
     model = models.get(config)
@@ -177,10 +179,9 @@ def measure(bench: Bench, models: Models, configs: list[Config]) -> Cost:
     return Cost(step, bench.seconds(aggregation(model, rank, clients)), text)
 
 
-def rows_of(grid: str, group: Group, configs: Iterable[Config], cost: Cost) -> Row:
+def row_of(grid: str, group: Group, configs: Sequence[Config], cost: Cost) -> Row:
     """What a group of runs takes."""
-    configs = list(configs)
-    rounds = Counter({"rounds": sum(config.rounds for config in configs)})["rounds"]
+    rounds = sum(config.rounds for config in configs)
     seconds = sum(config.rounds * seconds_of_round(config, cost) for config in configs)
     name, source, configuration, batch, micro = group
     return {
@@ -217,12 +218,13 @@ def experiments(bench: Bench) -> None:
     if not bench.measure("reading the grids", 10.0, read):
         return
     order = list(SHAPE_OF)
-    models, hours, missing = Models(bench), Counter[str](), []
+    models, missing = Models(bench), []
+    hours: dict[str, float] = defaultdict(float)
     for (grid, group), configs in sorted(found.items(), key=lambda item: (order.index(item[0][1][0]), str(item[0]))):
         what = f"{grid}: {SHAPE_OF[group[0]]}, {group[2] or group[1]}, batch {group[3]}"
 
         def row(grid: str = grid, group: Group = group, configs: list[Config] = configs) -> Row:
-            made = rows_of(grid, group, configs, measure(bench, models, configs))
+            made = row_of(grid, group, configs, measure(bench, models, configs))
             hours[grid] += made["hours"]
             return made
 

@@ -74,7 +74,7 @@ TOYS: dict[Any, dict[str, Any]] = {
     LlamaConfig: TOY_DECODER,
     MistralConfig: TOY_DECODER,
     Gemma2Config: TOY_DECODER | {"query_pre_attn_scalar": 8},
-    GPT2Config: {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 128},
+    GPT2Config: {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2},
     BertConfig: TOY_ENCODER,
     DistilBertConfig: {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 128},
     AlbertConfig: TOY_ENCODER | {"embedding_size": 16},

@@ -64,7 +64,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         self.rate = gemm_rate(torch.bfloat16, device)
         self.header = self._describe()
-        print("\n".join(f"{name}: {value}" for name, value in self.header.items()), flush=True)
+        print("\n".join(f"{name}: {_shown(value)}" for name, value in self.header.items()), flush=True)
 
     @property
     def left(self) -> float:

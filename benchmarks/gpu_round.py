@@ -1,5 +1,6 @@
 """A whole federated round of a model of seven billion parameters, and the fold of its exact residual."""
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +23,6 @@ from fedelta.engines.prefixes import Prefixes
 from fedelta.engines.workers import Workers
 from fedelta.runner import make_server
 from fedelta.tracking import RunFolder
-
-import json
 
 CLIENTS, RANK = 3, 16
 
@@ -51,6 +50,7 @@ class _Rounds(Observer):
 
 
 def _config(bench: Bench) -> Config:
+    size = {"steps": 2, "batch_size": 2} if bench.smoke else {"steps": 6, "batch_size": 8}
     return parse_config(
         {
             "workers": 1,
@@ -60,7 +60,7 @@ def _config(bench: Bench) -> Config:
             "model": {"dtype": "bfloat16", "gradient_checkpointing": True},
             "lora": {"alpha": 16, "target_modules": "all-linear"},
             "ranks": {"allocation": "uniform", "high": 2 if bench.smoke else RANK},
-            "training": {"steps": 2 if bench.smoke else 6, "batch_size": 2 if bench.smoke else 8, "learning_rate": 1e-4},
+            "training": size | {"learning_rate": 1e-4},
             "evaluation": {"batch_size": 8},
         }
     )

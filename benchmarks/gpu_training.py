@@ -1,6 +1,7 @@
 """One client's training beside the usual loops, and several clients in one pass beside one by one."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,13 +97,12 @@ class OneClient:
                 remove_unused_columns=False,
                 use_cpu=self.bench.device.type == "cpu",
             )
-            transformers.Trainer(
-                self.model.peft,
-                arguments,
-                data_collator=transformers.DataCollatorForSeq2Seq(self.tokenizer),
-                train_dataset=self.rows(),  # type: ignore[arg-type]
-                callbacks=[clock],
-            ).train()
+            collate = transformers.DataCollatorForSeq2Seq(self.tokenizer)
+            trainer = transformers.Trainer(
+                self.model.peft, arguments, data_collator=collate, train_dataset=self.rows(), callbacks=[clock]
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
         return clock.end - clock.begin
 
     def row(self, shape: str, way: str, measure: Callable[[], float]) -> Row:
@@ -126,7 +126,7 @@ class OneClient:
 PLAIN = "plain PEFT loop"
 
 
-class _Clock(transformers.TrainerCallback):  # type: ignore[misc]
+class _Clock(transformers.TrainerCallback):
     def __init__(self, bench: Bench, warm: int) -> None:
         self.bench, self.warm = bench, warm
         self.begin = self.end = 0.0
@@ -139,8 +139,6 @@ class _Clock(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def _now(bench: Bench) -> float:
-    import time
-
     synchronize(bench.device)
     return time.perf_counter()
 
@@ -196,12 +194,12 @@ def training(bench: Bench) -> None:
         work = made.pop()
         ways: dict[str, Callable[[], float]] = {
             PLAIN: work.peft_loop,
-            "fedelta": lambda work=work: work.fedelta(True),  # type: ignore[misc]
-            "fedelta, deterministic: false": lambda work=work: work.fedelta(False),  # type: ignore[misc]
+            "fedelta": lambda work=work: work.fedelta(True),
+            "fedelta, deterministic: false": lambda work=work: work.fedelta(False),
             "transformers.Trainer": work.hugging_face,
         }
         for way, measure in ways.items():
-            bench.measure(f"{shape}: {way}", estimate, lambda way=way, m=measure, w=work: w.row(shape, way, m))  # type: ignore[misc] # noqa: B023
+            bench.measure(f"{shape}: {way}", estimate, lambda way=way, m=measure, w=work: w.row(shape, way, m))  # noqa: B023
         del work, ways, measure
         bench.free()
 
@@ -234,7 +232,7 @@ def stacks(bench: Bench) -> None:
             if not bench.measure(f"{what}: one by one", estimate, work.measure_alone):
                 continue
             for number in numbers:
-                bench.measure(f"{what}: {number} clients", estimate, lambda n=number, w=work: w.row(shape, n))  # type: ignore[misc] # noqa: B023
+                bench.measure(f"{what}: {number} clients", estimate, lambda n=number, w=work: w.row(shape, n))  # noqa: B023
             del work
         del model
         bench.free()

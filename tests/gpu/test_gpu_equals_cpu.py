@@ -32,17 +32,12 @@ def test_a_run_on_the_device_ends_where_it_ends_on_the_cpu(
     assert here.result["test"]["loss"] == pytest.approx(reference.result["test"]["loss"], rel=CLOSE)
     assert furthest(server_tensors(here), server_tensors(reference)) < CLOSE
     assert furthest(exported_products(here), exported_products(reference)) < CLOSE
+    # By more than the tolerance has it trained, or all of this would hold of a device that does nothing.
+    assert here.records[-1]["train_loss"] < (1 - 100 * CLOSE) * here.records[0]["train_loss"]
+    assert min(float(product.norm()) for product in exported_products(here).values()) > 100 * CLOSE
     merged = {}
     for finished in (here, reference):
         folder = tmp_path / f"merged-{finished.config.name}"
         export_run(finished.folder.path, None, folder)
         merged[finished.config.name] = load_file(folder / "model.safetensors")
     assert furthest(merged["here"], merged["reference"]) < CLOSE
-
-
-@pytest.mark.parametrize("kind", ["encoder", "causal"])
-def test_the_run_has_trained_by_more_than_the_tolerance(kind: str, device: str, calm: Callable[..., Config]) -> None:
-    """Otherwise the test above would also pass for a device that does not train."""
-    finished = run(calm(kind, device, "trained", method="fedex"))
-    assert finished.records[-1]["train_loss"] < (1 - 100 * CLOSE) * finished.records[0]["train_loss"]
-    assert min(float(product.norm()) for product in exported_products(finished).values()) > 100 * CLOSE
