@@ -45,7 +45,7 @@ def tests(bench: Bench) -> None:
             "gpu",
             "tests/gpu",
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
         if bench.device.type == "cpu":
             environment["FEDELTA_TEST_DEVICE"] = "cpu"
         done = subprocess.Popen(
@@ -62,8 +62,9 @@ def tests(bench: Bench) -> None:
             word.lower(): sum(bool(re.match(rf"tests/gpu/\S+::.* {word}\b", line)) for line in lines)
             for word in ("PASSED", "FAILED", "SKIPPED", "ERROR")
         }
-        for line in [line for line in lines if line.startswith("E  ")][:8]:
-            bench.fail("a test", line[1:].strip())
+        for line in [line for line in lines if line.startswith(("FAILED tests", "ERROR tests"))][:8]:
+            name, _, reason = line.split(" ", 1)[1].partition(" - ")
+            bench.fail(name, reason)
         if counts["passed"] == 0 or done.returncode not in (0, 1):
             bench.fail("the tests", f"pytest ended with {done.returncode}: {' '.join(lines[-3:])}")
         return counts
