@@ -17,7 +17,7 @@ from machine import table
 from fedelta.atomic import write_file
 from fedelta.device import synchronize
 from fedelta.errors import in_one_line
-from fedelta.machine import _commit, machine_name
+from fedelta.machine import commit, machine_name
 from fedelta.training.flops import gemm_rate
 
 Row = Mapping[str, Any]
@@ -196,4 +196,4 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "none"
     # A copy of the working tree is no repository: whoever made it may say which commit it is of.
-    return found | {"fedelta commit": _commit() or os.environ.get("FEDELTA_COMMIT", "unknown")}
+    return found | {"fedelta commit": commit() or os.environ.get("FEDELTA_COMMIT", "unknown")}

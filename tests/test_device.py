@@ -1,6 +1,8 @@
 """What training on a GPU needs, as far as a CPU can show it: errors that help, flags left as they were, the watch."""
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fedelta.engines.workers import can_fork
 from fedelta.errors import FedeltaError
 from fedelta.runner import prepare, run
 from fedelta.stopwatch import Stopwatch
+from fedelta.training import train
 
 
 class Warnings(Observer):
@@ -114,6 +117,34 @@ def test_a_stack_without_memory_is_trained_one_by_one_and_a_warning_says_so(
         "to need less, lower training.stack"
     ]
     assert together.records == alone.records
+
+
+def test_what_a_stack_held_is_free_before_its_clients_train_one_by_one(
+    calm_bert: Path, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that is kept would keep all activations of the pass that did not fit."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def stacked(*_: Any) -> Any:
+        activations = torch.zeros(10)
+        held.append(weakref.ref(activations))
+        return out_of_memory()
+
+    def alone(*arguments: Any, **named: Any) -> float:
+        alive.append(held[-1]() is not None)
+        return train(*arguments, **named)
+
+    monkeypatch.setattr("fedelta.client.train_stacked", stacked)
+    monkeypatch.setattr("fedelta.client.train", alone)
+    training = {"steps": 1, "batch_size": 8, "stack": 4}
+    config = tiny_config(rounds=1, model={"name": str(calm_bert)}, training=training)
+    gc.disable()
+    try:
+        run(config)
+    finally:
+        gc.enable()
+    assert alive == [False] * 4
 
 
 def test_an_operation_without_a_deterministic_kernel_names_the_setting(tiny_config: Any, fails_in: Any) -> None:
