@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow test-gpu lint types clean
 
 demo: $(VENV)/.demo  ## Train and compare three methods on the built-in example
 	$(VENV)/bin/fedelta compare --resume
@@ -13,6 +13,9 @@ test: $(VENV)/.dev  ## Everything but the slow tests, at most four of them side 
 
 test-slow: $(VENV)/.dev  ## The slow tests alone
 	$(VENV)/bin/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; FEDELTA_TEST_DEVICE=cpu runs them on the CPU instead
+	$(VENV)/bin/python -m pytest -m gpu tests/gpu
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,8 @@
 """Small real models and data, built here: nothing comes from a hub."""
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ settings.load_profile("fedelta")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer BERT with a pooler."""
     return build_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def calm_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without dropout."""
+    folder = tmp_path_factory.mktemp("calm-bert")
+    shutil.copytree(tiny_bert, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -139,10 +139,10 @@ class Trainer:
         """
         task = self._task(blob, shard)
         broadcast, model = task.broadcast, self.model
-        model.load(task.start, broadcast.heads, broadcast.plan.train, broadcast.seed)
-        self.watch.lap("loading")
         smaller = self._smaller(self.settings.micro_batch_size or self.settings.batch_size)
-        with self.with_tail(broadcast.tail), device_errors(f"{broadcast.client} trains", smaller):
+        with device_errors(f"{broadcast.client} trains", smaller), self.with_tail(broadcast.tail):
+            model.load(task.start, broadcast.heads, broadcast.plan.train, broadcast.seed)
+            self.watch.lap("loading")
             loss = train(
                 model,
                 self.tokenizer,

@@ -13,6 +13,15 @@ class DeviceError(FedeltaError):
     """The device cannot do what the configuration asks. It concerns every client that trains there."""
 
 
+def allow_deterministic_products() -> None:
+    """Ask cuBLAS for deterministic products; call it before the first product on a GPU.
+
+    torch refuses deterministic products without this variable, which it reads at its first product and never again.
+    A GPU of the Hopper generation has a workspace of this size anyway.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
     """Inside, CUDA uses only kernels that give the same bits each time; other devices do so anyway.
@@ -23,8 +32,6 @@ def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
     if device.type != "cuda" or not wanted:
         yield
         return
-    # cuBLAS reads this when it is first used, and torch refuses deterministic products without it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # With warn_only, attention would silently use its non-deterministic backward pass.
@@ -47,7 +54,8 @@ def device_errors(doing: str, lower: Sequence[str]) -> Iterator[None]:
         lower: settings that need less memory, the most effective first.
 
     Raises:
-        DeviceError: if memory runs out, or an operation has no deterministic kernel.
+        DeviceError: if memory runs out, an operation has no deterministic kernel, or a product on the GPU came before
+            fedelta could ask for deterministic ones.
     """
     try:
         yield
@@ -60,6 +68,11 @@ def device_errors(doing: str, lower: Sequence[str]) -> Iterator[None]:
             raise DeviceError(
                 f"{operation} has no deterministic kernel on this device; set training.deterministic: false "
                 "(a resumed run then ends with slightly different numbers)"
+            ) from error
+        if "CUBLAS_WORKSPACE_CONFIG" in text:
+            raise DeviceError(
+                "deterministic products need CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first "
+                "product on the GPU; set it there, or set training.deterministic: false"
             ) from error
         raise
 

@@ -7,6 +7,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from fedelta import __version__
+
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy")
 
 
@@ -26,11 +28,11 @@ def machine_name() -> str:
 def versions() -> dict[str, str]:
     """Of Python, of what results depend on most, and of fedelta itself: with the commit, where it is a checkout."""
     found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return found | {"fedelta": version("fedelta"), "commit": _commit()}
+    return found | {"fedelta": __version__, "commit": commit()}
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that this package was loaded from, marked if its code has changes; empty elsewhere."""
     try:
         # Whatever repository an installed package may lie in, it is not ours.

@@ -98,7 +98,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         "versions": dict(made_with),
     }
     if run is not None:
-        result = run.result
+        result: Mapping[str, Any] = run.result
         timings = [json.loads(line) for line in run.folder.timings_file.read_text().splitlines()]
         row |= {
             **{name: result[name] for name in FROM_RESULT},

@@ -1,7 +1,6 @@
 """Runs whose clients train several in a pass: what one by one gives, to rounding."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,13 @@ TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 0.01}
 
 
 @pytest.fixture
-def calm_config(tiny_config: Any, tiny_bert: Path, tmp_path: Path) -> Any:
+def calm_config(tiny_config: Any, calm_bert: Path) -> Any:
     """The tiny configuration on a base without dropout: fused attention draws for all clients from one generator."""
-    folder = tmp_path / "calm"
-    shutil.copytree(tiny_bert, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
 
     def make(stack: int | str, **changes: Any) -> Any:
         return tiny_config(
             **{
-                "model": {"name": str(folder)},
+                "model": {"name": str(calm_bert)},
                 "training": {**TRAINING, "stack": stack},
                 "name": f"stack-{stack}",
                 **changes,

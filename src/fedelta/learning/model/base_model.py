@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.device import device_errors
+from fedelta.learning.device import allow_deterministic_products, device_errors
 from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.seeds import torch_seed
 from fedelta.settings import Settings
@@ -102,6 +102,8 @@ def load_base(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
+    if device == "cuda":
+        allow_deterministic_products()
     if settings.quantization != "none":
         options |= _quantized(settings, device)
     smaller = [*(["model.dtype: bfloat16"] if settings.dtype == "float32" else []), "model.quantization: 4bit"]

@@ -1,0 +1,252 @@
+"""What training on a GPU needs, as far as a CPU can show it: errors that help, flags left as they were, the watch."""
+
+import gc
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from fedelta.errors import FedeltaError
+from fedelta.federation.engines import Observer
+from fedelta.federation.engines.workers import can_fork
+from fedelta.learning.device import DeviceError, deterministic, device_errors
+from fedelta.learning.model import base_model
+from fedelta.learning.model.base_model import ModelSettings, load_base
+from fedelta.learning.training import train
+from fedelta.learning.training.stopwatch import Stopwatch
+from fedelta.runs.assemble import prepare
+from fedelta.runs.runner import run
+
+
+class Warnings(Observer):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines.")
+
+
+def no_kernel(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set …")
+
+
+def no_workspace(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "this operation is not deterministic because it uses CuBLAS; set CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    )
+
+
+@pytest.fixture
+def fails_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, Any], None]:
+    """Makes the model's forward pass fail, in training or in evaluation."""
+
+    def fail(training: bool, error: Any) -> None:
+        true = BertForSequenceClassification.forward
+
+        def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+            return error() if self.training == training else true(self, *arguments, **named)
+
+        monkeypatch.setattr(BertForSequenceClassification, "forward", forward)
+
+    return fail
+
+
+def ended(config: Any) -> str:
+    """The line that a run ends with."""
+    with pytest.raises(DeviceError) as caught:
+        run(config)
+    return str(caught.value)
+
+
+def test_training_without_memory_ends_the_run_in_one_line(tiny_config: Any, fails_in: Any) -> None:
+    """The next client would not fare better, so it is not skipped as a client that failed."""
+    fails_in(True, out_of_memory)
+    assert ended(tiny_config()) == (
+        "out of memory while client-000 trains; to need less, lower training.micro_batch_size (now 8) or "
+        "lower data.max_length or set model.gradient_checkpointing: true or set model.dtype: bfloat16"
+    )
+
+
+def test_what_is_set_already_is_not_advised(tiny_config: Any, tiny_bert: Path, fails_in: Any) -> None:
+    fails_in(True, out_of_memory)
+    model = {"name": str(tiny_bert), "dtype": "bfloat16", "gradient_checkpointing": True}
+    line = ended(tiny_config(model=model, training={"steps": 2, "batch_size": 8, "micro_batch_size": 1}))
+    assert line == "out of memory while client-000 trains; to need less, lower data.max_length"
+
+
+def test_evaluation_without_memory_names_its_batch_size(tiny_config: Any) -> None:
+    trained: list[bool] = []
+    true = BertForSequenceClassification.forward
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        # Loading tries the model in evaluation mode too.
+        if self.training:
+            trained.append(True)
+        return out_of_memory() if trained and not self.training else true(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BertForSequenceClassification, "forward", forward)
+        line = ended(tiny_config())
+    assert line.startswith(
+        "out of memory while the model is evaluated (validation); to need less, lower evaluation.batch"
+    )
+    assert trained
+
+
+def test_a_stack_without_memory_is_trained_one_by_one_and_a_warning_says_so(
+    calm_bert: Path, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(stack: int) -> Any:
+        training = {"steps": 2, "batch_size": 8, "learning_rate": 0.01, "stack": stack}
+        return tiny_config(name=f"stack-{stack}", model={"name": str(calm_bert)}, training=training)
+
+    alone = run(config(1))
+    monkeypatch.setattr("fedelta.federation.client.train_stacked", out_of_memory)
+    watcher = Warnings()
+    together = run(config(4), observer=watcher)
+    assert watcher.said == [
+        "round 0: 4 clients one by one: out of memory while 4 clients train in one pass; "
+        "to need less, lower training.stack"
+    ]
+    assert together.records == alone.records
+
+
+def test_what_a_stack_held_is_free_before_its_clients_train_one_by_one(
+    calm_bert: Path, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that is kept would keep all activations of the pass that did not fit."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def stacked(*_: Any) -> Any:
+        activations = torch.zeros(10)
+        held.append(weakref.ref(activations))
+        return out_of_memory()
+
+    def alone(*arguments: Any, **named: Any) -> float:
+        alive.append(held[-1]() is not None)
+        return train(*arguments, **named)
+
+    monkeypatch.setattr("fedelta.federation.client.train_stacked", stacked)
+    monkeypatch.setattr("fedelta.federation.client.train", alone)
+    training = {"steps": 1, "batch_size": 8, "stack": 4}
+    config = tiny_config(rounds=1, model={"name": str(calm_bert)}, training=training)
+    gc.disable()
+    try:
+        run(config)
+    finally:
+        gc.enable()
+    assert alive == [False] * 4
+
+
+def test_an_operation_without_a_deterministic_kernel_names_the_setting(tiny_config: Any, fails_in: Any) -> None:
+    fails_in(True, no_kernel)
+    line = ended(tiny_config())
+    assert line.startswith("cumsum_cuda_kernel has no deterministic kernel on this device; set training.deterministic")
+
+
+def test_products_that_came_too_early_name_the_environment_variable() -> None:
+    expected = pytest.raises(DeviceError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first")
+    with expected, device_errors("client-000 trains", []):
+        no_workspace()
+
+
+def test_the_environment_asks_for_deterministic_products_once_fedelta_is_imported() -> None:
+    """torch reads it at its first product on a GPU, which loading a model may be."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "set model.dtype: bfloat16 or set model.quantization: 4bit"),
+        ({"dtype": "bfloat16"}, "set model.quantization: 4bit"),
+    ],
+)
+def test_loading_without_memory_names_smaller_types(
+    settings: dict[str, str], advice: str, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.BertForSequenceClassification.from_pretrained", out_of_memory)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", out_of_memory)
+    with pytest.raises(DeviceError) as caught:
+        load_base(ModelSettings(name=str(tiny_bert), **settings), 3, AutoTokenizer.from_pretrained(tiny_bert), 0)
+    assert str(caught.value) == f"out of memory while model {tiny_bert} is loaded; to need less, {advice}"
+
+
+def test_another_error_stays_what_it_is() -> None:
+    error = RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError) as caught, device_errors("client-000 trains", []):
+        raise error
+    assert caught.value is error
+    assert not isinstance(error, FedeltaError)
+
+
+def flags() -> tuple[bool, ...]:
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warn_only, filled
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
+def test_deterministic_leaves_the_flags_as_they_were(before: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    try:
+        expected = flags()
+        inside = []
+
+        def fail() -> None:
+            inside.append(flags())
+            raise KeyError
+
+        with pytest.raises(KeyError), deterministic(torch.device("cuda")):
+            fail()
+        assert inside == [(True, False, False)]
+        assert flags() == expected
+        for device, wanted in (("cpu", True), ("cuda", False)):
+            with deterministic(torch.device(device), wanted):
+                assert flags() == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_watch_waits_at_the_end_of_each_lap() -> None:
+    calls: list[int] = []
+    watch = Stopwatch(lambda: calls.append(len(calls)))
+    watch.lap("forward")
+    watch.lap("backward")
+    assert calls == [0, 1]
+    assert set(watch.seconds) == {"forward", "backward"}
+
+
+def test_a_timed_trainer_waits_for_its_device(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr("fedelta.federation.client.synchronize", waited.append)
+    trainer, _ = prepare(tiny_config())
+    trainer.start_watch().lap("loading")
+    assert waited == []
+    trainer.timed = True
+    trainer.start_watch().lap("loading")
+    assert waited == [trainer.model.device]
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+def test_a_process_may_be_forked_until_it_uses_its_gpu(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the CPU of a machine with a GPU has workers too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    assert can_fork() == (not initialized)
+
+
+def test_a_gpu_that_is_asked_for_must_be_there(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FedeltaError, match="model.device is cuda, but torch finds no CUDA device"):
+        load_base(ModelSettings(name=str(tiny_bert), device="cuda"), 3, AutoTokenizer.from_pretrained(tiny_bert), 0)
