@@ -32,15 +32,15 @@ def work() -> Any:
 
     from fedelta.learning.shards import build_data
     from fedelta.lora.adapter import initial_adapter
-    from fedelta.runs import runner
+    from fedelta.runs import assemble
     from fedelta.runs.config import load_config
 
     torch.set_num_threads(1)
     os.chdir(CONFIG.parents[1])
     config = load_config(CONFIG, [*SAME, "model.class_token_alone=false"])
-    tokenized, tokenizer = runner._tokenized_splits(runner.splits_key(config))
+    tokenized, tokenizer = assemble.tokenized_splits(config)
     data = build_data(tokenized, config.data, config.partition, config.seed)
-    model = runner.make_model(config, len(data.classes), tokenizer)
+    model = assemble.make_model(config, len(data.classes), tokenizer)
     model.load(initial_adapter(model.shapes, 8, 0).with_scale(2.0), model.head_tensors())
     return config, data, model, tokenizer
 

@@ -17,6 +17,7 @@ from fedelta.federation.engines import Observer
 from fedelta.federation.engines.activation_caches import ActivationCaches
 from fedelta.federation.engines.evaluation import Evaluator
 from fedelta.federation.engines.local import LocalEngine
+from fedelta.federation.engines.rounds import EngineContext
 from fedelta.federation.engines.workers import Workers
 from fedelta.federation.run_folder import RunFolder
 from fedelta.learning.shards import Shard, client_names
@@ -85,7 +86,8 @@ def run_rounds(bench: Bench, config: Config, rounds: int, folder: Path) -> tuple
     watcher = _Rounds()
     caches = ActivationCaches(trainer.activation_cache, pool, validation, {}, 0)
     evaluator = Evaluator(server, trainer, pool, watcher, caches)
-    engine = LocalEngine(server, trainer, evaluator, validation, run_folder, watcher, shards=shards, stack=1)
+    context = EngineContext(server, trainer, evaluator, validation, run_folder, watcher)
+    engine = LocalEngine(context, shards, 1)
     bench.forget_peak()
     engine.run(state, rounds, 1)
     return watcher.seconds, [json.loads(line) for line in run_folder.timings_file.read_text().splitlines()]

@@ -348,7 +348,7 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
         (["serve", "--keys", "torn"], "are no certificate and its key"),
         (["serve", "--keys", "twins"], "are the same key"),
         (["serve", "--keys", "odd"], "is no public key as ssh-keygen writes it"),
-        (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected messages"),
+        (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected letters"),
         (["serve"], "say --keys FOLDER, or --insecure"),
         (["serve", "--insecure"], "no site"),
         (["serve", "--insecure", "--sites", "a", "--host", "0.0.0.0"], "is for loopback"),

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import Server, ServerState
-from fedelta.federation.update_collector import Reply
 from tiny_server import CLIENTS, SHAPES, make, reply
 
 
 def step(server: Server, state: ServerState, replies: dict[str, Any]) -> Any:
-    return server.step(state, (Reply(server.broadcast(state, client), replies[client]) for client in replies))
+    return server.step(state, (ClientReply(server.broadcast(state, client), replies[client]) for client in replies))
 
 
 @pytest.mark.parametrize(

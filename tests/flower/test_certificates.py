@@ -67,7 +67,7 @@ def test_private_keys_are_their_owners_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sites", "words"), [([], "at least one"), (["a", "a"], "each once"), (["../a"], "messages"), (["a b"], "messages")]
+    ("sites", "words"), [([], "at least one"), (["a", "a"], "each once"), (["../a"], "letters"), (["a b"], "letters")]
 )
 def test_bad_names_are_refused_and_nothing_is_written(sites: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(FedeltaError, match=words):

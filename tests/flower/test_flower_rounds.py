@@ -15,7 +15,8 @@ pytest.importorskip("flwr.serverapp")
 from flwr.app import ConfigRecord, RecordDict
 
 from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates
-from fedelta.federation.engines.rounds import Answer, Draw
+from fedelta.federation.engines.rounds import Draw
+from fedelta.federation.reply import ClientReply
 from fedelta.flower.server import engine as engine_module
 from fedelta.flower.server import node_registry as nodes_module
 from fedelta.flower.server.engine import FlowerEngine
@@ -101,14 +102,14 @@ class World:
         update = reply(self.server, self.state, broadcast.client, 10, float(NODES[broadcast.client]))
         return Incoming(message.key, {}, update.to_bytes())
 
-    def round(self, attempt: int = 0, absent: Iterable[str] = ()) -> dict[str, Answer]:
+    def round(self, attempt: int = 0, absent: Iterable[str] = ()) -> dict[str, ClientReply]:
         draw = Draw(CLIENTS, frozenset(absent), attempt)
-        answers = list(self.engine.answers(self.state, draw, Stopwatch(), Stopwatch()))
+        answers = list(self.engine.replies(self.state, draw, Stopwatch(), Stopwatch()))
         assert [answer.client for answer in answers] == CLIENTS
         return {answer.client: answer for answer in answers}
 
 
-def reason(answer: Answer) -> str:
+def reason(answer: ClientReply) -> str:
     assert isinstance(answer.update, ClientFailed)
     return answer.update.reason
 
@@ -163,7 +164,7 @@ def test_more_at_once_than_a_round_keeps_are_late_too() -> None:
 def test_a_blank_trainer_gets_every_patch_and_both_messages_count() -> None:
     world = World()
     for _ in range(2):
-        world.state, _ = world.server.step(world.state, (_as_reply(each) for each in world.round().values()))
+        world.state, _ = world.server.step(world.state, world.round().values())
     assert (world.state.log.version, world.state.versions["a"]) == (2, 1)
     asked = []
 
@@ -177,12 +178,6 @@ def test_a_blank_trainer_gets_every_patch_and_both_messages_count() -> None:
     assert isinstance(found["a"].update, ClientUpdate)
     assert world.engine.events()["caught_up"] == {"a": 0}
     assert found["a"].down.total > found["b"].down.total + found["b"].down.adapter
-
-
-def _as_reply(answer: Answer) -> Any:
-    from fedelta.federation.update_collector import Reply
-
-    return Reply(answer.sent, answer.update)
 
 
 def test_a_version_that_makes_no_sense_is_an_update_that_can_not_be_read() -> None:
@@ -269,7 +264,7 @@ def test_a_node_that_is_starting_is_asked_again() -> None:
 def test_a_trainer_that_is_blank_for_ever_is_given_up() -> None:
     world = World()
     for _ in range(2):
-        world.state, _ = world.server.step(world.state, (_as_reply(each) for each in world.round().values()))
+        world.state, _ = world.server.step(world.state, world.round().values())
     world.behave["a"] = lambda message: Incoming(message.key, {"behind": 0}, b"")
     before = len(world.grid_client.sent)
     assert isinstance(world.round()["a"].update, BadUpdate)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from conftest import distance
+from comparisons import distance
 from fedelta.learning.model.base_model import ModelSettings, load_base
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.lora.adapter import Adapter, LoraPair

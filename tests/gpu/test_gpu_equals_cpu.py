@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from conftest import exported_products, furthest, server_tensors
+from comparisons import exported_products, furthest, server_tensors
 from fedelta.runs.config import Config
-from fedelta.runs.run_export import export_run
+from fedelta.runs.export import export_run
 from fedelta.runs.runner import run
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from conftest import furthest, server_tensors
+from comparisons import furthest, server_tensors
 from fedelta.federation.client import Trainer
 from fedelta.runs.config import Config
 from fedelta.runs.runner import run
@@ -21,14 +21,14 @@ def test_a_stack_on_the_device_trains_each_client_as_alone(
 ) -> None:
     """Mixed ranks, gradients that are clipped, AdamW; four clients in two stacks."""
     stacks: list[int] = []
-    true = Trainer.answer_together
+    true = Trainer.reply_together
 
     def count(self: Trainer, *arguments: Any) -> Any:
         found = true(self, *arguments)
         stacks.append(len(found or []))
         return found
 
-    monkeypatch.setattr(Trainer, "answer_together", count)
+    monkeypatch.setattr(Trainer, "reply_together", count)
     alone, together = (
         run(calm(kind, device, f"stack-{stack}", method="fedex", training={"stack": stack})) for stack in (1, 2)
     )

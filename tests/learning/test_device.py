@@ -1,7 +1,8 @@
 """What training on a GPU needs, as far as a CPU can show it: errors that help, flags left as they were, the watch."""
 
 import gc
-import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -160,9 +161,17 @@ def test_products_that_came_too_early_name_the_environment_variable() -> None:
         no_workspace()
 
 
-def test_the_environment_asks_for_deterministic_products_once_fedelta_is_imported() -> None:
-    """torch reads it at its first product on a GPU, which loading a model may be."""
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+def test_importing_the_package_changes_nothing_in_the_environment() -> None:
+    """The variable for deterministic products is set when a model is loaded onto a GPU, before the first product."""
+    code = (
+        "import os; before = dict(os.environ)\n"
+        "import fedelta, fedelta.runs.runner, fedelta.cli\n"
+        "assert dict(os.environ) == before, set(os.environ) ^ set(before)\n"
+        "from fedelta.learning.device import allow_deterministic_products\n"
+        "allow_deterministic_products()\n"
+        "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] in (':4096:8', ':16:8')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,12 @@ def contribution(i: int, method: Method) -> Contribution:
     return Contribution(f"client-{i}", 1.0 + i % 5, Adapter({"x": pair}), indices)
 
 
-def start(method: Method, known: bool = True) -> MethodState:
-    state = method.start({"x": SHAPE}, 4, 0)
-    return MethodState(0, state.adapter, state.seed, ranks=frozenset(RANKS) if known else frozenset())
+def start(method: Method) -> MethodState:
+    return method.start({"x": SHAPE}, 4, 0)
+
+
+def ranks(known: bool = True) -> frozenset[int]:
+    return frozenset(RANKS) if known else frozenset()
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=label)
@@ -44,7 +47,7 @@ def test_every_method_lets_go_of_a_client_before_the_next_but_one(name: str, opt
             del each
             most[0] = max(most[0], sum(reference() is not None for reference in alive))
 
-    method.step(start(method), stream())
+    method.step(start(method), stream(), ranks())
     assert most[0] <= (40 if method.remembers_clients else 1)
 
 
@@ -75,9 +78,9 @@ def test_memory_stops_growing_once_a_dense_sum_is_smaller(kind: str, known: bool
     method = method_of("fedex", {})
     sizes = []
     for clients in (60, 600):
-        state = start(method, known)
+        state = start(method)
         stream = (contribution(i, method) for i in range(clients))
-        sizes.append(held(RankMoments(state.adapter, stream, kind, state.ranks)))  # type: ignore[arg-type]
+        sizes.append(held(RankMoments(state.adapter, stream, kind, ranks(known))))  # type: ignore[arg-type]
     blocks = {"none": 0, "total": 1, "by rank": 3 if known else 4}[kind]
     dense, chunk = 4 * SHAPE[0] * SHAPE[1], 4 * (CHUNK + 4) * sum(SHAPE)
     factors = 2 * 4 * 4 * sum(SHAPE) + 2 * 8 * 4 * sum(SHAPE)
@@ -92,8 +95,8 @@ def test_blocks_by_known_ranks_and_by_index_say_the_same(known: bool) -> None:
     method = method_of("fedex", {})
     for clients in (5, 300):
         stream = [contribution(i, method) for i in range(clients)]
-        state = start(method, known)
-        moments = RankMoments(state.adapter, stream, "by rank", state.ranks)
+        state = start(method)
+        moments = RankMoments(state.adapter, stream, "by rank", ranks(known))
         found = torch.zeros(SHAPE)
         moments.normalized_covariance("x").add_to(found)
         expected = torch.zeros(SHAPE, dtype=torch.float64)
@@ -116,8 +119,8 @@ def test_a_client_of_weight_zero_changes_nothing() -> None:
     method = method_of("fedex", {})
     clients = [contribution(i, method) for i in range(4)]
     silent = Contribution("silent", 0.0, Adapter({"x": LoraPair(torch.full((4, 30), 9.0), torch.full((40, 4), 9.0))}))
-    one, patch_one = method.step(start(method), clients)
-    two, patch_two = method.step(start(method), [silent, *clients])
+    one, patch_one = method.step(start(method), clients, ranks())
+    two, patch_two = method.step(start(method), [silent, *clients], ranks())
     assert torch.equal(one.adapter["x"].B, two.adapter["x"].B)
     assert torch.equal(patch_one["x"].U, patch_two["x"].U)
 
@@ -137,6 +140,6 @@ def test_scales_that_are_no_powers_of_two_do_not_cost_digits() -> None:
         torch.stack([pair.A.double() for pair in pairs]),
     )
     exact = torch.einsum("kmr,krn->mn", B - B.mean(0), A - A.mean(0)) / len(pairs)
-    _, patch = method_of("fedex", {}).step(start(method_of("fedex", {})), clients)
+    _, patch = method_of("fedex", {}).step(start(method_of("fedex", {})), clients, ranks())
     found = patch["x"].U.double() @ patch["x"].V.double()
     assert (found - exact).norm() < 1e-6 * exact.norm()

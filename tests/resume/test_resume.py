@@ -109,7 +109,7 @@ def test_what_methods_keep_between_rounds_survives_a_crash(
     """B at the clients, ranks after pruning, the seed after a restart, error feedback, moments of the optimizer."""
     options = {
         "hetlora": {"gamma": 0.6, "server_optimizer": "fedadam"},
-        "fedex": {"feedback": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
+        "fedex": {"residual": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
     }.get(name, {})
     ranks = {"allocation": "uniform", "high": 4} if name == "fed-sb" else {}
     settings = {"rounds": 6, "method": {"name": name, **options}, "federation": {"participation": 0.5}}

@@ -316,7 +316,7 @@ def test_a_failure_that_is_no_divergence_ends_the_grid(grid: Path, tmp_path: Pat
     def fail(*_: Any) -> bytes:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Trainer, "answer", fail)
+    monkeypatch.setattr(Trainer, "reply", fail)
     with pytest.raises(FedeltaError, match=r"main: .*seed 0: round 0: 0 usable updates.*out of memory"):
         swept_untuned(grid, tmp_path / "some")
     assert not read_rows(tmp_path / "some")
@@ -330,7 +330,7 @@ def swept_untuned(source: Path, folder: Path, **options: Any) -> dict[str, Any]:
 def test_lost_updates_are_told_and_counted(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from fedelta.federation.client import Trainer
 
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def sometimes(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if b"client-002" in blob:
@@ -343,7 +343,7 @@ def test_lost_updates_are_told_and_counted(grid: Path, tmp_path: Path, monkeypat
         def say(self, message: str) -> None:
             self.said.append(message)
 
-    monkeypatch.setattr(Trainer, "answer", sometimes)
+    monkeypatch.setattr(Trainer, "reply", sometimes)
     rows = swept_untuned(grid, tmp_path / "some", parallel=2, observer=Heard())
     assert {(r["sampled"], r["clients"]) for row in rows.values() for r in row["rounds"]} == {(4, 3)}
     assert any("client-002 skipped: RuntimeError: out of memory" in line for line in Heard.said)

@@ -99,19 +99,8 @@ def aggregate_folders(
         FedeltaError: naming the folder, module or weight that does not fit; nothing is written then.
     """
     output = Path(output)
-    if output.exists():
-        raise FedeltaError(f"{output} exists already")
-    if rank is not None and rank < 1:
-        raise FedeltaError(f"a rank is at least 1, found {rank}")
-    folders = Folders.open(paths, weights)
-    if method is not None:
-        folders.check_method(method)
+    folders, method = _opened(paths, output, method, weights, rank)
     heads = folders.mean_heads()
-    if method is not None and method.norm_weighting:
-        if weights is not None:
-            raise FedeltaError(f"method {method.name} weighs adapters by their norm: there is no use for weights")
-        # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
-        folders, method = folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
     step = _Step(folders, method, rank, single or rank is not None)
     sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
     # Dense sums are few large products, which one group at a time does as fast and in less memory.
@@ -134,6 +123,34 @@ def aggregate_folders(
     has_patch = any(report.patch_width for report in reports)
     name = None if method is None else method.name
     return Aggregation(output, name, folders.shares(), sorted(reports, key=lambda r: r.module), has_patch)
+
+
+def _opened(
+    paths: Sequence[str | Path],
+    output: Path,
+    method: Method | None,
+    weights: Sequence[float] | None,
+    rank: int | None,
+) -> tuple[Folders, Method | None]:
+    """The folders, opened and checked, and the method without the weighting that they have by now.
+
+    Raises:
+        FedeltaError: naming the folder, module or weight that does not fit.
+    """
+    if output.exists():
+        raise FedeltaError(f"{output} exists already")
+    if rank is not None and rank < 1:
+        raise FedeltaError(f"a rank is at least 1, found {rank}")
+    folders = Folders.open(paths, weights)
+    if method is None:
+        return folders, None
+    folders.check_method(method)
+    if not method.norm_weighting:
+        return folders, method
+    if weights is not None:
+        raise FedeltaError(f"method {method.name} weighs adapters by their norm: there is no use for weights")
+    # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
+    return folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
 
 
 def _side_by_side(
@@ -194,8 +211,8 @@ class _Step:
             for module in group:
                 yield self._single(module, moments.mean_product(module), deviation_from_zero_padding(moments, module))
             return
-        state = MethodState(0, self.folders.start_adapter(group, self.method), ranks=self.folders.all_ranks)
-        moments = self.method.fold(state, contributions, measured=True)
+        state = MethodState(0, self.folders.start_adapter(group, self.method))
+        moments = self.method.fold(state, contributions, measured=True, ranks=self.folders.all_ranks)
         after, patch = self.method.conclude(state, moments)
         for module in group:
             found = deviation_from_zero_padding(moments, module)

@@ -77,5 +77,5 @@ def keys(
     hosts: Annotated[str, typer.Option(help="Names or addresses of the server, separated by commas.")] = "",
 ) -> None:
     """Make certificates and keys for a deployment: a folder for the server, one for each site."""
-    for written in flower_part("certificates").make_keys(folder, names(sites), names(hosts)):
+    for written in flower_part("certificates").make_certificates(folder, names(sites), names(hosts)):
         out.print(written, highlight=False, soft_wrap=True)

@@ -127,7 +127,7 @@ class Trainer:
         if "feedback" in facts:
             self.error_feedback[client] = take_error_feedback("left", facts["feedback"], tensors)
 
-    def answer(self, blob: bytes, shard: Shard) -> bytes:
+    def reply(self, blob: bytes, shard: Shard) -> bytes:
         """Train as the broadcast says and return the update.
 
         Args:
@@ -170,7 +170,7 @@ class Trainer:
             found.append("set model.dtype: bfloat16")
         return found
 
-    def answer_together(self, blobs: Sequence[bytes], shards: Sequence[Shard]) -> list[bytes] | None:
+    def reply_together(self, blobs: Sequence[bytes], shards: Sequence[Shard]) -> list[bytes] | None:
         """The updates of several clients that train in one pass; None where these can only train one by one.
 
         Raises:

@@ -5,7 +5,7 @@ heads, and the log of base patches.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.federation.ranks import RankSettings, initial_ranks, promote
 from fedelta.federation.settings import FederationSettings
-from fedelta.federation.update_collector import Reply, UpdateCollector
+from fedelta.federation.update_collector import ClientReply, UpdateCollector
 from fedelta.lora.adapter import Adapter, ScaleRule, Shapes, lora_scale
 from fedelta.lora.deviation import Deviation, deviation
 from fedelta.lora.patch_log import PatchLog
@@ -195,7 +195,7 @@ class Server:
             for client in sorted(state.ranks)
         }
 
-    def step(self, state: ServerState, replies: Iterable[Reply]) -> tuple[ServerState, RoundOutcome]:
+    def step(self, state: ServerState, replies: Iterable[ClientReply]) -> tuple[ServerState, RoundOutcome]:
         """One round: check the replies, aggregate, append the patch, allocate ranks.
 
         Args:
@@ -208,20 +208,19 @@ class Server:
             FedeltaError: on the first bad one if the setting says refuse, or a mean that is not finite.
         """
         refuse = self.settings.on_bad_update == "refuse"
-        intake = UpdateCollector(replies, state.log.shapes, self._weights(state), state.heads, refuse)
-        before = replace(state.method, ranks=frozenset(state.ranks.values()))
+        updates = UpdateCollector(replies, state.log.shapes, self._weights(state), state.heads, refuse)
         # Where clients keep B there is no product on the server to measure.
         measured = self.settings.deviation and not self.method.personal
-        moments = self.method.fold(before, intake.contributions(), measured)
-        self._check_usable(state, intake, moments)
-        method, patch = self.method.conclude(before, moments)
-        ranks = promote({**state.ranks, **intake.pruned}, state.first_losses, intake.losses, self.ranks)
+        moments = self.method.fold(state.method, updates.contributions(), measured, frozenset(state.ranks.values()))
+        self._check_usable(state, updates, moments)
+        method, patch = self.method.conclude(state.method, moments)
+        ranks = promote({**state.ranks, **updates.pruned}, state.first_losses, updates.losses, self.ranks)
         outcome = RoundOutcome(
-            contributors=intake.contributors,
-            skipped=intake.skipped,
+            contributors=updates.contributors,
+            skipped=updates.skipped,
             promoted=sorted(client for client in ranks if ranks[client] > state.ranks[client]),
-            pruned=sorted(intake.pruned),
-            train_loss=intake.mean_loss(),
+            pruned=sorted(updates.pruned),
+            train_loss=updates.mean_loss(),
             deviation=deviation(moments) if measured else {},
             patch_width=max((product.width for product in patch.values()), default=0),
             energy=method.adapter.energy_by_rank().tolist(),
@@ -229,23 +228,23 @@ class Server:
         # A client that failed may or may not have folded what it was sent; it skips what it already has.
         return ServerState(
             method=method,
-            heads=intake.mean_heads(),
+            heads=updates.mean_heads(),
             classes=state.classes,
             log=state.log.append(patch),
             ranks=ranks,
-            versions={**state.versions, **intake.versions},
-            first_losses={**state.first_losses, **intake.losses},
+            versions={**state.versions, **updates.versions},
+            first_losses={**state.first_losses, **updates.losses},
         ), outcome
 
-    def _check_usable(self, state: ServerState, intake: UpdateCollector, moments: RankMoments) -> None:
-        usable = len(intake.contributors)
+    def _check_usable(self, state: ServerState, updates: UpdateCollector, moments: RankMoments) -> None:
+        usable = len(updates.contributors)
         if usable < self.settings.min_clients:
-            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(intake.skipped.items())[:3])
+            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(updates.skipped.items())[:3])
             raise TooFewUpdates(
                 f"round {state.round}: {usable} usable updates, "
                 f"expected at least {self.settings.min_clients} ({reasons})",
-                dict(intake.skipped),
-                diverged=bool(intake.skipped) and intake.diverged == set(intake.skipped),
+                dict(updates.skipped),
+                diverged=bool(updates.skipped) and updates.diverged == set(updates.skipped),
             )
         for module, pair in moments.means().items():
             # A product of factors as large as this may overflow where the factors themselves do not.

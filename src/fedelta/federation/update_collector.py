@@ -1,24 +1,16 @@
 """A round's replies, taken in one at a time: checked at the door, counted, and handed on to be aggregated."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedelta.errors import BadUpdate, ClientFailed, NotFinite, one_line
+from fedelta.federation.reply import ClientReply
 from fedelta.lora.adapter import Shapes
 from fedelta.lora.contribution import Contribution
 from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.validation import receive
-
-
-class Reply(NamedTuple):
-    """What a client was sent, its update or why there is none, and its validation loss where the server measured it."""
-
-    sent: Broadcast
-    update: ClientUpdate | Exception
-    loss: float | None = None
 
 
 class UpdateCollector:
@@ -42,7 +34,7 @@ class UpdateCollector:
 
     def __init__(
         self,
-        replies: Iterable[Reply],
+        replies: Iterable[ClientReply],
         shapes: Shapes,
         weights: Mapping[str, float | None],
         heads: Mapping[str, Tensor],
@@ -69,12 +61,12 @@ class UpdateCollector:
         Raises:
             BadUpdate: on the first bad one, if told to refuse.
         """
-        for sent, update, loss in self._replies:
-            contribution = self._check(sent, update)
+        for reply in self._replies:
+            contribution = self._check(reply.sent, reply.update)
             if contribution is not None:
-                self._count(sent, contribution)
-                if loss is not None:
-                    self.losses[sent.client] = loss
+                self._count(reply.sent, contribution)
+                if reply.loss is not None:
+                    self.losses[reply.client] = reply.loss
                 yield contribution
 
     def _check(self, sent: Broadcast, update: ClientUpdate | Exception) -> Contribution | None:

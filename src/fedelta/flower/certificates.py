@@ -91,7 +91,7 @@ def make_certificates(folder: Path, sites: Sequence[str], hosts: Sequence[str]) 
     """
     for site in sites:
         if not SITE.fullmatch(site):
-            raise FedeltaError(f"site {site!r}: expected messages, digits, - and _")
+            raise FedeltaError(f"site {site!r}: expected letters, digits, - and _")
     if not sites or len(set(sites)) < len(sites):
         raise FedeltaError(f"sites: {', '.join(sites) or 'none'}, expected at least one, each once")
     for host in hosts:

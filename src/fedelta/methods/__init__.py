@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedelta.errors import FedeltaError
-from fedelta.methods.method import ClientStart, ClientView, Method, MethodState, Patch, Properties
+from fedelta.methods.method import ClientStart, ClientView, Method, Properties
+from fedelta.methods.state import MethodState, Patch
 
 _REGISTRY: dict[str, type[Method]] = {}
 _ALIASES: dict[str, tuple[str, str]] = {}

@@ -16,7 +16,8 @@ import torch
 from fedelta.lora.adapter import Adapter
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import ClientStart, ClientView, Method, MethodState, Patch, Properties
+from fedelta.methods.method import ClientStart, ClientView, Method, Properties
+from fedelta.methods.state import MethodState, Patch
 from fedelta.seeds import derive_seed
 
 

@@ -29,8 +29,9 @@ import torch
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import ClientStart, ClientView, Holds, Method, MethodState, Patch, Properties
+from fedelta.methods.method import ClientStart, ClientView, Holds, Method, Properties
 from fedelta.methods.residual_cut import cut_residuals, parse_cut
+from fedelta.methods.state import MethodState, Patch
 
 
 @register

@@ -27,7 +27,8 @@ from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import ClientStart, ClientView, Method, MethodState, Patch, Properties
+from fedelta.methods.method import ClientStart, ClientView, Method, Properties
+from fedelta.methods.state import MethodState, Patch
 
 _KEPT = "kept"
 
@@ -65,8 +66,14 @@ class FedExKeep(Method):
     offline = "clients go on from factors of earlier rounds"
     variants = ({"keep": "A"}, {"keep": "B"})
 
-    def fold(self, state: MethodState, contributions: Iterable[Contribution], measured: bool = False) -> RankMoments:  # noqa: ARG002
-        return _Remembered(state.adapter, contributions, self.covariance, state.ranks)
+    def fold(
+        self,
+        state: MethodState,
+        contributions: Iterable[Contribution],
+        measured: bool = False,  # noqa: ARG002
+        ranks: frozenset[int] = frozenset(),
+    ) -> RankMoments:
+        return _Remembered(state.adapter, contributions, self.covariance, ranks)
 
     def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
         own = {module: _own(state, client.id, module) for module in state.adapter}

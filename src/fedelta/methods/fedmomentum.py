@@ -17,7 +17,8 @@ from fedelta.lora.adapter import Adapter
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.balanced_pair import balanced_pair
-from fedelta.methods.method import Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, Properties
+from fedelta.methods.state import MethodState, Patch
 
 
 @register

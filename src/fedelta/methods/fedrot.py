@@ -22,7 +22,8 @@ from torch import Tensor
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, Properties
+from fedelta.methods.state import MethodState, Patch
 
 
 def nearest_orthogonal(M: Tensor, rotation: bool = False) -> Tensor:

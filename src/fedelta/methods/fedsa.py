@@ -15,7 +15,8 @@ from dataclasses import replace
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, Properties
+from fedelta.methods.state import MethodState, Patch
 from fedelta.protocol.messages import FactorPlan
 
 

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import Holds, Method, MethodState, Patch, Properties
+from fedelta.methods.method import Holds, Method, Properties
+from fedelta.methods.state import MethodState, Patch
 from fedelta.protocol.messages import FactorPlan
 
 

@@ -19,7 +19,8 @@ from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import LowRank
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
-from fedelta.methods.method import Method, MethodState, Patch, Properties
+from fedelta.methods.method import Method, Properties
+from fedelta.methods.state import MethodState, Patch
 
 
 @register

@@ -5,9 +5,8 @@ what the round's clients trained, and returns the next adapter and what goes int
 penalty to the loss and change what is sent. The server tells clients the method's name and options.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -17,15 +16,16 @@ from torch import Tensor
 from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, Shapes, initial_adapter
 from fedelta.lora.contribution import Contribution
-from fedelta.lora.lowrank import LowRank, Product, add
+from fedelta.lora.lowrank import LowRank
 from fedelta.lora.rank_moments import Covariance, RankMoments
-from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer, optimize
+from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer
+from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.transforms import Transform, move_by_optimizer, refresh, scale_patch, weigh_by_norm
 from fedelta.protocol.messages import FactorPlan
 from fedelta.seeds import derive_seed
 
 Holds = Literal["never", "equal ranks", "always"]
 """Where a property holds. A method for equal ranks only says "always": it is never asked more."""
-Patch = dict[str, Product]
 Options = Mapping[str, Any]
 
 
@@ -47,25 +47,6 @@ class Properties(NamedTuple):
     reduces_to_fedit: Holds = "never"
     linear: bool = False
     identity: Holds = "always"
-
-
-@dataclass(frozen=True, eq=False)
-class MethodState:
-    """What a method carries from round to round.
-
-    Args:
-        round: counted from 0.
-        adapter: the global adapter at rank R, scale 1 (every s is absorbed into B).
-        seed: that the current A was drawn from, at the start or at the last restart.
-        memory: whatever tensors the method keeps for itself, name → tensor.
-        ranks: the ranks that clients may have; empty when that is not known.
-    """
-
-    round: int
-    adapter: Adapter
-    seed: int = 0
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
-    ranks: frozenset[int] = frozenset()
 
 
 class ClientView(NamedTuple):
@@ -183,18 +164,25 @@ class Method(ABC):
         """What a client sends after training; its rank may be lower than it was."""
         return trained
 
-    def fold(self, state: MethodState, contributions: Iterable[Contribution], measured: bool = False) -> RankMoments:
+    def fold(
+        self,
+        state: MethodState,
+        contributions: Iterable[Contribution],
+        measured: bool = False,
+        ranks: frozenset[int] = frozenset(),
+    ) -> RankMoments:
         """The first half of a step: what the clients trained, folded into sums one client at a time.
 
         Args:
             state: as broadcast in this round.
             contributions: consumed once; each is folded in and dropped.
             measured: keep what the deviation is read from, even if the method does not need it.
+            ranks: the ranks that clients may have; empty if that is not known.
         """
         if self.norm_weighting:
-            contributions = _weighed_by_norm(contributions)
+            contributions = weigh_by_norm(contributions)
         kind = "total" if measured and self.covariance == "none" else self.covariance
-        return RankMoments(state.adapter, contributions, kind, state.ranks)
+        return RankMoments(state.adapter, contributions, kind, ranks)
 
     @abstractmethod
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
@@ -208,24 +196,29 @@ class Method(ABC):
             The state with the next adapter (scale 1), and the patch of the base, empty when there is none.
         """
 
-    def step(self, state: MethodState, contributions: Iterable[Contribution]) -> tuple[MethodState, Patch]:
+    def step(
+        self, state: MethodState, contributions: Iterable[Contribution], ranks: frozenset[int] = frozenset()
+    ) -> tuple[MethodState, Patch]:
         """One server step: the state of the next round and the patch of the base."""
-        return self.conclude(state, self.fold(state, contributions))
+        return self.conclude(state, self.fold(state, contributions, ranks=ranks))
+
+    def transforms(self) -> list[Transform]:
+        """What follows `aggregate` in a step, in order."""
+        chain: list[Transform] = []
+        if self.residual_step != 1:
+            chain.append(scale_patch(self.residual_step))
+        if self.server_optimizer != "none":
+            chain.append(move_by_optimizer(self.server_optimizer, self.server_learning_rate, self.server_momentum))
+        if self.refresh:
+            chain.append(refresh(self.refresh, self.restart))
+        return chain
 
     def conclude(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
-        """The second half of a step: `aggregate`, the options that every method has, and the next round's number."""
+        """The second half of a step: `aggregate`, then the transforms, and the number of the next round."""
         after, patch = self.aggregate(state, moments)
-        if self.residual_step != 1:
-            patch = {module: product.scaled(self.residual_step) for module, product in patch.items()}
-        if self.server_optimizer != "none":
-            after = optimize(self, state, after)
-        after = replace(after, round=state.round + 1)
-        if self.refresh and after.round % self.refresh == 0:
-            for module, product in after.adapter.products().items():
-                if not product.is_zero():
-                    patch[module] = add([patch[module], product]) if module in patch else product
-            after = self.restart(after)
-        return after, patch
+        for transform in self.transforms():
+            after, patch = transform(state, after, patch)
+        return replace(after, round=state.round + 1), patch
 
     def restart(self, state: MethodState) -> MethodState:
         """The adapter as at the start, from another seed: its product is zero."""
@@ -236,14 +229,3 @@ class Method(ABC):
         # Moments of the optimizer are of directions that are gone.
         kept = {key: tensor for key, tensor in state.memory.items() if not key.startswith(f"{MOMENTS}/")}
         return replace(state, adapter=adapter, seed=seed, memory={**kept, **fresh.memory})
-
-
-def _weighed_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:
-    for c in contributions:
-        squares = c.adapter.norm_squared
-        if not math.isfinite(squares):
-            raise FedeltaError(
-                f"client {c.client}: the norm of its update is not finite; it is too large to be weighed"
-            )
-        # A client without weight stays without, however much it trained.
-        yield replace(c, weight=squares**0.5 if c.weight else 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedelta.errors import FedeltaError
 from fedelta.lora.lowrank import SVD, Dense, LowRank, Product, add, from_tensors
-from fedelta.methods.method import Patch
+from fedelta.methods.state import Patch
 
 FEEDBACK = "feedback"
 

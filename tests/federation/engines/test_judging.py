@@ -122,13 +122,13 @@ def test_a_score_that_is_not_finite_neither_promotes_nor_ends_a_run(tiny_config:
 def test_a_refused_update_is_judged_by_nobody(tiny_config: Any, monkeypatch: Any) -> None:
     from fedelta.federation.client import Trainer
 
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def spoilt(self: Trainer, blob: bytes, shard: Any) -> bytes:
         update = answer(self, blob, shard)
         return update.replace(b"client-001", b"client-009") if b"client-001" in update else update
 
-    monkeypatch.setattr(Trainer, "answer", spoilt)
+    monkeypatch.setattr(Trainer, "reply", spoilt)
     ranks = {"allocation": "loss", "loss_on": "server", "low": 2, "high": 4, "share": 0.25}
     finished = run(tiny_config(ranks=ranks, evaluation={"clients": 1}, rounds=1))
     (record,) = finished.records

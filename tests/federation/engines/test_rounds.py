@@ -20,7 +20,7 @@ from fedelta.lora.patch_log import PatchedBase, PatchLog
 from fedelta.methods import make_method, methods
 from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import count_bytes
-from fedelta.runs import runner
+from fedelta.runs import assemble
 from fedelta.runs.runner import Run, run
 from federations import VARIANTS, label
 
@@ -39,18 +39,18 @@ class Tap(Observer):
 
 
 @pytest.fixture
-def factors(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
     """Every broadcast and update of the runs of a test, as bytes, in order."""
-    messages: list[tuple[bytes, bytes]] = []
-    answer = Trainer.answer
+    found: list[tuple[bytes, bytes]] = []
+    answer = Trainer.reply
 
     def listen(self: Trainer, blob: bytes, shard: Any) -> bytes:
         reply = answer(self, blob, shard)
-        messages.append((blob, reply))
+        found.append((blob, reply))
         return reply
 
-    monkeypatch.setattr(Trainer, "answer", listen)
-    return messages
+    monkeypatch.setattr(Trainer, "reply", listen)
+    return found
 
 
 def files(finished: Run) -> tuple[bytes, bytes]:
@@ -94,13 +94,13 @@ def test_equal_ranks_give_identical_adapters_for_three_methods(tiny_config: Any)
 
 
 def test_the_method_changes_what_clients_upload_in_the_next_round(
-    tiny_config: Any, wire: list[tuple[bytes, bytes]]
+    tiny_config: Any, messages: list[tuple[bytes, bytes]]
 ) -> None:
     uploads = {}
     for name in ("zero-padding", "replication", "fedex"):
-        wire.clear()
+        messages.clear()
         run(tiny_config(name=name, method=name, rounds=2))
-        uploads[name] = [reply for _, reply in wire]
+        uploads[name] = [reply for _, reply in messages]
     first = [replies[:4] for replies in uploads.values()]
     assert first[0] == first[1] == first[2], "round 0 starts from the same model and data"
     second = [b"".join(replies[4:]) for replies in uploads.values()]
@@ -108,11 +108,11 @@ def test_the_method_changes_what_clients_upload_in_the_next_round(
 
 
 def test_ffa_clients_never_send_or_receive_A_and_keep_it_frozen(
-    tiny_config: Any, wire: list[tuple[bytes, bytes]]
+    tiny_config: Any, messages: list[tuple[bytes, bytes]]
 ) -> None:
     trained = []
     finished = run(tiny_config(method="ffa"))
-    for blob, reply in wire:
+    for blob, reply in messages:
         sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply, "sender")
         assert set(sent.factors) == set(update.factors) == {"B"}
         before, after = sent.factors["B"], update.factors["B"]
@@ -122,10 +122,10 @@ def test_ffa_clients_never_send_or_receive_A_and_keep_it_frozen(
     assert all(d < 1e-6 for record in finished.records for d in record["deviation"].values())
 
 
-def test_bytes_in_the_log_are_those_of_the_messages(tiny_config: Any, wire: list[tuple[bytes, bytes]]) -> None:
+def test_bytes_in_the_log_are_those_of_the_messages(tiny_config: Any, messages: list[tuple[bytes, bytes]]) -> None:
     finished = run(tiny_config(method="fedex"))
     for i, record in enumerate(finished.records):
-        mine = wire[4 * i : 4 * i + 4]
+        mine = messages[4 * i : 4 * i + 4]
         for key, blobs in (("bytes_down", [b for b, _ in mine]), ("bytes_up", [r for _, r in mine])):
             assert record[key]["total"] == sum(map(len, blobs))
             assert record[key]["patch"] == sum(count_bytes(blob).patch for blob in blobs)
@@ -134,14 +134,14 @@ def test_bytes_in_the_log_are_those_of_the_messages(tiny_config: Any, wire: list
     assert finished.records[1]["bytes_up"]["patch"] == 0
 
 
-def test_high_rank_clients_pay_for_their_rank(tiny_config: Any, wire: list[tuple[bytes, bytes]]) -> None:
+def test_high_rank_clients_pay_for_their_rank(tiny_config: Any, messages: list[tuple[bytes, bytes]]) -> None:
     run(tiny_config(rounds=1))
-    sizes = [count_bytes(reply).adapter for _, reply in wire]
+    sizes = [count_bytes(reply).adapter for _, reply in messages]
     assert sizes == [2 * sizes[2], 2 * sizes[2], sizes[2], sizes[2]]
 
 
 def test_every_client_that_takes_part_holds_the_servers_base_over_thirty_rounds(
-    tiny_config: Any, wire: list[tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
+    tiny_config: Any, messages: list[tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each client folds only what it is sent, into a base of its own; the server's log is the reference."""
     logs: list[PatchLog] = []
@@ -163,11 +163,11 @@ def test_every_client_that_takes_part_holds_the_servers_base_over_thirty_rounds(
     )
     finished = run(config)
     server, clients, missed = PatchedBase(), {}, []
-    messages = iter(wire)
+    stream = iter(messages)
     for log, record in zip(logs, finished.records, strict=True):
         server.apply(log.since(server.version))
         for _ in record["clients"]:
-            sent = Broadcast.from_bytes(next(messages)[0])
+            sent = Broadcast.from_bytes(next(stream)[0])
             mine = clients.setdefault(sent.client, PatchedBase())
             missed.append(sent.patch.end - mine.version)
             assert sent.patch.start == mine.version, "exactly what it has not seen"
@@ -195,7 +195,7 @@ def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
     sums: dict[str, torch.Tensor] = {}
     folded = [0]
     sent: list[Broadcast] = []
-    answer, train = Trainer.answer, client_module.train
+    answer, train = Trainer.reply, client_module.train
 
     def written_out(product: Any) -> torch.Tensor:
         tensors = {part: tensor.double() for part, tensor in product.tensors.items()}
@@ -230,7 +230,7 @@ def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
             checked.append(float(base.norm()))
         return train(model, *arguments, **more)
 
-    monkeypatch.setattr(Trainer, "answer", listen)
+    monkeypatch.setattr(Trainer, "reply", listen)
     monkeypatch.setattr(client_module, "train", look)
     name, _, target = method.partition(", ")
     run(
@@ -289,7 +289,7 @@ def test_clients_that_drop_out_are_skipped_with_a_warning(tiny_config: Any) -> N
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def spoil(self: Trainer, blob: bytes, shard: Any) -> bytes:
         update = ClientUpdate.from_bytes(answer(self, blob, shard), "sender")
@@ -297,7 +297,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
             next(iter(update.factors["B"].values()))[0, 0] = value
         return update.to_bytes()
 
-    monkeypatch.setattr(Trainer, "answer", spoil)
+    monkeypatch.setattr(Trainer, "reply", spoil)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -323,14 +323,14 @@ def test_a_poisoned_update_is_refused_by_setting(tiny_config: Any, monkeypatch: 
 
 @pytest.mark.parametrize("setting", ["skip", "refuse"])
 def test_a_damaged_update_follows_the_setting(setting: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Trainer.answer
+    answer = Trainer.reply
     calls = [0]
 
     def cut(self: Trainer, blob: bytes, shard: Any) -> bytes:
         calls[0] += 1
         return answer(self, blob, shard)[: None if calls[0] != 2 else -9]
 
-    monkeypatch.setattr(Trainer, "answer", cut)
+    monkeypatch.setattr(Trainer, "reply", cut)
     config = tiny_config(rounds=1, federation={"on_bad_update": setting})
     if setting == "refuse":
         with pytest.raises(FedeltaError, match="client client-001: damaged message"):
@@ -341,7 +341,7 @@ def test_a_damaged_update_follows_the_setting(setting: str, tiny_config: Any, mo
 
 def test_weights_are_renormalized_over_those_that_answered(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that fails leaves the same model as one that was never there."""
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if Broadcast.from_bytes(blob).client == "client-003":
@@ -349,7 +349,7 @@ def test_weights_are_renormalized_over_those_that_answered(tiny_config: Any, mon
         return answer(self, blob, shard)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "answer", fail)
+        patched.setattr(Trainer, "reply", fail)
         failing = run(tiny_config(name="failing", rounds=1))
     weighted = run(tiny_config(name="weighted", rounds=1, federation={"weighting": [*_sizes(failing)[:3], 0]}))
     assert files(failing)[0] == files(weighted)[0]
@@ -364,7 +364,7 @@ def test_too_few_usable_updates_stop_the_run(tiny_config: Any, monkeypatch: pyte
     def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:  # noqa: ARG001
         raise RuntimeError("no disk")
 
-    monkeypatch.setattr(Trainer, "answer", fail)
+    monkeypatch.setattr(Trainer, "reply", fail)
     with pytest.raises(FedeltaError, match="round 0: 0 usable updates, expected at least 1 .*no disk"):
         run(tiny_config())
 
@@ -385,10 +385,10 @@ def test_every_allocation_runs(allocation: str, tiny_config: Any) -> None:
 
 
 def test_a_bf16_base_runs_with_fp32_messages(
-    tiny_config: Any, tiny_bert: Path, wire: list[tuple[bytes, bytes]]
+    tiny_config: Any, tiny_bert: Path, messages: list[tuple[bytes, bytes]]
 ) -> None:
     finished = run(tiny_config(method="fedex", model={"name": str(tiny_bert), "dtype": "bfloat16"}))
-    for blob, reply in wire:
+    for blob, reply in messages:
         sent, update = Broadcast.from_bytes(blob), ClientUpdate.from_bytes(reply, "sender")
         tensors = [
             *sent.factors["A"].values(),
@@ -404,8 +404,8 @@ def test_a_bf16_base_runs_with_fp32_messages(
 def test_where_clients_keep_factors_each_is_judged_with_its_own(workers: int, tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedsa", workers=workers))
     checkpoint = load_checkpoint(finished.folder.checkpoint_file)
-    trainer, data = runner.prepare(finished.config)
-    server = runner.make_server(finished.config)
+    trainer, data = assemble.prepare(finished.config)
+    server = assemble.make_server(finished.config)
     scores = []
     for adapter in server.personal_adapters(checkpoint.state, checkpoint.kept).values():
         trainer.model.load(adapter, checkpoint.state.heads)
@@ -445,7 +445,7 @@ def test_rounds_hold_no_timings_and_timings_no_scores(tiny_config: Any) -> None:
 def test_clients_report_the_loss_on_rows_that_they_do_not_train_on(
     tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Trainer.answer
+    answer = Trainer.reply
     compared = []
 
     def check(self: Trainer, blob: bytes, shard: Any) -> bytes:
@@ -459,6 +459,6 @@ def test_clients_report_the_loss_on_rows_that_they_do_not_train_on(
         compared.append(abs(found - on_trained))
         return reply
 
-    monkeypatch.setattr(Trainer, "answer", check)
+    monkeypatch.setattr(Trainer, "reply", check)
     run(tiny_config(ranks={"allocation": "loss", "low": 2, "high": 4, "share": 0.5}, rounds=1))
     assert max(compared) > 1e-3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fedelta.errors import FedeltaError
 from fedelta.federation.client import Trainer
 from fedelta.federation.engines import measure
-from fedelta.runs import runner
+from fedelta.runs import assemble, runner
 from fedelta.runs.runner import Run, run
 
 TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 0.01}
@@ -51,14 +51,14 @@ def bits(finished: Run) -> list[bytes]:
 def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """How many clients each attempt at a stack has trained; None where they could only train one by one."""
     seen: list[int | None] = []
-    true = Trainer.answer_together
+    true = Trainer.reply_together
 
     def count(self: Trainer, *arguments: Any) -> Any:
         found = true(self, *arguments)
         seen.append(len(found) if found else None)
         return found
 
-    monkeypatch.setattr(Trainer, "answer_together", count)
+    monkeypatch.setattr(Trainer, "reply_together", count)
     return seen
 
 
@@ -180,8 +180,8 @@ def test_the_fastest_stack_is_found(
         return []
 
     config = calm_config(1)
-    trainer, _ = runner.prepare(config)
-    tokenized, _ = runner._tokenized_splits(runner.splits_key(config))
+    trainer, _ = assemble.prepare(config)
+    tokenized, _ = assemble.tokenized_splits(config)
     assert measure.fastest_stack(trainer, tokenized.train, [2, 4, 2]) in (1, 2, 3)  # by the true clock
     monkeypatch.setattr(measure, "train", alone)
     monkeypatch.setattr(measure, "train_stacked", stacked)

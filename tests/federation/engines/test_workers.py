@@ -204,7 +204,7 @@ def test_the_number_of_workers_changes_no_bit(method: str, tiny_config: Any) -> 
 def test_a_client_whose_worker_dies_is_trained_again_to_the_bit(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def fragile(self: Trainer, blob: bytes, shard: Any) -> bytes:
         reply = answer(self, blob, shard)
@@ -214,19 +214,19 @@ def test_a_client_whose_worker_dies_is_trained_again_to_the_bit(
         return reply
 
     whole = run(tiny_config(name="whole", workers=2))
-    monkeypatch.setattr(Trainer, "answer", fragile)
+    monkeypatch.setattr(Trainer, "reply", fragile)
     assert files(run(tiny_config(name="broken", workers=2))) == files(whole)
 
 
 def test_failures_are_told_the_same_from_any_process(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if Broadcast.from_bytes(blob).client == "client-002":
             raise RuntimeError("out of memory")
         return answer(self, blob, shard)
 
-    monkeypatch.setattr(Trainer, "answer", fail)
+    monkeypatch.setattr(Trainer, "reply", fail)
     federation = {"dropout": 0.2}
     one = run(tiny_config(name="one", workers=1, federation=federation))
     two = run(tiny_config(name="two", workers=2, federation=federation))
@@ -239,13 +239,13 @@ def test_failures_are_told_the_same_from_any_process(tiny_config: Any, monkeypat
 def test_what_a_client_keeps_does_not_depend_on_where_its_update_was_damaged(
     tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Trainer.answer
+    answer = Trainer.reply
 
     def cut(self: Trainer, blob: bytes, shard: Any) -> bytes:
         damaged = Broadcast.from_bytes(blob).client == "client-001"
         return answer(self, blob, shard)[: -9 if damaged else None]
 
-    monkeypatch.setattr(Trainer, "answer", cut)
+    monkeypatch.setattr(Trainer, "reply", cut)
     ranks = {"allocation": "uniform", "high": 3}
     found = [run(tiny_config(name=f"{n}", method="fedsa", ranks=ranks, workers=n)) for n in (1, 2)]
     assert found[0].records[0]["skipped"]

@@ -39,18 +39,18 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
 ) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
-    for name, kind, rest in (("colors", "generate_until", GENERATED), ("choice", "multiple_choice", CHOSEN)):
+    for name, kind, rest in (("tints", "generate_until", GENERATED), ("choice", "multiple_choice", CHOSEN)):
         (folder / f"{name}.yaml").write_text(COMMON.format(name=name, rows=things, kind=kind) + rest)
     finished = run(
         causal_config(
             rounds=6,
             training={"epochs": 2, "batch_size": 8, "learning_rate": 0.02},
-            evaluation={"harness": {"tasks": ["colors", "choice"], "include": str(folder), "limit": 40}},
+            evaluation={"harness": {"tasks": ["tints", "choice"], "include": str(folder), "limit": 40}},
         )
     )
     test = finished.result["test"]
-    assert set(test) == {"loss", "perplexity", "colors/exact_match", "choice/acc"}
-    assert test["colors/exact_match"] > 0.9
+    assert set(test) == {"loss", "perplexity", "tints/exact_match", "choice/acc"}
+    assert test["tints/exact_match"] > 0.9
     assert test["choice/acc"] > 0.9
     assert test["loss"] < 0.5
 
@@ -59,8 +59,8 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
     )
     with pytest.raises(FedeltaError, match=r"evaluation\.harness: .*nowhere\.jsonl"):
         run(causal_config(name="y", rounds=1, evaluation={"harness": {"tasks": ["broken"], "include": str(folder)}}))
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'colors'"):
-        run(causal_config(name="x", evaluation={"harness": {"tasks": ["colors"], "include": str(folder)}}))
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tints'"):
+        run(causal_config(name="x", evaluation={"harness": {"tasks": ["tints"], "include": str(folder)}}))
 
 
 MATH = ROOT / "experiments" / "exact_aggregation" / "harness"
@@ -95,8 +95,8 @@ def test_math_is_read_as_metamath_answers(tmp_path: Path) -> None:
 
 
 def test_a_task_that_the_harness_lacks_is_told_before_a_grid(causal_config: Any) -> None:
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'colors'"):
-        warm(causal_config(evaluation={"harness": {"tasks": ["colors"]}}))
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tints'"):
+        warm(causal_config(evaluation={"harness": {"tasks": ["tints"]}}))
 
 
 def test_the_harness_is_of_language_models(

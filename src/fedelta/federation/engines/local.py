@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedelta.errors import in_one_line
-from fedelta.federation.engines.rounds import Answer, Draw, Engine, explain, read_update
+from fedelta.federation.engines.rounds import Draw, Engine, EngineContext, explain, read_update
 from fedelta.federation.engines.workers import Result
+from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import ServerState
 from fedelta.learning.device import DeviceError
 from fedelta.learning.shards import Shard
 from fedelta.learning.training.stopwatch import Stopwatch
-from fedelta.protocol.messages import ClientUpdate
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import ByteCount, count_bytes
 
 
@@ -25,15 +26,16 @@ class LocalEngine(Engine):
         stack: clients that train in one pass.
     """
 
-    def __init__(self, *arguments: Any, shards: Mapping[str, Shard], stack: int) -> None:
-        super().__init__(*arguments)
+    def __init__(self, context: EngineContext, shards: Mapping[str, Shard], stack: int) -> None:
+        super().__init__(context)
         self.shards = shards
         self.stack = stack
         self.workers = self.evaluator.workers
         self.caches = self.evaluator.caches
         self.told: set[str] = set()
+        self._sent: dict[str, Broadcast] = {}
 
-    def answers(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[Answer]:
+    def replies(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[ClientReply]:
         clients = draw.clients
         for rank in sorted({state.ranks[client] for client in clients}):
             # Workers are forked from this process: what all of them need is made here, once.
@@ -57,14 +59,17 @@ class LocalEngine(Engine):
                 self.trainer.take_kept(client, kept)
                 update = read_update(client, facts, blob)
                 up = count_bytes(blob) if isinstance(update, ClientUpdate) else ByteCount()
-                yield Answer(client, self.server.broadcast(state, client), update, ByteCount(*facts["down"]), up)
+                sent = self._sent.pop(client) if client in self._sent else self.server.broadcast(state, client)
+                yield ClientReply(sent, update, ByteCount(*facts["down"]), up)
 
     def _train(self, state: ServerState, clients: Sequence[str], absent: frozenset[str]) -> Result:
         """The part of some clients in a round, in whichever process: bytes of each update, and what it keeps."""
         watch = self.trainer.start_watch()
         facts: dict[str, Any] = {"clients": []}
         blobs: list[bytes] = []
-        down = {client: self.server.broadcast(state, client).to_bytes() for client in clients}
+        # In one process the reply below takes the same broadcast; a forked worker's stays with it.
+        self._sent |= {client: self.server.broadcast(state, client) for client in clients}
+        down = {client: self._sent[client].to_bytes() for client in clients}
         watch.lap("messages")
         together = self._together({c: down[c] for c in clients if c not in absent}, facts)
         for client in clients:
@@ -72,7 +77,7 @@ class LocalEngine(Engine):
             try:
                 if client in absent:
                     raise TimeoutError("dropped out")
-                update = together.get(client) or self.trainer.answer(down[client], self.shards[client])
+                update = together.get(client) or self.trainer.reply(down[client], self.shards[client])
                 blobs += [update, self.trainer.kept_bytes(client)]
                 mine["answered"] = True
             except DeviceError:
@@ -90,7 +95,7 @@ class LocalEngine(Engine):
             return {}
         kept = dict(self.trainer.kept)
         try:
-            updates = self.trainer.answer_together(list(blobs.values()), [self.shards[client] for client in blobs])
+            updates = self.trainer.reply_together(list(blobs.values()), [self.shards[client] for client in blobs])
         except Exception as error:
             # One of them failed, and alone it will be seen which. The others start where they started.
             self.trainer.kept = kept

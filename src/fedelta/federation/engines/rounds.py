@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,12 +13,12 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates,
 from fedelta.federation.client import Trainer
 from fedelta.federation.engines.evaluation import Evaluator
 from fedelta.federation.engines.observer import Observer
+from fedelta.federation.reply import ClientReply
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import RoundOutcome, Server, ServerState
-from fedelta.federation.update_collector import Reply
 from fedelta.learning.data import Examples
 from fedelta.learning.training.stopwatch import Stopwatch
-from fedelta.protocol.messages import Broadcast, ClientUpdate
+from fedelta.protocol.messages import ClientUpdate
 from fedelta.protocol.serialization import ByteCount
 from fedelta.seeds import derive_seed
 
@@ -36,22 +37,6 @@ class Draw(NamedTuple):
     attempt: int
 
 
-class Answer(NamedTuple):
-    """What a client was sent and what came of it.
-
-    Args:
-        sent: the broadcast.
-        update: its update, or why there is none.
-        down, up: bytes as serialized; none up where nothing came.
-    """
-
-    client: str
-    sent: Broadcast
-    update: ClientUpdate | Exception
-    down: ByteCount
-    up: ByteCount
-
-
 class Traffic:
     """Bytes of a round by client, over all attempts at it."""
 
@@ -59,10 +44,10 @@ class Traffic:
         self.down: dict[str, ByteCount] = {}
         self.up: dict[str, ByteCount] = {}
 
-    def count(self, answer: Answer) -> None:
-        client = answer.client
-        self.down[client] = self.down.get(client, ByteCount()).plus(answer.down)
-        self.up[client] = self.up.get(client, ByteCount()).plus(answer.up)
+    def count(self, reply: ClientReply) -> None:
+        client = reply.client
+        self.down[client] = self.down.get(client, ByteCount()).plus(reply.down)
+        self.up[client] = self.up.get(client, ByteCount()).plus(reply.up)
 
 
 def _sum(counts: Mapping[str, ByteCount]) -> dict[str, int]:
@@ -100,45 +85,52 @@ def explain(error: Exception) -> dict[str, str]:
     return {"refused": str(error)} if isinstance(error, FedeltaError) else {"failed": in_one_line(error)}
 
 
-class Engine(ABC):
-    """Runs rounds until the configured number is done.
+@dataclass(frozen=True, eq=False)
+class EngineContext:
+    """What every engine works with.
 
     Args:
-        server: the rules.
+        server: the rules of the run.
         trainer: the server's own model, on which it evaluates.
-        evaluator: of the global model.
+        evaluator: evaluates the global model.
         validation: the server's rows, on which the global model is followed.
-        folder: where rounds and checkpoints go.
+        folder: receives rounds and checkpoints.
         observer: is told of progress.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        trainer: Trainer,
-        evaluator: Evaluator,
-        validation: Examples,
-        folder: RunFolder,
-        observer: Observer,
-    ) -> None:
-        self.server = server
-        self.trainer = trainer
-        self.evaluator = evaluator
-        self.validation = validation
-        self.folder = folder
-        self.observer = observer
-        self.judge_clients = 0
-        self._judges = validation
+    server: Server
+    trainer: Trainer
+    evaluator: Evaluator
+    validation: Examples
+    folder: RunFolder
+    observer: Observer
+
+
+class Engine(ABC):
+    """Runs rounds until the configured number is done.
+
+    Subclasses carry the messages.
+    """
+
+    def __init__(self, context: EngineContext) -> None:
+        self.server = server = context.server
+        self.trainer = context.trainer
+        self.evaluator = context.evaluator
+        self.validation = validation = context.validation
+        self.folder = context.folder
+        self.observer = context.observer
+        self.evaluated_client_rounds = 0
+        self._loss_rows = validation
         if (rows := server.ranks.loss_rows) is not None:
             order = np.random.default_rng(derive_seed(server.seed, "loss rows")).permutation(len(validation))
-            self._judges = validation.select(sorted(order[:rows].tolist()))
+            self._loss_rows = validation.select(sorted(order[:rows].tolist()))
 
     spare: ClassVar[bool] = False
     """Whether clients beyond those that a round keeps are sampled."""
 
     @abstractmethod
-    def answers(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[Answer]:
-        """Have these clients train, and yield their answers in this order.
+    def replies(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[ClientReply]:
+        """Have these clients train, and yield their replies in this order.
 
         Args:
             watch: counts the seconds of `clients` and `messages` here.
@@ -151,15 +143,17 @@ class Engine(ABC):
         """
         return {"late": {}, "bytes_late": 0, "caught_up": {}}
 
-    def run(self, state: ServerState, rounds: int, evaluate_every: int, judge_clients: int = 0) -> ServerState:
+    def run(
+        self, state: ServerState, rounds: int, evaluate_every: int, evaluated_client_rounds: int = 0
+    ) -> ServerState:
         """Go on from a state, fresh or from a checkpoint, to the end.
 
         Args:
             rounds: after which the run ends.
             evaluate_every: so many of them the global model is evaluated.
-            judge_clients: in so many, from the first, each client's own model is too.
+            evaluated_client_rounds: in so many, from the first, each client's own model is too.
         """
-        self.judge_clients = judge_clients
+        self.evaluated_client_rounds = evaluated_client_rounds
         # After a resume the shared base is blank; a client that was up to date needs the folded one.
         self.trainer.catch_up(state.log.since(self.trainer.base.version))
         while state.round < rounds:
@@ -172,9 +166,9 @@ class Engine(ABC):
         traffic = Traffic()
         failed: list[dict[str, str]] = []
         while True:
-            answered: list[Answer] = []
+            used: list[ClientReply] = []
             try:
-                replies = self._replies(state, len(failed), traffic, watch, inside, answered)
+                replies = self._replies(state, len(failed), traffic, watch, inside, used)
                 after, outcome = self.server.step(state, replies)
                 break
             except TooFewUpdates as error:
@@ -186,7 +180,7 @@ class Engine(ABC):
             self.observer.warn(f"round {state.round}: {client} skipped: {reason}")
         watch.lap("aggregation")
         # Before the round's patch: on the base that they trained on.
-        own = {a.client: self._judge(state, a) for a in answered if a.client in outcome.contributors}
+        own = {r.client: self._evaluate_client(state, r) for r in used if r.client in outcome.contributors}
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
         scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
         watch.lap("evaluation")
@@ -212,38 +206,38 @@ class Engine(ABC):
         traffic: Traffic,
         watch: Stopwatch,
         inside: Stopwatch,
-        answered: list[Answer],
-    ) -> Iterator[Reply]:
+        used: list[ClientReply],
+    ) -> Iterator[ClientReply]:
         clients = self.server.sample(state, attempt, self.spare)
         absent = frozenset(client for client in clients if self.server.drops_out(state, client, attempt))
         self.observer.clients_started(state.round, len(clients))
-        for answer in self.answers(state, Draw(clients, absent, attempt), watch, inside):
-            traffic.count(answer)
+        for reply in self.replies(state, Draw(clients, absent, attempt), watch, inside):
+            traffic.count(reply)
             # Where clients keep factors of their own, what they sent is no model.
-            if state.round < self.judge_clients and not self.server.method.personal:
-                answered.append(answer)
+            if state.round < self.evaluated_client_rounds and not self.server.method.personal:
+                used.append(reply)
             watch.lap("messages")
-            self.observer.client_done(answer.client)
-            yield Reply(answer.sent, answer.update, self._loss(state, answer))
+            self.observer.client_done(reply.client)
+            yield reply._replace(loss=self._loss(state, reply))
             # Whatever ran since the reply was handed over is the server's folding it in.
             watch.lap("aggregation")
 
-    def _judge(self, state: ServerState, answer: Answer) -> dict[str, float | None]:
-        assert isinstance(answer.update, ClientUpdate)
-        scores = self.evaluator.evaluate_client(state, answer.sent, answer.update, self.validation)
+    def _evaluate_client(self, state: ServerState, reply: ClientReply) -> dict[str, float | None]:
+        assert isinstance(reply.update, ClientUpdate)
+        scores = self.evaluator.evaluate_client(state, reply.sent, reply.update, self.validation)
         # To look at a client must not end the run: what is not finite is left out.
         finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
-        return {"rank": answer.update.rank, **finite}
+        return {"rank": reply.update.rank, **finite}
 
-    def _loss(self, state: ServerState, answer: Answer) -> float | None:
+    def _loss(self, state: ServerState, reply: ClientReply) -> float | None:
         """On the server's own rows, where ranks are given out by that."""
-        ranks, update = self.server.ranks, answer.update
-        if ranks.loss_on == "own" or not self.server.to_be_judged(state, answer.client):
+        ranks, update = self.server.ranks, reply.update
+        if ranks.loss_on == "own" or not self.server.to_be_judged(state, reply.client):
             return None
         if not isinstance(update, ClientUpdate):
             return None
         try:
-            loss = self.evaluator.evaluate_client(state, answer.sent, update, self._judges)["loss"]
+            loss = self.evaluator.evaluate_client(state, reply.sent, update, self._loss_rows)["loss"]
         except BadUpdate:
             return None  # it will be refused
         return loss if math.isfinite(loss) else None

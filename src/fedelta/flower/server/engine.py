@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedelta.errors import FedeltaError
-from fedelta.federation.engines.rounds import Answer, Draw, Engine
+from fedelta.federation.engines.rounds import Draw, Engine, EngineContext
+from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import ServerState
 from fedelta.flower.server.node_registry import POLL_S, NodeRegistry
 from fedelta.flower.server.round_exchange import RoundExchange, RoundKey
@@ -35,8 +36,8 @@ class FlowerEngine(Engine):
 
     spare = True
 
-    def __init__(self, *arguments: Any, nodes: NodeRegistry, **_: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, context: EngineContext, nodes: NodeRegistry) -> None:
+        super().__init__(context)
         self.nodes = nodes
         self.grid_client = nodes.grid_client
         # What clients' messages have left out is with them.
@@ -51,13 +52,13 @@ class FlowerEngine(Engine):
         self._late, self._bytes_late, self._caught_up = {}, 0, {}
         return found
 
-    def answers(
+    def replies(
         self,
         state: ServerState,
         draw: Draw,
         watch: Stopwatch,
         inside: Stopwatch,  # noqa: ARG002
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientReply]:
         settings = self.server.settings
         # A round for which too few are there waits; one that has enough goes on without the others.
         self.nodes.wait(draw.clients, settings.min_clients, settings.deadline, self._late_reply)
@@ -74,7 +75,7 @@ class FlowerEngine(Engine):
                 elif not self._receive(exchange):
                     time.sleep(POLL_S)
             watch.lap("clients")
-            yield exchange.answer(client)
+            yield exchange.reply(client)
         self._caught_up |= exchange.caught_up
 
     def _receive(self, exchange: RoundExchange) -> bool:

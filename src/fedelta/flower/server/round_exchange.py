@@ -5,7 +5,8 @@ from typing import NamedTuple
 from flwr.app import MessageType
 
 from fedelta.errors import BadUpdate, ClientFailed
-from fedelta.federation.engines.rounds import Answer, Draw, read_update
+from fedelta.federation.engines.rounds import Draw, read_update
+from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import Server, ServerState
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
 from fedelta.flower.server.node_registry import AWAY, NodeRegistry
@@ -107,9 +108,9 @@ class RoundExchange:
         self._came[client] = update
         return True
 
-    def answer(self, client: str) -> Answer:
+    def reply(self, client: str) -> ClientReply:
         """What this client was sent and what came of it, which is then let go."""
         sent, update = self._sent.pop(client), self._came[client]
         # Supervised as an answer that is there, without the factors.
         self._came[client] = ClientFailed(client, "answered")
-        return Answer(client, sent, update, self._down[client], self._up[client])
+        return ClientReply(sent, update, self._down[client], self._up[client])

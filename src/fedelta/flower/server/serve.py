@@ -4,6 +4,7 @@ import socket
 import ssl
 import sys
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -49,32 +50,26 @@ def serve(
         folder.refuse_existing()
     elif (before := folder.result()) is not None and before["rounds"] >= config.rounds:
         return open_run(config.folder)
-    if keys is None and host not in LOOPBACK:
-        raise FedeltaError(f"--insecure is for loopback, found --host {host}")
     public = _keys_of_sites(keys) if keys else {}
-    for name in (*public, *sites):
-        if not SITE.fullmatch(name):
-            raise FedeltaError(f"site {name!r}: expected messages, digits, - and _")
-    if not (names := sorted(public or sites)):
-        raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
+    names = _names_of_sites(public, sites, keys, host)
     _check_port(host, port)
     with ExitStack() as stack:
         scratch, logs = stack.enter_context(workplace(config))
         inner = make_loopback_certificate(scratch / "certificate") if keys else None
         link = stack.enter_context(SuperLink(scratch, logs, inner, port=None if keys else port))
         numbers = {link.register(public[name]): name for name in names} if keys else None
-        kept = []
+        processes = []
         if keys and inner:
-            door = [sys.executable, "-m", "fedelta.flower.server.gateway", host, str(port), str(keys)]
-            door += [link.address, str(inner / "ca.crt")]
-            kept.append(stack.enter_context(Supervised("door", lambda: door, environment(), logs)))
+            gateway = [sys.executable, "-m", "fedelta.flower.server.gateway", host, str(port), str(keys)]
+            gateway += [link.address, str(inner / "ca.crt")]
+            processes.append(stack.enter_context(Supervised("gateway", lambda: gateway, environment(), logs)))
         plan = {"resume": resume, "sites": True, "run": _name_of_run(logs / "run", resume)}
         events = link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience}, observer)
 
-        heard = [Tail(each.log) for each in kept]
+        logs_read = [Tail(each.log) for each in processes]
 
         def look() -> None:
-            for each, tail in zip(kept, heard, strict=True):
+            for each, tail in zip(processes, logs_read, strict=True):
                 each.look(observer)
                 for line in tail.lines():
                     if line.startswith(REFUSED):
@@ -82,6 +77,18 @@ def serve(
 
         link.follow(events, look)
     return open_run(config.folder)
+
+
+def _names_of_sites(public: Mapping[str, Path], sites: Sequence[str], keys: Path | None, host: str) -> list[str]:
+    """Names of the sites, in order: those that have keys, or those that were given for a trial on loopback."""
+    if keys is None and host not in LOOPBACK:
+        raise FedeltaError(f"--insecure is for loopback, found --host {host}")
+    for name in (*public, *sites):
+        if not SITE.fullmatch(name):
+            raise FedeltaError(f"site {name!r}: expected letters, digits, - and _")
+    if not (names := sorted(public or sites)):
+        raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
+    return names
 
 
 def _name_of_run(file: Path, resume: bool) -> str:

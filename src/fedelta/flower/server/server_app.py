@@ -1,7 +1,6 @@
 """Flower's side of the server: a run whose rounds go over its grid."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
 from fedelta.learning.shards import read_splits
 from fedelta.runs.config import Config, load_config
-from fedelta.runs.runner import run
+from fedelta.runs.runner import MakeEngine, run
 
 COME_BACK_S = 60.0
 """How long a run that goes on waits for all of its sites before it does so with those that are there."""
@@ -42,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         else:
             nodes = NodeRegistry(GridClient(grid), plan["clients"], None, {}, events.warn)
             nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])
-            run(config, resume=plan["resume"], observer=events, engine=partial(FlowerEngine, nodes=nodes))
+            run(config, resume=plan["resume"], observer=events, engine=over(nodes))
         events.finished()
     except Exception as error:
         events.failed(in_one_line(error))
@@ -73,7 +72,12 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
         config.model_copy(update={"ranks": config.ranks.model_copy(update=theirs)}),
         resume=plan["resume"],
         observer=events,
-        engine=partial(FlowerEngine, nodes=nodes),
+        engine=over(nodes),
         sites={client: rows.get(client, 0) for client in clients},
     )
     nodes.dismiss(min(config.federation.deadline, FAREWELL_S))
+
+
+def over(nodes: NodeRegistry) -> MakeEngine:
+    """Makes the engine of a run whose clients are these nodes, with rows of their own."""
+    return lambda context, shards, stack: FlowerEngine(context, nodes)  # noqa: ARG005

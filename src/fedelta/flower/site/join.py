@@ -6,9 +6,11 @@ import ssl
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
@@ -66,44 +68,25 @@ def join(
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
-        (scratch / "config.yaml").write_text(yaml.safe_dump(config.dump()))
         told = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
-        (scratch / "site.json").write_text(json.dumps(told))
         path = str(scratch / "trainer" / "socket")
-        command = [sys.executable, *TRAINER]
-        command += [str(scratch / "config.yaml"), path, str(scratch / "site.json")]
-        trainer = stack.enter_context(Supervised("trainer", lambda: command, environment(), folder, done=0))
-        said = Tail(trainer.log)
-
-        def tell() -> None:
-            for line in said.lines():
-                observer.say(line)
-
-        while not Path(path).exists():
-            tell()
-            if trainer.ended is not None:
-                raise FedeltaError(last_line(trainer.log))
-            time.sleep(0.1)
-        observer.say(f"waiting for the server at {server}")
-        authority = keys / "ca.crt" if keys else None
-        while not reachable(server, authority):
-            trainer.look(observer)
-            time.sleep(LOOK_S)
-        check_known(server, keys)
-        home = scratch / "flwr"
-        home.mkdir()
+        trainer = stack.enter_context(_trainer(config, told, scratch, path, folder))
+        trainer_log = Tail(trainer.log)
+        _wait_for_trainer(trainer, path, trainer_log, observer)
+        _wait_for_server(server, keys, trainer, observer)
+        (scratch / "flwr").mkdir()
         start_node = partial(node_command, server, f'trainer="{path}"', *security)
-        kept: list[Supervised] = [trainer]
-        surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(home)), folder, kept)
+        processes: list[Supervised] = [trainer]
+        surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(scratch / "flwr")), folder, processes)
         node = stack.enter_context(Supervised("node", start_node, surroundings, folder))
-        heard, refusals = Tail(node.log), Refusals(server, keys or folder)
-        gone = Gone(server, authority)
+        refusals, gone = Refusals(server, keys or folder), Gone(server, _authority(keys))
+        node_log = Tail(node.log)
         while trainer.ended != 0:
-            tell()
-            for each in kept:
+            _tell(trainer_log, observer)
+            for each in processes:
                 each.look(observer)
-            if node.ended == 0 or (node.ended is not None and any(REFUSAL in line for line in heard.lines())):
-                # A node of whom a server knows nothing ends as if it had been asked to.
+            if node.ended == 0 or (node.ended is not None and any(REFUSAL in line for line in node_log.lines())):
+                # A node that a server does not know ends as if it had been asked to.
                 check_known(server, keys)
                 refusals.another(observer)
                 node.restart()
@@ -111,8 +94,58 @@ def join(
                 node.look(observer)
             gone.look(observer)
             time.sleep(0.2)
-        tell()
+        _tell(trainer_log, observer)
         time.sleep(FAREWELL_S)
+
+
+def _trainer(config: Config, told: Mapping[str, Any], scratch: Path, path: str, logs: Path) -> Supervised:
+    """The site's trainer as a process that is restarted if it dies.
+
+    Args:
+        told: what `SiteTrainer` is made of, beside the configuration.
+        path: of the socket that it listens on.
+    """
+    (scratch / "config.yaml").write_text(yaml.safe_dump(config.dump()))
+    (scratch / "site.json").write_text(json.dumps(told))
+    command = [sys.executable, *TRAINER, str(scratch / "config.yaml"), path, str(scratch / "site.json")]
+    return Supervised("trainer", lambda: command, environment(), logs, done=0)
+
+
+def _wait_for_trainer(trainer: Supervised, path: str, log: Tail, observer: Observer) -> None:
+    """Wait until the trainer listens.
+
+    Raises:
+        FedeltaError: with its last line, if it ends before.
+    """
+    while not Path(path).exists():
+        _tell(log, observer)
+        if trainer.ended is not None:
+            raise FedeltaError(last_line(trainer.log))
+        time.sleep(0.1)
+
+
+def _authority(keys: Path | None) -> Path | None:
+    """The certificate that the server's is checked against; None in plain text."""
+    return keys / "ca.crt" if keys else None
+
+
+def _wait_for_server(server: str, keys: Path | None, trainer: Supervised, observer: Observer) -> None:
+    """Wait until the server listens and knows this site.
+
+    Raises:
+        FedeltaError: if it is not the server that the site trusts, or does not know the site.
+    """
+    observer.say(f"waiting for the server at {server}")
+    while not reachable(server, _authority(keys)):
+        trainer.look(observer)
+        time.sleep(LOOK_S)
+    check_known(server, keys)
+
+
+def _tell(log: Tail, observer: Observer) -> None:
+    """Pass on the lines that the trainer has written since the last look."""
+    for line in log.lines():
+        observer.say(line)
 
 
 class Gone:

@@ -71,7 +71,7 @@ class SiteTrainer(TrainerProcess):
                 raise FedeltaError(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
         name = self.name or question["client"]
         if name is not None and not SITE.fullmatch(name):
-            raise FedeltaError(f"the server calls this site {name[:50]!r}, expected messages, digits, - and _")
+            raise FedeltaError(f"the server calls this site {name[:50]!r}, expected letters, digits, - and _")
         if name is None:
             raise FedeltaError("nobody has said which client this is")
         self._forget_other_runs(str(question["run"]))

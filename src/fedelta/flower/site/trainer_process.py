@@ -74,7 +74,7 @@ class TrainerProcess:
         file = self.memory / f"{client}.safetensors"
         if client not in self.trainer.error_feedback and file.exists():
             self.trainer.take_kept(client, file.read_bytes())
-        answer = self.trainer.answer(blob, self.shards[client])
+        answer = self.trainer.reply(blob, self.shards[client])
         if kept := self.trainer.kept_bytes(client):
             # Before the answer goes: what it has left out is never forgotten.
             write_file(file, kept)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import warnings
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: i
 
 
 def _partitioner(settings: PartitionSettings, seed: int) -> Any:
-    from flwr_datasets import partitioner as flwr
+    flwr = _partitioners()
 
     clients = settings.clients
     if settings.kind == "iid":
@@ -131,7 +132,7 @@ def _groups(values: list[Any], clients: int | None) -> list[int]:
 
 def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[list[int]]:
     """Byun & Lee: every client holds equally many rows; only the label mix of the first share is balanced."""
-    from flwr_datasets import partitioner as flwr
+    flwr = _partitioners()
 
     clients = settings.clients or 1
     good = quota(settings.share, clients)
@@ -145,3 +146,12 @@ def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[lis
             chosen = flwr.InnerDirichletPartitioner([size] * count, "label", float(alpha), seed=seed)
             shards += _shards(chosen, table.select(part))
     return shards
+
+
+def _partitioners() -> Any:
+    """Flower's partitioners, imported without their usage reports."""
+    # A tool for private data makes no such calls.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from flwr_datasets import partitioner
+
+    return partitioner

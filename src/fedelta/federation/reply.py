@@ -1,0 +1,28 @@
+"""What comes of one client's part in a round."""
+
+from typing import NamedTuple
+
+from fedelta.protocol.messages import Broadcast, ClientUpdate
+from fedelta.protocol.serialization import ByteCount
+
+
+class ClientReply(NamedTuple):
+    """What a client was sent and what came back.
+
+    Args:
+        sent: the broadcast.
+        update: the client's update, or the error that stands in its place.
+        down: bytes of the broadcast as serialized.
+        up: bytes of the update as serialized; zero if none arrived.
+        loss: validation loss of the client's own model, if the server measured it.
+    """
+
+    sent: Broadcast
+    update: ClientUpdate | Exception
+    down: ByteCount = ByteCount()
+    up: ByteCount = ByteCount()
+    loss: float | None = None
+
+    @property
+    def client(self) -> str:
+        return self.sent.client
