@@ -59,8 +59,8 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
     )
     with pytest.raises(FedeltaError, match=r"evaluation\.harness: .*nowhere\.jsonl"):
         run(causal_config(name="y", rounds=1, evaluation={"harness": {"tasks": ["broken"], "include": str(folder)}}))
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tints'"):
-        run(causal_config(name="x", evaluation={"harness": {"tasks": ["tints"], "include": str(folder)}}))
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tint'"):
+        run(causal_config(name="x", evaluation={"harness": {"tasks": ["tint"], "include": str(folder)}}))
 
 
 MATH = ROOT / "experiments" / "exact_aggregation" / "harness"
@@ -95,7 +95,7 @@ def test_math_is_read_as_metamath_answers(tmp_path: Path) -> None:
 
 
 def test_a_task_that_the_harness_lacks_is_told_before_a_grid(causal_config: Any) -> None:
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tints'"):
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tint'"):
         warm(causal_config(evaluation={"harness": {"tasks": ["tints"]}}))
 
 
