@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,8 @@ def tokenizer_config(source: dict[str, Any]) -> str:
     return json.dumps(dict(sorted({"backend": "tokenizers", **config}.items())), indent=2) + "\n"
 
 
-def derive(folder: Path) -> None:
-    """Write both encoders, each into a folder of its name."""
+def derive(folder: Path, names: Iterable[str] = ENCODERS) -> None:
+    """Write these encoders, each into a folder of its name."""
     source = source_folder()
     text = (EXPERIMENTS / "encoder_vocabulary.txt").read_text()
     pieces = text.split("\n")[:-1]
@@ -137,7 +138,8 @@ def derive(folder: Path) -> None:
     config, tokenizer, tokenizer_settings = (
         json.loads((source / name).read_text()) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
     )
-    for name, layers in ENCODERS.items():
+    for name in names:
+        layers = ENCODERS[name]
         (folder / name).mkdir(parents=True, exist_ok=True)
         save_file(cut_weights(weights, kept, layers), folder / name / "model.safetensors", {"format": "pt"})
         (folder / name / "config.json").write_text(cut_config(config, len(pieces), len(layers)))
