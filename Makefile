@@ -1,9 +1,13 @@
-# Each target makes its own virtual environment and installs what it needs.
+# Each target makes its own virtual environment and installs what it needs. `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
+# Where uv takes torch from in `make test-lowest`: PyPI's own build for Linux brings gigabytes of CUDA libraries.
+LOWEST_TORCH ?= --torch-backend cpu
+EXTRAS = demo,dev,flower,generation,harness,quantization
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-gpu lint types clean
+.PHONY: demo test test-slow test-gpu test-lowest lint types clean help
 
 demo: $(VENV)/.demo  ## Train and compare three methods on the built-in example
 	$(VENV)/bin/fedelta compare --resume
@@ -17,12 +21,15 @@ test-slow: $(VENV)/.dev  ## The slow tests alone
 test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; FEDELTA_TEST_DEVICE=cpu runs them on the CPU instead
 	$(VENV)/bin/python -m pytest -m gpu tests/gpu
 
-lint: $(VENV)/.dev
+test-lowest: $(LOWEST)/.dev  ## The ordinary tests with the lowest versions that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+lint: $(VENV)/.dev  ## Style, formatting and import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 
-types: $(VENV)/.dev
+types: $(VENV)/.dev  ## Static types
 	$(VENV)/bin/mypy
 
 $(VENV)/bin/python:
@@ -38,8 +45,19 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[demo,dev,flower,generation,harness,quantization]'
+	$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
-clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+# Without constraints.txt, which pins the versions that the other targets use.
+$(LOWEST)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct $(LOWEST_TORCH) \
+	  --editable '.[$(EXTRAS)]'
+	@touch $@
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+clean:  ## Remove the virtual environments and the caches
+	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,48 @@
 """Files and folders appear whole or not at all: written beside their place, then renamed into it."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fedelta.errors import FedeltaError
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^{}]*))?\}")
+"""`${NAME}` or `${NAME:-default}`, as in a shell."""
+
+
+def expand_variables(text: str) -> str:
+    """Replace environment variables in the name of a file or folder.
+
+    Settings keep the variable and are expanded where the file is opened, so that a configuration is the same on every
+    machine.
+
+    Args:
+        text: `${NAME}/folder`, or `${NAME:-default}/folder` with a default for a variable that is unset or empty.
+
+    Returns:
+        A path that starts with `/`, `./` or `../`, never the name of something on a hub. Text without a variable
+        is returned as it is.
+
+    Raises:
+        FedeltaError: if a variable without a default is not set, or the text is not of that form.
+    """
+    if "${" not in text:
+        return text
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if found := os.environ.get(name) or default:
+            return found
+        raise FedeltaError(f"{text}: the environment variable {name} is not set, and there is no default")
+
+    expanded = _VARIABLE.sub(value, text)
+    if "${" in expanded:
+        raise FedeltaError(f"{text}: expected ${{NAME}} or ${{NAME:-default}}")
+    path = Path(expanded).expanduser()
+    return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
 
 
 def write_file(path: Path, content: bytes | str) -> None:

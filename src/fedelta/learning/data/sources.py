@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from fedelta.errors import FedeltaError
+from fedelta.files import expand_variables
 from fedelta.learning.data.examples import rows_by_value
 from fedelta.learning.data.pydoc import read_pydoc
 from fedelta.seeds import derive_seed
@@ -36,7 +37,8 @@ class DataSettings(Settings):
     """Texts, labels and splits.
 
     Args:
-        source: `pydoc`, a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or a hub name.
+        source: `pydoc`, a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or a hub name. A path may
+            name an environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
         configuration: of a hub data set, e.g. `mrpc` of `glue`.
         text: column of the text, or two columns for pairs.
         label: column of the label.
@@ -200,7 +202,7 @@ def _load(settings: DataSettings) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    source = settings.source
+    source = expand_variables(settings.source)
     if source == BUILT_IN:
         return {"train": datasets.Dataset.from_list(read_pydoc())}
     path = Path(source).expanduser()

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from fedelta.errors import FedeltaError
+from fedelta.files import expand_variables
 from fedelta.learning.device import allow_deterministic_products, device_errors
 from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.seeds import torch_seed
@@ -31,7 +32,8 @@ class ModelSettings(Settings):
     """The base model.
 
     Args:
-        name: `minilm` (carried by the extra `demo`), a local folder, or a hub name.
+        name: `minilm` (carried by the extra `demo`), a local folder, or a hub name. A folder may name an environment
+            variable, `${NAME}/folder` or `${NAME:-default}/folder`.
         dtype: of the frozen base; adapters, heads and patches stay fp32.
         device: where it runs; `auto` takes a CUDA device if torch finds one.
         quantization: of the frozen linear layers, by bitsandbytes (made for CUDA; slow on a CPU); they compute in
@@ -53,10 +55,10 @@ class ModelSettings(Settings):
 
 
 def locate_model(name: str) -> str:
-    """A built-in name as the folder that its installed distribution holds; other names unchanged.
+    """A built-in name as the folder that its installed distribution holds; other names with their variables expanded.
 
     Raises:
-        FedeltaError: if the distribution is not installed, or a path does not exist.
+        FedeltaError: if the distribution is not installed, a path does not exist, or a variable is not set.
     """
     if name in BUILT_IN:
         package, extra = BUILT_IN[name]
@@ -68,6 +70,7 @@ def locate_model(name: str) -> str:
         if len(folders) != 1:
             raise FedeltaError(f"distribution {package} holds {len(folders)} models, expected 1")
         return folders.pop()
+    name = expand_variables(name)
     if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
         raise FedeltaError(f"model {name}: no config.json in that folder")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
