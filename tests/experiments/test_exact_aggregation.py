@@ -59,7 +59,7 @@ def test_both_sizes_are_grids_with_the_papers_federation(grid: str, size: str) -
     for values, config in cells(grid, size, first).items():
         assert config.federation.participation == 1
         assert config.partition.kind == "iid"
-        assert config.partition.clients == (1 if "centralised" in values else 3)
+        assert config.partition.clients == (1 if "centralized" in values else 3)
         assert config.ranks.high == 4
 
 
@@ -106,7 +106,7 @@ def started(config: Config, **changes: Any) -> Config:
         ("first", "CoLA", "FedEx-LoRA"),
         ("first", "STS-B", "FFA-LoRA"),
         ("first", "MRPC", "FedSVD"),
-        ("first", "SST-2", "centralised"),
+        ("first", "SST-2", "centralized"),
         ("second", "RTE", "FedEx-LoRA"),
     ],
 )
@@ -132,7 +132,7 @@ def test_glue_starts_with_a_roberta(model: str, task: str, method: str, tiny_ber
     finished = run(started(found, output=str(tmp_path / "runs"), **changes))
     assert len(finished.records) == 2
     assert found.task.metric in finished.result["test"]
-    assert len(finished.result["clients"]) == (1 if method == "centralised" else 3)
+    assert len(finished.result["clients"]) == (1 if method == "centralized" else 3)
 
 
 @pytest.mark.parametrize("experiment", ["e2e", "arithmetic", "commonsense"])

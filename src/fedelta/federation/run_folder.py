@@ -13,13 +13,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from fedelta.errors import Diverged, FedeltaError
 from fedelta.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedelta.federation.records import Result, RoundRecord
 from fedelta.federation.server import ServerState
 from fedelta.files import write_file
 from fedelta.lora.adapter import Adapter
@@ -34,35 +35,17 @@ EXTENDABLE = (
 workers, given more patience and more rounds (the former last round then keeps its evaluation, due or not)."""
 
 
-class Result(TypedDict):
-    """What `result.json` holds."""
-
-    method: str
-    seed: int
-    rounds: int
-    classes: list[str]
-    clients: dict[str, int]
-    constant_score: float | None
-    validation: dict[str, float]
-    test: dict[str, float]
-    adapter_rank: int
-    lora_parameters: dict[str, int]
-    base_parameters: int | None  # None in files of before it was counted
-
-
 class RunFolder:
     """The folder of one run.
 
     Args:
         path: its place.
         config: the run's configuration as plain data.
-        defaults: of all keys: what a run had whose checkpoint is older than a key.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
         self.config = dict(config)
-        self.defaults = defaults or {}
 
     @property
     def rounds_file(self) -> Path:
@@ -147,7 +130,7 @@ class RunFolder:
         state, before = checkpoint.state, checkpoint.config
         if self.config["training"]["stack"] == "auto":
             self.settle_stack(before.get("training", {}).get("stack", "auto"))
-        changed = _first_difference(_filled(before, self.defaults), json.loads(json.dumps(self.config)))
+        changed = _first_difference(before, json.loads(json.dumps(self.config)))
         if changed:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
         if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
@@ -173,7 +156,7 @@ class RunFolder:
         state: ServerState,
         kept: Mapping[str, Adapter],
         error_feedback: Mapping[str, ErrorFeedback],
-        record: Mapping[str, Any],
+        record: RoundRecord,
         timing: Mapping[str, Any],
     ) -> None:
         """Make a round last. The checkpoint comes last: lines without it are dropped and made again."""
@@ -184,7 +167,7 @@ class RunFolder:
     def finish(self, result: Result) -> None:
         write_file(self.result_file, json.dumps(result, indent=2) + "\n")
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[RoundRecord]:
         """The lines of `rounds.jsonl`."""
         return [json.loads(line) for line in self.rounds_file.read_text().splitlines()]
 
@@ -197,7 +180,7 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         try:
-            found = {"base_parameters": None} | json.loads(self.result_file.read_text())
+            found = json.loads(self.result_file.read_text())
             return Result(**{key: found[key] for key in Result.__annotations__})  # type: ignore[typeddict-item]
         except (ValueError, KeyError, TypeError) as error:
             raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and go on by --resume") from error
@@ -214,17 +197,6 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
         stream.write(line + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _filled(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """With the default of every key that had not come to be."""
-    filled = dict(before)
-    for key, default in defaults.items():
-        if key not in before:
-            filled[key] = default
-        elif isinstance(default, Mapping) and isinstance(before[key], Mapping) and key != "method":
-            filled[key] = _filled(before[key], default)
-    return filled
 
 
 def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.checkpoint import Checkpoint
@@ -15,7 +18,8 @@ from fedelta.federation.engines.local import LocalEngine
 from fedelta.federation.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
 from fedelta.federation.engines.rounds import Engine, EngineContext
 from fedelta.federation.engines.workers import Workers, can_fork
-from fedelta.federation.run_folder import Result, RunFolder
+from fedelta.federation.records import Result, RoundRecord
+from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
 from fedelta.files import write_file
 from fedelta.learning.shards import Shard, TokenizedSplits
@@ -25,7 +29,7 @@ from fedelta.learning.training.flops import text_cost
 from fedelta.lora.adapter import Adapter
 from fedelta.runs.assemble import make_server, prepare, tokenized_splits
 from fedelta.runs.config import Config, load_config
-from fedelta.runs.export import export_state
+from fedelta.runs.export import export_run, export_state
 from fedelta.runs.profile import Limit, Profile, read_profile
 
 MakeEngine = Callable[[EngineContext, Mapping[str, Shard], int], Engine]
@@ -34,13 +38,62 @@ MakeEngine = Callable[[EngineContext, Mapping[str, Shard], int], Engine]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: its configuration and what its folder holds; a profile if one was asked for."""
+    """A finished run.
+
+    Args:
+        config: its configuration.
+        folder: the folder that it left.
+        records: the lines of `rounds.jsonl`; `rounds` has them as a table.
+        result: scores and sizes of the final model (`result.json`).
+        profile: where the time went, if that was asked for.
+    """
 
     config: Config
     folder: RunFolder
-    records: list[dict[str, Any]]
+    records: list[RoundRecord]
     result: Result
     profile: Profile | None = None
+
+    @property
+    def test(self) -> Mapping[str, float]:
+        """Scores of the final model on the test split."""
+        return self.result["test"]
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT folder of the final adapter."""
+        return self.folder.adapter_folder
+
+    @property
+    def rounds(self) -> "pandas.DataFrame":
+        """One row a round: losses, validation scores, bytes, deviation, and how many clients took part."""
+        import pandas
+
+        return pandas.DataFrame([_row(record) for record in self.records]).set_index("round")
+
+    def export(
+        self, *, adapter: Path | str | None = None, merged: Path | str | None = None, rank: int | None = None
+    ) -> list[str]:
+        """Write the final model as a PEFT adapter, a merged model, or both; see `fedelta.export`."""
+        return export_run(
+            self.folder.path, None if adapter is None else Path(adapter), None if merged is None else Path(merged), rank
+        )
+
+
+def _row(record: RoundRecord) -> dict[str, float | int | None]:
+    """The numbers of a round that a table shows; rounds count from 1."""
+    scores = {f"validation_{name}": value for name, value in (record["validation"] or {}).items()}
+    return {
+        "round": record["round"] + 1,
+        "clients": len(record["clients"]),
+        "skipped": len(record["skipped"]),
+        "train_loss": record["train_loss"],
+        **scores,
+        "bytes_down": record["bytes_down"]["total"],
+        "bytes_up": record["bytes_up"]["total"],
+        "deviation": record["deviation_mean"],
+        "patch_width": record["patch_width"],
+    }
 
 
 def run(
@@ -64,7 +117,7 @@ def run(
     Raises:
         FedeltaError: for bad input; whatever rounds had finished are kept.
     """
-    folder = RunFolder(config.folder, config.dump(), Config().dump())
+    folder = RunFolder(config.folder, config.dump())
     observer = observer or Observer()
     with folder.hold():
         server = make_server(config)

@@ -13,6 +13,7 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates,
 from fedelta.federation.client import Trainer
 from fedelta.federation.engines.evaluation import Evaluator
 from fedelta.federation.engines.observer import Observer
+from fedelta.federation.records import Bytes, Events, RoundRecord
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import RoundOutcome, Server, ServerState
@@ -49,12 +50,26 @@ class Traffic:
         self.down[client] = self.down.get(client, ByteCount()).plus(reply.down)
         self.up[client] = self.up.get(client, ByteCount()).plus(reply.up)
 
+    def total_down(self) -> Bytes:
+        """Bytes to all clients together."""
+        return _total(self.down)
 
-def _sum(counts: Mapping[str, ByteCount]) -> dict[str, int]:
+    def total_up(self) -> Bytes:
+        """Bytes from all clients together."""
+        return _total(self.up)
+
+
+def _total(counts: Mapping[str, ByteCount]) -> Bytes:
     total = ByteCount()
     for count in counts.values():
         total = total.plus(count)
-    return {**total._asdict(), "total": total.total}
+    return {
+        "adapter": total.adapter,
+        "heads": total.heads,
+        "patch": total.patch,
+        "overhead": total.overhead,
+        "total": total.total,
+    }
 
 
 def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpdate | Exception:
@@ -137,10 +152,8 @@ class Engine(ABC):
             inside: counts what ran in workers, by phase.
         """
 
-    def events(self) -> dict[str, Any]:
-        """What else happened since the last round, for its line: `late`, client → round of an update that came after
-        its round and was dropped; `bytes_late` of those; `caught_up`, client → version that it had come back with.
-        """
+    def events(self) -> Events:
+        """What else happened since the last round, for its line in `rounds.jsonl`."""
         return {"late": {}, "bytes_late": 0, "caught_up": {}}
 
     def run(
@@ -184,11 +197,7 @@ class Engine(ABC):
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
         scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
         watch.lap("evaluation")
-        record = (
-            _record(state, after, outcome, scores, traffic)
-            | {"metric": self.trainer.task.metric, "failed_attempts": failed, "clients_validation": own}
-            | self.events()
-        )
+        record = _record(state, after, outcome, scores, traffic, self.trainer.task.metric, failed, own, self.events())
         timing = {
             "round": state.round,
             "seconds": dict(watch.seconds),
@@ -249,9 +258,13 @@ def _record(
     outcome: RoundOutcome,
     scores: Mapping[str, float] | None,
     traffic: Traffic,
-) -> dict[str, Any]:
+    metric: str,
+    failed_attempts: list[dict[str, str]],
+    clients_validation: dict[str, dict[str, float | None]],
+    events: Events,
+) -> RoundRecord:
     ranks = Counter(after.ranks.values())
-    relative = {module: found.relative for module, found in outcome.deviation.items()}
+    relative = {module: deviation.relative for module, deviation in outcome.deviation.items()}
     return {
         "round": before.round,
         "clients": outcome.contributors,
@@ -261,13 +274,17 @@ def _record(
         "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
         "train_loss": outcome.train_loss,
         "validation": scores,
-        "bytes_down": _sum(traffic.down),
-        "bytes_up": _sum(traffic.up),
+        "metric": metric,
+        "bytes_down": traffic.total_down(),
+        "bytes_up": traffic.total_up(),
         "bytes_by_client": {client: [count.total, traffic.up[client].total] for client, count in traffic.down.items()},
         "deviation": relative,
-        "scaled_deviation": {module: found.scaled for module, found in outcome.deviation.items()},
+        "scaled_deviation": {module: deviation.scaled for module, deviation in outcome.deviation.items()},
         "deviation_mean": sum(relative.values()) / len(relative) if relative else None,
         "patch_width": outcome.patch_width,
         "energy_by_rank": outcome.energy,
         "version": after.log.version,
+        "failed_attempts": failed_attempts,
+        "clients_validation": clients_validation,
+        **events,
     }

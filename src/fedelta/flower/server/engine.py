@@ -6,6 +6,7 @@ from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.rounds import Draw, Engine, EngineContext
+from fedelta.federation.records import Events
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import ServerState
 from fedelta.flower.server.node_registry import POLL_S, NodeRegistry
@@ -47,8 +48,8 @@ class FlowerEngine(Engine):
         self._bytes_late = 0
         self._caught_up: dict[str, int] = {}
 
-    def events(self) -> dict[str, Any]:
-        found = {"late": self._late, "bytes_late": self._bytes_late, "caught_up": self._caught_up}
+    def events(self) -> Events:
+        found: Events = {"late": self._late, "bytes_late": self._bytes_late, "caught_up": self._caught_up}
         self._late, self._bytes_late, self._caught_up = {}, 0, {}
         return found
 

@@ -16,6 +16,7 @@ from fedelta.errors import FedeltaError
 from fedelta.files import expand_variables
 from fedelta.learning.data.examples import rows_by_value
 from fedelta.learning.data.pydoc import read_pydoc
+from fedelta.learning.in_memory import PREFIX, remembered_data
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings
 
@@ -203,6 +204,8 @@ def _load(settings: DataSettings) -> dict[str, Any]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     source = expand_variables(settings.source)
+    if source.startswith(PREFIX):
+        return remembered_data(source)
     if source == BUILT_IN:
         return {"train": datasets.Dataset.from_list(read_pydoc())}
     path = Path(source).expanduser()

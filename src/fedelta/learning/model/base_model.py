@@ -14,6 +14,7 @@ from torch import nn
 from fedelta.errors import FedeltaError
 from fedelta.files import expand_variables
 from fedelta.learning.device import allow_deterministic_products, device_errors
+from fedelta.learning.in_memory import PREFIX, remembered_model, remembered_tokenizer
 from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.seeds import torch_seed
 from fedelta.settings import Settings
@@ -80,10 +81,17 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     """The model's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
+    if settings.name.startswith(PREFIX):
+        return _ready(remembered_tokenizer(settings.name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(settings.name))
     except (OSError, ValueError) as error:
         raise FedeltaError(f"tokenizer of model {settings.name}: {str(error).splitlines()[0]}") from error
+    return _ready(tokenizer)
+
+
+def _ready(tokenizer: Any) -> Any:
+    """A tokenizer that pads on the right."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Absolute positions count from the first token; generation pads for itself.
@@ -132,13 +140,7 @@ def _load(
     logging.set_verbosity_error()
     try:
         with torch_seed(seed):
-            # The fused attention of some CPUs is several times slower in bf16 than separate products.
-            model = getattr(transformers, auto_class).from_pretrained(
-                locate_model(settings.name),
-                **options,
-                dtype=getattr(torch, settings.dtype),
-                attn_implementation="eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
-            )
+            model = _weights(settings, getattr(transformers, auto_class), options, device)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -168,6 +170,19 @@ def _load(
             f"model {settings.name}: a {model.config.model_type} sees later tokens, expected a causal model"
         )
     return model
+
+
+def _weights(settings: ModelSettings, auto_class: Any, options: dict[str, Any], device: str) -> Any:
+    """The model with its weights: a copy of one in memory, or read from a folder or a hub."""
+    if settings.name.startswith(PREFIX):
+        return remembered_model(settings.name).to(getattr(torch, settings.dtype))
+    # The fused attention of some CPUs is several times slower in bf16 than separate products.
+    return auto_class.from_pretrained(
+        locate_model(settings.name),
+        **options,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation="eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
+    )
 
 
 def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
