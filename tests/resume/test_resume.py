@@ -1,6 +1,5 @@
 """Nothing lost: a run that is killed, at any moment, goes on from its last finished round to the same bytes."""
 
-import json
 import os
 import random
 import signal
@@ -16,9 +15,9 @@ import yaml
 from fedelta.errors import FedeltaError
 from fedelta.federation import checkpoint
 from fedelta.federation import run_folder as tracking
-from fedelta.federation.checkpoint import load_checkpoint, save_checkpoint
+from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.run_folder import RunFolder
-from fedelta.runs.runner import Run, open_run, run
+from fedelta.runs.runner import Run, run
 
 # Dropout, partial participation, loss-based ranks and patches: all that a checkpoint must carry.
 FULL = {
@@ -205,19 +204,3 @@ def test_two_processes_never_write_one_run(tiny_config: Any) -> None:
     assert not config.folder.parent.exists()
     run(config)
     assert not (config.folder / ".lock").exists()
-
-
-def test_a_checkpoint_older_than_a_setting_has_its_default(tiny_config: Any) -> None:
-    config = tiny_config(rounds=2)
-    file = run(config).folder.checkpoint_file
-    state, before, kept, error_feedback = load_checkpoint(file)
-    del before["model"]["gradient_checkpointing"], before["task"]
-    save_checkpoint(file, state, before, kept, error_feedback)
-    model = {**config.dump()["model"], "gradient_checkpointing": True}
-    result = json.loads((config.folder / "result.json").read_text())
-    del result["base_parameters"]
-    (config.folder / "result.json").write_text(json.dumps(result))
-    assert open_run(config.folder).result["base_parameters"] is None
-    with pytest.raises(FedeltaError, match=r"model.gradient_checkpointing was False, now True"):
-        run(tiny_config(rounds=3, model=model), resume=True)
-    assert len(run(tiny_config(rounds=3), resume=True).records) == 3
