@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedelta.runs.config import load_config, parse_config
 from fedelta.errors import FedeltaError
+from fedelta.runs.config import load_config, parse_config
 
 
 def test_the_built_in_example_needs_no_file() -> None:

@@ -1,6 +1,5 @@
 """What a run leaves loads in plain PEFT and transformers, and scores what the run printed."""
 
-from paths import ROOT
 import json
 import os
 import subprocess
@@ -13,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedelta.lora.adapter import Adapter, LoraPair
-from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.errors import FedeltaError
-from fedelta.runs.export import cut_adapter, single_adapter
-from fedelta.methods import methods
-from fedelta.lora.patch_log import PatchedBase
+from fedelta.federation.checkpoint import load_checkpoint
+from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.files.peft_read import open_adapter
-from fedelta.runs.export import export_run
-from fedelta.runs.runner import Run, run
 from fedelta.lora.files.vllm import vllm_line
+from fedelta.lora.patch_log import PatchedBase
+from fedelta.methods import methods
+from fedelta.runs.export import cut_adapter, export_run, single_adapter
+from fedelta.runs.runner import Run, run
+from paths import ROOT
 
 SCRIPT = ROOT / "examples" / "score_with_peft.py"
 

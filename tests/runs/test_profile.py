@@ -11,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from fedelta.cli import app as cli
-from fedelta.learning.model.base_model import ModelSettings, load_base
-from fedelta.learning.data import Examples
+from fedelta.cli.profile_table import profile_table
 from fedelta.federation.engines.measure import total_gemm_rate
 from fedelta.federation.engines.workers import Workers
-from fedelta.learning.model.lora_model import LoraModel, LoraSettings
+from fedelta.learning.data import Examples
 from fedelta.learning.model.activation_cache import find_activation_cache
-from fedelta.runs.profile import Limit, Profile
-from fedelta.cli.profile_table import profile_table
+from fedelta.learning.model.base_model import ModelSettings, load_base
+from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.learning.training.flops import TextCost, count_texts, text_cost
+from fedelta.runs.profile import Limit, Profile
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -72,7 +72,9 @@ def test_what_a_prefix_keeps_costs_nothing(training: bool, tiny_bert: Path) -> N
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model = LoraModel(base, LoraSettings(target_modules=r".*layer\.1\..*query"))
-    whole, rest = (text_cost(model, tokenizer, training, each) for each in (None, find_activation_cache(model, tokenizer)))
+    whole, rest = (
+        text_cost(model, tokenizer, training, each) for each in (None, find_activation_cache(model, tokenizer))
+    )
     # The first layer: six products, and none of them backwards.
     assert whole.linear - rest.linear == pytest.approx(2 * (4 * 24 * 24 + 2 * 24 * 40), rel=0.01)
 

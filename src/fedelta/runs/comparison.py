@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from fedelta.runs.config import Config
 from fedelta.errors import FedeltaError
 from fedelta.methods import make_method, resolve
-from fedelta.runs.runner import Run, open_run
 from fedelta.runs.assemble import make_server
+from fedelta.runs.config import Config
+from fedelta.runs.runner import Run, open_run
 
 
 def comparison_folder(config: Config) -> Path:

@@ -8,17 +8,17 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from fedelta.learning.model.base_model import ModelSettings
-from fedelta.learning.data import DataSettings, PartitionSettings
 from fedelta.errors import FedeltaError
-from fedelta.federation.settings import FederationSettings
-from fedelta.learning.tasks.lm_harness import HarnessSettings
-from fedelta.methods import Method, make_method, nearest, resolve
-from fedelta.learning.model.lora_model import LoraSettings
 from fedelta.federation.ranks import RankSettings
-from fedelta.settings import Settings
+from fedelta.federation.settings import FederationSettings
+from fedelta.learning.data import DataSettings, PartitionSettings
+from fedelta.learning.model.base_model import ModelSettings
+from fedelta.learning.model.lora_model import LoraSettings
 from fedelta.learning.tasks import Classification, Completion, Regression
+from fedelta.learning.tasks.lm_harness import HarnessSettings
 from fedelta.learning.training import TrainingSettings
+from fedelta.methods import Method, make_method, nearest, resolve
+from fedelta.settings import Settings
 
 DEMO = "demo.yaml"
 

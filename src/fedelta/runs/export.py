@@ -1,25 +1,24 @@
 """What a run leaves to the world: one PEFT adapter, or a merged model, equal to the server's global model."""
 
 import tempfile
-from pathlib import Path
-from fedelta.learning.model.base_model import load_base, load_tokenizer
-from fedelta.federation.checkpoint import load_checkpoint
-from fedelta.runs.config import parse_config
-from fedelta.errors import FedeltaError
-from fedelta.runs.assemble import make_model, make_server
-from fedelta.federation.run_folder import RunFolder
-from fedelta.lora.files.vllm import vllm_line
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedelta.lora.adapter import Adapter, LoraPair
-from fedelta.files import new_folder
-from fedelta.lora.lowrank import add
-from fedelta.learning.model.lora_model import LoraModel
-from fedelta.lora.patch_log import PatchedBase
-from fedelta.lora.files.peft_write import write_adapter
+from fedelta.errors import FedeltaError
+from fedelta.federation.checkpoint import load_checkpoint
+from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
+from fedelta.files import new_folder
+from fedelta.learning.model.base_model import load_base, load_tokenizer
+from fedelta.learning.model.lora_model import LoraModel
+from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.files.peft_write import write_adapter
+from fedelta.lora.files.vllm import vllm_line
+from fedelta.lora.lowrank import add
+from fedelta.lora.patch_log import PatchedBase
+from fedelta.runs.assemble import make_model, make_server
+from fedelta.runs.config import parse_config
 
 
 def single_adapter(state: ServerState, scale: float) -> Adapter:

@@ -18,7 +18,7 @@ from fedelta.federation.engines.workers import Workers, can_fork
 from fedelta.federation.run_folder import Result, RunFolder
 from fedelta.federation.server import Server, ServerState
 from fedelta.files import write_file
-from fedelta.learning.shards import FederatedData, Shard, TokenizedSplits
+from fedelta.learning.shards import Shard, TokenizedSplits
 from fedelta.learning.tasks import Completion
 from fedelta.learning.tasks.lm_harness import check_harness, harness_scores
 from fedelta.learning.training.flops import text_cost
@@ -163,9 +163,7 @@ class _RunSteps:
         return Evaluator(self.server, trainer, workers, self.observer, caches)
 
     def _rounds(self, make_engine: MakeEngine, evaluator: Evaluator, state: ServerState) -> ServerState:
-        context = EngineContext(
-            self.server, self.trainer, evaluator, self.data.validation, self.folder, self.observer
-        )
+        context = EngineContext(self.server, self.trainer, evaluator, self.data.validation, self.folder, self.observer)
         engine = make_engine(context, self.data.shards, self._stack)
         self.observer.run_started(_title(self.config), state.round, self.config.rounds)
         evaluation = self.config.evaluation
@@ -197,9 +195,7 @@ class _RunSteps:
             return scores
         assert isinstance(self.config.task, Completion)
         chat = self.config.task.makes_turns(self.trainer.tokenizer)
-        return scores | harness_scores(
-            self.trainer.model, self.trainer.tokenizer, self.config.evaluation.harness, chat
-        )
+        return scores | harness_scores(self.trainer.model, self.trainer.tokenizer, self.config.evaluation.harness, chat)
 
     def _profile(self, caches: ActivationCaches) -> Profile:
         found = read_profile(self.folder, _limit(self.trainer, caches))
@@ -221,8 +217,6 @@ def _limit(trainer: Trainer, caches: ActivationCaches) -> Limit:
 
 def _title(config: Config) -> str:
     return f"{config.method.name}, seed {config.seed}"
-
-
 
 
 def open_run(folder: Path) -> Run:
