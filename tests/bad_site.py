@@ -1,7 +1,7 @@
-"""A site that does not do what it should.
+"""A site whose trainer returns bad updates.
 
-python bad_site.py HOW join …                       the site: `fedelta join` with this file as its trainer
-python bad_site.py HOW CONFIG SOCKET SITE.json      its trainer
+python bad_site.py HOW join …                       starts the site: `fedelta join` with this file as its trainer
+python bad_site.py HOW CONFIG SOCKET SITE.json      is the trainer
 """
 
 import struct
@@ -16,37 +16,37 @@ from fedelta.flower.site import join
 from fedelta.flower.site import site_trainer as site
 from fedelta.protocol.messages import ClientUpdate
 
-CLAIM = 10 * 2**30
+CLAIMED_BYTES = 10 * 2**30
 LATE_S = 12.0
 
 
 class BadSite(site.SiteTrainer):
-    """Answers as it should, and then spoils the answer."""
+    """Trains as it should, and then spoils the update. `how` says in what way."""
 
     how = ""
     first: bytes | None = None
 
     def train(self, facts: Any, broadcast: Any, blob: bytes) -> tuple[dict[str, Any], bytes]:
-        told, answer = super().train(facts, broadcast, blob)
-        return told, self.spoil(answer, ClientUpdate.from_bytes(answer, broadcast.client))
+        reply_facts, update = super().train(facts, broadcast, blob)
+        return reply_facts, self.spoil(update, ClientUpdate.from_bytes(update, broadcast.client))
 
-    def spoil(self, answer: bytes, update: ClientUpdate) -> bytes:
-        factors = {name: dict(found) for name, found in update.factors.items()}
+    def spoil(self, blob: bytes, update: ClientUpdate) -> bytes:
+        factors = {name: dict(tensors) for name, tensors in update.factors.items()}
         module = next(iter(factors["B"]))
         if self.how == "nan":
             factors["B"][module] = torch.full_like(factors["B"][module], torch.nan)
         elif self.how == "shape":
             factors["B"][module] = factors["B"][module][:-1]
         elif self.how == "header":
-            return struct.pack("<Q", CLAIM) + answer[8:]
+            return struct.pack("<Q", CLAIMED_BYTES) + blob[8:]
         elif self.how == "noise":
-            return answer[: len(answer) // 2]
+            return blob[: len(blob) // 2]
         elif self.how == "replay":
-            self.first = self.first or answer
+            self.first = self.first or blob
             return self.first
         elif self.how == "late":
             time.sleep(LATE_S)
-        changed = {"version": {"version": update.version + 1}, "somebody": {"client": "client-000"}}
+        changed = {"version": {"version": update.version + 1}, "other client": {"client": "client-000"}}
         return replace(update, factors=factors, **changed.get(self.how, {})).to_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Real deployments for tests: `fedelta serve` and `fedelta join` as processes, with rows cut out of the tiny data."""
+"""Real deployments for tests: `fedelta serve` and `fedelta join` as processes, each with a part of the tiny data."""
 
 import os
 import signal
@@ -27,13 +27,13 @@ NAMES = ("client-000", "client-001", "client-002")
 
 
 class Federation:
-    """A server and its sites, each in a folder of its own.
+    """A server and its sites, each with its own folder.
 
     Args:
-        config: of the server; its clients' rows are what the partition gives them in process, so that a run in
-            process trains on the same.
-        folder: for all of it.
-        secure: with TLS and keys.
+        config: the server's configuration. Each site gets the rows that the partition gives to its client, so that a
+            run in one process trains on the same rows.
+        folder: a new folder for all files.
+        secure: use TLS and keys.
     """
 
     def __init__(self, config: Config, folder: Path, secure: bool = True) -> None:
@@ -59,12 +59,12 @@ class Federation:
         return self._run(name, "-m", "fedelta.cli", *arguments)
 
     def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        place = self.folder / name
-        place.mkdir(exist_ok=True)
-        with (place / "output").open("ab") as output:
+        cwd = self.folder / name
+        cwd.mkdir(exist_ok=True)
+        with (cwd / "output").open("ab") as output:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
-                cwd=place,
+                cwd=cwd,
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "COLUMNS": "200"},
@@ -87,30 +87,30 @@ class Federation:
             if self.secure
             else ["--insecure", "--name", name]
         )
-        place = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
-        return self._start(name, "join", str(self.folder / "config.yaml"), *place, *security, *arguments)
+        options = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
+        return self._start(name, "join", str(self.folder / "config.yaml"), *options, *security, *arguments)
 
     def join_all(self, ranks: Sequence[int]) -> None:
-        """Every site, with its rank."""
+        """Start all sites, each with its rank."""
         for name, rank in zip(self.names, ranks, strict=True):
             self.join(name, rank)
 
     def join_badly(self, name: str, rank: int, how: str) -> subprocess.Popen[bytes]:
-        """A site whose trainer does not do what it should: see `bad_site.py`."""
-        place = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
+        """Start a site whose trainer misbehaves: see `bad_site.py`."""
+        options = ["--server", f"127.0.0.1:{self.port}", "--data", "rows.csv", "--rank", str(rank)]
         config = str(self.folder / "config.yaml")
         script = str(Path(__file__).with_name("bad_site.py"))
-        return self._run(name, script, how, "join", config, *place, "--insecure", "--name", name)
+        return self._run(name, script, how, "join", config, *options, "--insecure", "--name", name)
 
     def output(self, name: str) -> str:
         return (self.folder / name / "output").read_text()
 
     def wait(self, name: str, timeout: float = 300) -> int:
-        """Until a process ends; its exit code."""
+        """Wait until a process ends, and return its exit code."""
         return self.processes[name].wait(timeout)
 
     def wait_for_rounds(self, rounds: int, timeout: float = 300) -> None:
-        """Until so many rounds are finished."""
+        """Wait until this number of rounds is finished."""
         file = self.config.folder / "rounds.jsonl"
         until = time.monotonic() + timeout
         while not (file.exists() and file.read_bytes().count(b"\n") >= rounds):

@@ -1,4 +1,4 @@
-"""A server and sites with rows of their own: the same numbers, behind TLS and keys, and whatever may go wrong."""
+"""A server and sites with their own rows: the same numbers as in one process, TLS and keys, and failures."""
 
 import base64
 import datetime
@@ -34,7 +34,7 @@ from site_processes import MIXED, NAMES, Federation
 
 
 @pytest.mark.slow
-def test_sites_with_keys_give_the_bytes_of_one_process(tiny_config: Any, tmp_path: Path) -> None:
+def test_sites_with_keys_produce_the_bytes_of_one_process(tiny_config: Any, tmp_path: Path) -> None:
     alone = run(tiny_config(name="alone", rounds=4, **MIXED))
     config = tiny_config(name="apart", rounds=4, **MIXED)
     with Federation(config, tmp_path / "sites") as federation:
@@ -46,13 +46,13 @@ def test_sites_with_keys_give_the_bytes_of_one_process(tiny_config: Any, tmp_pat
             assert "trained in" in federation.output(name)
     apart = open_run(config.folder)
     assert apart.folder.rounds_file.read_bytes() == alone.folder.rounds_file.read_bytes()
-    ours, theirs = (each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, alone))
-    assert ours.read_bytes() == theirs.read_bytes()
+    adapters = [each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, alone)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 @pytest.mark.slow
-def test_bad_answers_are_left_out_and_written_down(tiny_config: Any, tmp_path: Path) -> None:
-    ways = ["", "nan", "shape", "version", "somebody", "header", "noise", "replay", "late"]
+def test_bad_updates_are_skipped_and_recorded(tiny_config: Any, tmp_path: Path) -> None:
+    ways = ["", "nan", "shape", "version", "other client", "header", "noise", "replay", "late"]
     config = tiny_config(
         name="bad",
         rounds=3,
@@ -75,7 +75,7 @@ def test_bad_answers_are_left_out_and_written_down(tiny_config: Any, tmp_path: P
             "nan": "holds NaN or infinite values",
             "shape": "(23, 2), expected torch.float32 (24, 2)",
             "version": "it trained on base version",
-            "somebody": "its update says client client-000",
+            "other client": "its update says client client-000",
             "header": "its header alone claims 10737418240",
             "noise": "damaged message",
             "late": "no reply within 8 s",
@@ -87,29 +87,29 @@ def test_bad_answers_are_left_out_and_written_down(tiny_config: Any, tmp_path: P
     assert "skipped" in federation.output("server")
 
 
-def strangers(federation: Federation, tmp_path: Path) -> None:
-    """Sites that should not be let in: of an unknown key, with another authority, in plain text."""
-    make_certificates(tmp_path / "other", ["stranger", "misled", "plain"], [])
+def join_untrusted(federation: Federation, tmp_path: Path) -> None:
+    """Start sites that must be refused: with an unknown key, with another authority, and in plain text."""
+    make_certificates(tmp_path / "other", ["unknown", "misled", "plain"], [])
     own = tmp_path / "other" / "sites"
-    for name in ("stranger", "misled", "plain"):
+    for name in ("unknown", "misled", "plain"):
         (federation.folder / name).mkdir()
         shutil.copy(federation.folder / NAMES[0] / "rows.csv", federation.folder / name)
-    # It knows the server, but the server does not know it.
-    shutil.copy(federation.folder / "keys" / "server" / "ca.crt", own / "stranger" / "ca.crt")
-    federation.join("stranger", 2, keys=str(own / "stranger"))
+    # This site trusts the server, but the server does not know its key.
+    shutil.copy(federation.folder / "keys" / "server" / "ca.crt", own / "unknown" / "ca.crt")
+    federation.join("unknown", 2, keys=str(own / "unknown"))
     federation.join("misled", 2, keys=str(own / "misled"))
     federation.secure = False
     federation.join("plain", 2)
     federation.secure = True
 
 
-def signed(key: Path, moment: datetime.datetime, spoilt: bool = False) -> dict[str, str]:
-    """What a node writes above a request, as if it were this moment."""
+def signed(key: Path, moment: datetime.datetime, spoiled: bool = False) -> dict[str, str]:
+    """Return the headers of a node's request, signed as if it were sent at `moment`."""
     private = load_ssh_private_key(key.read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
     text = moment.isoformat()
     signature = private.sign(text.encode(), ec.ECDSA(hashes.SHA256()))
-    if spoilt:
+    if spoiled:
         signature = signature[:-1] + bytes([signature[-1] ^ 1])
     return {
         FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(private.public_key())).decode(),
@@ -119,8 +119,8 @@ def signed(key: Path, moment: datetime.datetime, spoilt: bool = False) -> dict[s
     }
 
 
-def knock(federation: Federation) -> dict[str, int]:
-    """Status of requests straight to the server's door."""
+def request_statuses(federation: Federation) -> dict[str, int]:
+    """Return the HTTP status of requests that are sent directly to the gateway."""
     keys = federation.folder / "keys"
     context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
     key = keys / "sites" / NAMES[0] / "site.key"
@@ -136,7 +136,7 @@ def knock(federation: Federation) -> dict[str, int]:
         return {
             "good": ask(activate, signed(key, now)),
             "old": ask(activate, signed(key, now - datetime.timedelta(minutes=10))),
-            "altered": ask(activate, signed(key, now, spoilt=True)),
+            "altered": ask(activate, signed(key, now, spoiled=True)),
             "unsigned": ask(activate, {"content-type": "application/protobuf"}),
             "huge": ask(activate, signed(key, now), bytes(17 * 2**20)),
             "control": ask("/v1/control/list-runs", signed(key, now), b""),
@@ -146,41 +146,41 @@ def knock(federation: Federation) -> dict[str, int]:
         }
 
 
-class Tap:
-    """A tap between a client and a server, which keeps what the client says, and may change a byte of it.
+class Interceptor:
+    """Sits between a client and a server, records the client's packets, and may change a byte of one.
 
     Args:
-        port: of the server.
-        spoil: which of the client's packets is changed, None for none.
+        port: port of the server.
+        spoil: index of the client's packet that is changed; None for none.
     """
 
     def __init__(self, port: int, spoil: int | None = None) -> None:
-        self.said: list[bytes] = []
+        self.packets: list[bytes] = []
         self._server = socket.create_connection(("127.0.0.1", port))
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._spoil = spoil
         self.port = self._listening.getsockname()[1]
-        threading.Thread(target=self._carry, daemon=True).start()
+        threading.Thread(target=self._forward, daemon=True).start()
 
-    def _carry(self) -> None:
+    def _forward(self) -> None:
         client, _ = self._listening.accept()
-        threading.Thread(target=self._back, args=(client,), daemon=True).start()
+        threading.Thread(target=self._forward_back, args=(client,), daemon=True).start()
         with suppress(OSError):
             while piece := client.recv(2**16):
-                if len(self.said) == self._spoil:
+                if len(self.packets) == self._spoil:
                     piece = piece[:-1] + bytes([piece[-1] ^ 1])
-                self.said.append(piece)
+                self.packets.append(piece)
                 self._server.sendall(piece)
 
-    def _back(self, client: socket.socket) -> None:
+    def _forward_back(self, client: socket.socket) -> None:
         with suppress(OSError):
             while piece := self._server.recv(2**16):
                 client.sendall(piece)
         client.close()
 
 
-def on_the_wire(federation: Federation) -> None:
-    """Whoever sits between a site and its server can neither say again what was said, nor change it."""
+def check_connection_is_tamperproof(federation: Federation) -> None:
+    """Check that a program between a site and its server can neither replay nor change a request."""
     keys = federation.folder / "keys"
     context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
     headers = signed(keys / "sites" / NAMES[0] / "site.key", datetime.datetime.now(datetime.UTC))
@@ -189,38 +189,38 @@ def on_the_wire(federation: Federation) -> None:
         url = f"https://127.0.0.1:{port}/v1/fleet/pull-messages"
         return httpx.post(url, content=b"", headers=headers, verify=context, trust_env=False).status_code
 
-    tap = Tap(federation.port)
-    assert ask(tap.port) == 401
-    # The handshake, and then the request: as it was said, to a server that has drawn another key.
-    with socket.create_connection(("127.0.0.1", federation.port), 20) as again:
-        heard = b""
-        for piece in tap.said:
+    interceptor = Interceptor(federation.port)
+    assert ask(interceptor.port) == 401
+    # Replay the handshake and the request. The server has drawn another session key since.
+    with socket.create_connection(("127.0.0.1", federation.port), 20) as replay:
+        received = b""
+        for piece in interceptor.packets:
             with suppress(OSError):
-                again.sendall(piece)
+                replay.sendall(piece)
         with suppress(ConnectionResetError):
-            while piece := again.recv(2**16):
-                heard += piece
-    # It has hung up after its own part of the handshake, with an alert and no answer.
-    assert len(heard) < 4096
-    for packet in range(len(tap.said)):
+            while piece := replay.recv(2**16):
+                received += piece
+    # The server closes the connection after its part of the handshake, with an alert and no response.
+    assert len(received) < 4096
+    for packet in range(len(interceptor.packets)):
         with pytest.raises(httpx.TransportError):
-            ask(Tap(federation.port, spoil=packet).port)
+            ask(Interceptor(federation.port, spoil=packet).port)
 
 
 @pytest.mark.slow
-def test_nobody_comes_in_without_a_key_and_the_rounds_go_on(tiny_config: Any, tmp_path: Path) -> None:
+def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(name="apart", rounds=20, **MIXED)
     with Federation(config, tmp_path / "sites") as federation:
         federation.serve()
-        # They wait for the server as its sites do.
-        strangers(federation, tmp_path)
+        # These sites wait for the server, as its own sites do.
+        join_untrusted(federation, tmp_path)
         federation.join_all((2, 4, 3))
         federation.wait_for_rounds(1)
-        found = knock(federation)
-        on_the_wire(federation)
+        statuses = request_statuses(federation)
+        check_connection_is_tamperproof(federation)
         for name, reason in {
-            "stranger": "does not know the key",
-            "misled": "is not whom",
+            "unknown": "does not know the key",
+            "misled": "could not be verified with",
             "plain": "does not speak plain HTTP",
         }.items():
             assert federation.wait(name, 120) == 2
@@ -229,18 +229,18 @@ def test_nobody_comes_in_without_a_key_and_the_rounds_go_on(tiny_config: Any, tm
             assert reason in lines[-1]
         assert federation.wait("server") == 0, federation.output("server")
         assert "refused a node at 127.0.0.1" in federation.output("server")
-    # A key that is in use is not let in twice; whatever is not a node's gets nowhere.
-    assert found.pop("good") == 412
-    assert found.pop("huge") == 413
-    assert {found.pop(way) for way in ("old", "altered", "unsigned")} == {401}
-    assert set(found.values()) == {404}
+    # A key that is in use is not admitted twice. Requests to other services than the nodes' are not forwarded.
+    assert statuses.pop("good") == 412
+    assert statuses.pop("huge") == 413
+    assert {statuses.pop(way) for way in ("old", "altered", "unsigned")} == {401}
+    assert set(statuses.values()) == {404}
     records = open_run(config.folder).records
     assert len(records) == 20
     assert not any(record["skipped"] for record in records)
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_goes_on_with_sites_that_stayed_up_and_one_that_came_back(
+def test_a_killed_server_resumes_with_sites_that_stayed_up_and_one_that_was_restarted(
     tiny_config: Any, tmp_path: Path
 ) -> None:
     whole = run(tiny_config(name="whole", rounds=8, **MIXED))
@@ -253,7 +253,7 @@ def test_a_server_that_is_killed_goes_on_with_sites_that_stayed_up_and_one_that_
         federation.processes["server"].wait()
         done = config.folder.joinpath("rounds.jsonl").read_bytes().count(b"\n")
         assert done < 8
-        # Blank, when it comes back: its base has none of the patches.
+        # Restart this site as well: its base then lacks all patches.
         federation.processes[NAMES[2]].kill()
         federation.processes[NAMES[2]].wait()
         federation.serve("--resume")
@@ -264,12 +264,12 @@ def test_a_server_that_is_killed_goes_on_with_sites_that_stayed_up_and_one_that_
     apart = open_run(config.folder)
     assert len(apart.records) == 8
     assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in whole.records]
-    ours, theirs = (each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, whole))
-    assert ours.read_bytes() == theirs.read_bytes()
+    adapters = [each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, whole)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 @pytest.mark.slow
-def test_a_site_that_is_killed_in_a_round_is_missed_and_taken_back(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_killed_site_is_skipped_and_takes_part_again_after_a_restart(tiny_config: Any, tmp_path: Path) -> None:
     changes = {**MIXED, "federation": {"deadline": 15.0, "min_clients": 2}}
     config = tiny_config(name="apart", rounds=50, **changes)
     with Federation(config, tmp_path / "sites") as federation:
@@ -291,7 +291,7 @@ def test_a_site_that_is_killed_in_a_round_is_missed_and_taken_back(tiny_config: 
 
 
 @pytest.mark.slow
-def test_a_round_without_its_quorum_is_done_again_and_nothing_is_lost(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_round_with_too_few_updates_is_repeated_and_no_work_is_lost(tiny_config: Any, tmp_path: Path) -> None:
     changes = {**MIXED, "federation": {"min_clients": 3, "deadline": 200.0}}
     whole = run(tiny_config(name="whole", rounds=5, **changes))
     config = tiny_config(name="apart", rounds=5, **changes)
@@ -299,7 +299,7 @@ def test_a_round_without_its_quorum_is_done_again_and_nothing_is_lost(tiny_confi
         federation.serve()
         federation.join_all((2, 4, 3))
         federation.wait_for_rounds(2)
-        # As when its power fails: nobody says goodbye, and its place is held for a while.
+        # As after a power failure: the node does not sign off, and the server holds its place for a while.
         site = psutil.Process(federation.processes[NAMES[1]].pid)
         for process in [site, *site.children(recursive=True)]:
             with suppress(psutil.Error):
@@ -311,12 +311,12 @@ def test_a_round_without_its_quorum_is_done_again_and_nothing_is_lost(tiny_confi
     assert [len(record["clients"]) for record in apart.records] == [3] * 5
     assert any(record["failed_attempts"] or record["caught_up"] for record in apart.records)
     assert [record["train_loss"] for record in apart.records] == [record["train_loss"] for record in whole.records]
-    ours, theirs = (each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, whole))
-    assert ours.read_bytes() == theirs.read_bytes()
+    adapters = [each.folder.adapter_folder / "adapter_model.safetensors" for each in (apart, whole)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 @pytest.mark.slow
-def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_site_with_other_settings_or_labels_is_told_why(tiny_config: Any, tmp_path: Path) -> None:
     changes = {**MIXED, "partition": {"kind": "iid", "clients": 2}, "ranks": {}}
     config = tiny_config(name="apart", rounds=1, **changes)
     with Federation(config, tmp_path / "sites", secure=False) as federation:
@@ -326,11 +326,11 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
         rows.write_text(rows.read_text().replace("sea", "lake"))
         federation.join(NAMES[1], 2)
         assert federation.wait("server") == 2
-        told = federation.output("server")
-        assert "client-000, client-001 (0 of 2 are there, expected 2)" in " ".join(told.split())
-        assert "training.steps is 9 here and 2 at the server" in told
+        output = federation.output("server")
+        assert "client-000, client-001 (0 of 2 are there, expected 2)" in " ".join(output.split())
+        assert "training.steps is 9 here and 2 at the server" in output
         assert "training.steps is 9 here and 2 at the server" in federation.output(NAMES[0])
-        assert "label 'lake' is none of the server's" in told
+        assert "label 'lake' is none of the server's" in output
         assert not (config.folder / "rounds.jsonl").exists()
 
 
@@ -339,17 +339,17 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
     [
         (["join", "--data", "absent.csv", "--insecure", "--name", "a"], "absent.csv: no such file"),
         (["join", "--insecure", "--name", "a"], "--data FILE"),
-        (["join", "--data", "rows.csv"], "say --keys FOLDER, or --insecure"),
+        (["join", "--data", "rows.csv"], "--keys FOLDER, or --insecure for a trial on loopback"),
         (["join", "--data", "rows.csv", "--keys", "nowhere"], "no site.key there"),
         (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org:1"], "is for loopback"),
         (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org"], "HOST:PORT"),
         (["serve", "--keys", "nowhere"], "no server.crt there"),
-        (["join", "--data", "rows.csv", "--keys", "worn"], "is no private key without a password"),
-        (["serve", "--keys", "torn"], "are no certificate and its key"),
+        (["join", "--data", "rows.csv", "--keys", "worn"], "is not a private key without a password"),
+        (["serve", "--keys", "torn"], "are not a certificate and its key"),
         (["serve", "--keys", "twins"], "are the same key"),
-        (["serve", "--keys", "odd"], "is no public key as ssh-keygen writes it"),
+        (["serve", "--keys", "odd"], "is not a public key in the format of ssh-keygen"),
         (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected letters"),
-        (["serve"], "say --keys FOLDER, or --insecure"),
+        (["serve"], "--keys FOLDER, or --insecure for a trial on loopback"),
         (["serve", "--insecure"], "no site"),
         (["serve", "--insecure", "--sites", "a", "--host", "0.0.0.0"], "is for loopback"),
         (["serve", "--insecure", "--sites", "a", "method=fedsa"], "not over Flower yet"),

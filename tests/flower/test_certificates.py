@@ -1,4 +1,4 @@
-"""Certificates and keys of a deployment, used as OpenSSL and Flower use them."""
+"""Certificates and keys of a deployment, used in the way that OpenSSL and Flower use them."""
 
 import socket
 import ssl
@@ -16,23 +16,23 @@ from fedelta.flower.certificates import make_certificates
 
 
 def handshake(server: Path, authority: Path, name: str) -> None:
-    """TLS over a pair of sockets, with the name that a client looks for."""
-    ours, theirs = socket.socketpair()
-    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    here.load_cert_chain(server / "server.crt", server / "server.key")
+    """Do a TLS handshake over a pair of sockets, with the host name that the client expects."""
+    server_socket, client_socket = socket.socketpair()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server / "server.crt", server / "server.key")
 
     def serve() -> None:
         try:
-            here.wrap_socket(ours, server_side=True).close()
+            context.wrap_socket(server_socket, server_side=True).close()
         except OSError:
-            ours.close()
+            server_socket.close()
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        ssl.create_default_context(cafile=str(authority)).wrap_socket(theirs, server_hostname=name).close()
+        ssl.create_default_context(cafile=str(authority)).wrap_socket(client_socket, server_hostname=name).close()
     finally:
-        theirs.close()
+        client_socket.close()
         thread.join()
 
 
@@ -48,7 +48,7 @@ def test_a_site_that_trusts_the_authority_reaches_the_server(tmp_path: Path) -> 
         handshake(server, other / "ca.crt", "10.1.2.3")
 
 
-def test_the_server_knows_each_site_by_its_key(tmp_path: Path) -> None:
+def test_the_server_has_the_public_key_of_each_site(tmp_path: Path) -> None:
     server, *sites = make_certificates(tmp_path / "keys", ["north", "south"], [])
     for site in sites:
         private = load_ssh_private_key((site / "site.key").read_bytes(), None)
@@ -57,12 +57,12 @@ def test_the_server_knows_each_site_by_its_key(tmp_path: Path) -> None:
         assert public.curve.name == "secp384r1"  # type: ignore[union-attr]
 
 
-def test_private_keys_are_their_owners_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_private_keys(tmp_path: Path) -> None:
     make_certificates(tmp_path / "keys", ["north"], [])
     private = sorted((tmp_path / "keys").rglob("*.key"))
     assert [file.parent.name for file in private] == ["authority", "server", "north"]
     assert all(file.stat().st_mode & 0o077 == 0 for file in private)
-    # What goes to a site holds nothing of the authority's or of another site's.
+    # The folder of a site holds no key of the authority or of another site.
     assert sorted(file.name for file in (tmp_path / "keys" / "sites" / "north").iterdir()) == ["ca.crt", "site.key"]
 
 

@@ -1,4 +1,4 @@
-"""Flower's processes on this machine: what they give is what one process gives."""
+"""Deployments on this machine produce the same bytes as a run in one process."""
 
 import os
 import socket
@@ -21,8 +21,8 @@ from fedelta.federation.engines.observer import Observer
 from fedelta.federation.engines.rounds import read_update
 from fedelta.flower.loopback import run_on_loopback
 from fedelta.flower.server.progress_file import ProgressReader, ProgressWriter
-from fedelta.flower.site import trainer_process as warm_trainer
-from fedelta.flower.site.ipc import RelayError, ask, listen, receive, send
+from fedelta.flower.site import trainer_process
+from fedelta.flower.site.ipc import IpcError, ask, listen, receive, send
 from fedelta.runs.runner import Run, run
 
 MIXED = {
@@ -38,7 +38,9 @@ def files(finished: Run) -> list[bytes]:
     return [folder.rounds_file.read_bytes(), (folder.adapter_folder / "adapter_model.safetensors").read_bytes()]
 
 
-class Seen(Observer):
+class RoundLog(Observer):
+    """Records the numbers of the finished rounds."""
+
     def __init__(self) -> None:
         self.rounds: list[int] = []
 
@@ -46,11 +48,11 @@ class Seen(Observer):
         self.rounds.append(record["round"])
 
 
-class Killer(Seen):
+class Killer(RoundLog):
     """Kills a process in round 2.
 
     Args:
-        victim: a part of its command line.
+        victim: a part of the command line of the process.
     """
 
     def __init__(self, victim: str) -> None:
@@ -67,19 +69,19 @@ class Killer(Seen):
 
 
 @pytest.mark.slow
-def test_flowers_nodes_and_its_simulation_give_the_bytes_of_one_process(tiny_config: Any) -> None:
+def test_nodes_and_simulated_nodes_produce_the_bytes_of_one_process(tiny_config: Any) -> None:
     alone = run(tiny_config(name="alone", rounds=4, **MIXED))
     for ray in (False, True):
-        seen = Seen()
+        round_log = RoundLog()
         config = tiny_config(name=f"ray-{ray}", rounds=4, **MIXED)
-        apart = run_on_loopback(config, resume=False, observer=seen, ray=ray)
+        apart = run_on_loopback(config, resume=False, observer=round_log, ray=ray)
         assert files(apart) == files(alone)
         assert apart.result == alone.result
-        assert seen.rounds == [0, 1, 2, 3]
+        assert round_log.rounds == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_flower_with_blank_nodes(tiny_config: Any) -> None:
+def test_a_run_resumes_over_flower_with_nodes_that_lack_all_patches(tiny_config: Any) -> None:
     changes = {**MIXED, "federation": {"participation": 0.67, "precision": "int8"}}
     whole = run(tiny_config(name="whole", rounds=6, **changes))
     run(tiny_config(name="parts", rounds=2, **changes))
@@ -89,31 +91,31 @@ def test_a_run_goes_on_over_flower_with_blank_nodes(tiny_config: Any) -> None:
     def without_bytes(each: Run) -> list[Any]:
         return [{k: v for k, v in r.items() if not k.startswith("bytes") and k != "caught_up"} for r in each.records]
 
-    # Bytes differ: a node that is blank is sent the patches that it has missed.
+    # The byte counts differ: a new node is sent the patches that it lacks.
     assert without_bytes(parts) == without_bytes(whole)
     assert any(record["caught_up"] for record in parts.records)
     assert files(parts)[1] == files(whole)[1]
 
 
 @pytest.mark.slow
-def test_a_trainer_that_is_killed_comes_back_and_nothing_is_lost(tiny_config: Any) -> None:
-    # With messages in int8 a client's memory of what they left out has to come back too.
+def test_a_killed_trainer_is_restarted_and_no_work_is_lost(tiny_config: Any) -> None:
+    # With int8 messages, the client's error feedback has to be restored too.
     changes = {**MIXED, "federation": {"participation": 0.67, "precision": "int8"}}
     alone = run(tiny_config(name="alone", rounds=4, **changes))
-    killer = Killer("warm_trainer")
+    killer = Killer("trainer_process")
     apart = run_on_loopback(tiny_config(name="apart", rounds=4, **changes), resume=False, observer=killer)
-    assert killer.warnings == ["trainer ended with exit code -9 and is started again"]
+    assert killer.warnings == ["trainer ended with exit code -9 and is restarted"]
     assert files(apart)[1] == files(alone)[1]
     assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in alone.records]
     assert all(not r["skipped"] for r in apart.records)
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_is_started_again(tiny_config: Any) -> None:
+def test_a_killed_node_is_restarted(tiny_config: Any) -> None:
     killer = Killer("client-001")
     changes = {**MIXED, "federation": {"deadline": 10.0, "min_clients": 2}}
     apart = run_on_loopback(tiny_config(name="apart", rounds=24, **changes), resume=False, observer=killer)
-    assert "node-client-001 ended with exit code -9 and is started again" in killer.warnings
+    assert "node-client-001 ended with exit code -9 and is restarted" in killer.warnings
     assert len(apart.records) == 24
     assert "client-001" in apart.records[-1]["clients"]
     assert {client for record in apart.records for client in record["skipped"]} <= {"client-001"}
@@ -122,9 +124,9 @@ def test_a_node_that_is_killed_is_started_again(tiny_config: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "line"),
-    [("flwr-serverapp", "the ServerApp ended without a word"), ("flower-superlink", "the SuperLink ended")],
+    [("flwr-serverapp", "the ServerApp ended without a result"), ("flower-superlink", "the SuperLink ended")],
 )
-def test_a_server_that_is_killed_says_so_and_goes_on(victim: str, line: str, tiny_config: Any) -> None:
+def test_a_killed_server_is_reported_and_the_run_can_resume(victim: str, line: str, tiny_config: Any) -> None:
     whole = run(tiny_config(name="whole", rounds=4, **MIXED))
     config = tiny_config(name="parts", rounds=4, **MIXED)
     with pytest.raises(FedeltaError, match=line):
@@ -135,7 +137,7 @@ def test_a_server_that_is_killed_says_so_and_goes_on(victim: str, line: str, tin
 
 
 @pytest.mark.slow
-def test_of_those_sampled_the_first_make_the_round(tiny_config: Any) -> None:
+def test_a_round_keeps_the_first_replies_of_the_sampled_clients(tiny_config: Any) -> None:
     changes = {**MIXED, "federation": {"sample": 3, "keep": 2, "min_clients": 2}}
     apart = run_on_loopback(tiny_config(name="apart", rounds=5, **changes), resume=False, observer=Observer())
     assert all(len(record["clients"]) == 2 for record in apart.records)
@@ -144,19 +146,19 @@ def test_of_those_sampled_the_first_make_the_round(tiny_config: Any) -> None:
 
 
 def kill_children(text: str) -> None:
-    """Kill -9 those processes below this one that have the text in their command line."""
-    found = []
+    """Send SIGKILL to all descendants of this process whose command line contains the text."""
+    matches = []
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if text in " ".join(child.cmdline()):
-                found.append(child)
-    assert found
-    for child in found:
+                matches.append(child)
+    assert matches
+    for child in matches:
         child.kill()
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_in_a_round_says_why_and_leaves_no_process(
+def test_a_run_that_fails_in_a_round_reports_why_and_leaves_no_process(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tmp_path / "scratch"
@@ -176,24 +178,24 @@ def _command_line() -> str:
     return Path("/proc/self/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def test_a_run_that_can_not_begin_says_why(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_reports_why(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(name="bad", **{**MIXED, "data": {"source": str(tmp_path / "absent.csv")}})
     with pytest.raises(FedeltaError, match=r"^data source .*absent.csv: no such file or folder$"):
         run_on_loopback(config, resume=False, observer=Observer())
     for changes, line in (
         ({"method": "fedsa", "ranks": {}}, "not over Flower"),
-        ({"training": {"stack": 2}}, "it is 1"),
+        ({"training": {"stack": 2}}, "expected 1 over Flower"),
     ):
         with pytest.raises(FedeltaError, match=line):
             run_on_loopback(tiny_config(name="bad", **{**MIXED, **changes}), resume=False, observer=Observer())
 
 
-def test_what_one_process_is_told_another_hears(tmp_path: Path) -> None:
-    heard: list[Any] = []
+def test_progress_written_by_one_process_reaches_the_observer_of_another(tmp_path: Path) -> None:
+    calls: list[Any] = []
 
     class Listener(Observer):
         def __getattribute__(self, name: str) -> Any:
-            return lambda *arguments: heard.append((name, *arguments))
+            return lambda *arguments: calls.append((name, *arguments))
 
     writer, reader = ProgressWriter(tmp_path / "events"), ProgressReader(tmp_path / "events", Listener())
     reader.catch_up()
@@ -212,7 +214,7 @@ def test_what_one_process_is_told_another_hears(tmp_path: Path) -> None:
     assert not reader.finished
     writer.finished()
     reader.catch_up()
-    assert heard == [
+    assert calls == [
         ("run_started", "fedex", 0, 3),
         ("clients_started", 0, 2),
         ("warn", "half a line"),
@@ -228,43 +230,43 @@ def test_what_one_process_is_told_another_hears(tmp_path: Path) -> None:
     assert reader.failure == "no disk"
 
 
-def test_a_reason_from_elsewhere_is_one_short_line() -> None:
-    found = read_update("a", {"failed": "no\nway " + "x" * 10_000}, b"")
-    assert str(found).startswith("client a: no way xxx")
-    assert len(str(found)) < 1100
+def test_a_reason_from_a_client_becomes_one_short_line() -> None:
+    error = read_update("a", {"failed": "no\nway " + "x" * 10_000}, b"")
+    assert str(error).startswith("client a: no way xxx")
+    assert len(str(error)) < 1100
     assert "\n" not in str(read_update("a", {"refused": "no\nway"}, b""))
     assert "damaged" in str(read_update("a", {}, b"")) or "header" in str(read_update("a", {}, b""))
 
 
 @pytest.mark.parametrize("noise", [b"", b"x" * 40, (9).to_bytes(8, "big") + b"not json!" + bytes(8), bytes(16)])
-def test_noise_on_its_socket_does_not_end_a_trainer(noise: bytes, tmp_path: Path) -> None:
-    class TrainerProcess:
+def test_noise_on_the_socket_does_not_end_a_trainer(noise: bytes, tmp_path: Path) -> None:
+    class FakeTrainer:
         finished = False
-        answered: ClassVar[list[Any]] = []
+        received: ClassVar[list[Any]] = []
 
-        def answer(self, facts: Any, blob: bytes) -> Any:  # noqa: ARG002
-            self.answered.append(facts)
+        def handle(self, facts: Any, blob: bytes) -> Any:  # noqa: ARG002
+            self.received.append(facts)
             return {"ok": 1}, b""
 
     path = tmp_path / "own" / "socket"
     server = listen(path)
-    serving = threading.Thread(target=warm_trainer.serve, args=(server, TrainerProcess()), daemon=True)
+    serving = threading.Thread(target=trainer_process.serve, args=(server, FakeTrainer()), daemon=True)
     serving.start()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         connection.sendall(noise)
     assert ask(str(path), {"kind": "query", "clients": []})[0] == {"ok": 1}
-    assert TrainerProcess.answered[-1] == {"kind": "query", "clients": []}
+    assert FakeTrainer.received[-1] == {"kind": "query", "clients": []}
     assert serving.is_alive()
 
 
-def test_only_the_owner_reaches_a_trainer(tmp_path: Path) -> None:
+def test_only_the_owner_can_open_the_socket_of_a_trainer(tmp_path: Path) -> None:
     with listen(tmp_path / "own" / "socket"):
         assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
         assert (tmp_path / "own" / "socket").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_message_ends_where_it_says(tmp_path: Path) -> None:
+def test_a_message_has_the_length_that_it_states(tmp_path: Path) -> None:
     server = listen(tmp_path / "own" / "socket")
 
     def serve() -> None:
@@ -281,21 +283,21 @@ def test_a_message_ends_where_it_says(tmp_path: Path) -> None:
         blob[::-1],
     )
     thread.join()
-    mine, other = socket.socketpair()
+    ours, other = socket.socketpair()
     other.sendall((2**40).to_bytes(8, "big"))
-    with pytest.raises(RelayError, match="1099511627776 bytes, expected at most"):
-        receive(mine)
+    with pytest.raises(IpcError, match="1099511627776 bytes, expected at most"):
+        receive(ours)
     other.sendall((9).to_bytes(8, "big") + b"short")
     other.close()
-    with pytest.raises(RelayError, match="ended within"):
-        receive(mine)
+    with pytest.raises(IpcError, match="ended within"):
+        receive(ours)
 
 
-def test_an_answer_may_come_before_the_question_returns() -> None:
-    mine, other = socket.socketpair()
+def test_a_reply_may_arrive_before_send_returns() -> None:
+    ours, other = socket.socketpair()
 
-    class AnsweredAtOnce(socket.socket):
-        """Whose other end has read a message, answered it and gone before `sendall` returns."""
+    class RepliedAtOnce(socket.socket):
+        """A socket whose other end reads a message, replies and closes the connection before `sendall` returns."""
 
         def sendall(self, *data: Any) -> None:
             super().sendall(*data)
@@ -304,7 +306,7 @@ def test_an_answer_may_come_before_the_question_returns() -> None:
                 other.sendall((8).to_bytes(8, "big") + b'{"ok":1}' + bytes(8))
                 other.close()
 
-    with AnsweredAtOnce(fileno=mine.detach()) as connection:
+    with RepliedAtOnce(fileno=ours.detach()) as connection:
         send(connection, {"kind": "query"})
         assert receive(connection) == ({"ok": 1}, b"")
 
@@ -315,7 +317,7 @@ def test_the_client_app_starts_without_torch() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_runs_it(tiny_config: Any, tmp_path: Path) -> None:
+def test_the_command_line_runs_the_flower_engine(tiny_config: Any, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tiny_config(name="cli", rounds=1, **MIXED).dump()))
     command = [sys.executable, "-m", "fedelta.cli", "run", str(config), "--engine", "flower"]
@@ -325,7 +327,7 @@ def test_the_command_line_runs_it(tiny_config: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_leaves_no_process_and_goes_on(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_process_and_can_resume(tiny_config: Any, tmp_path: Path) -> None:
     whole = run(tiny_config(name="whole", rounds=8, **MIXED))
     config = tmp_path / "config.yaml"
     data = tiny_config(name="parts", rounds=8, **MIXED)
@@ -340,7 +342,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_goes_on(tiny_config: Any, tm
         time.sleep(0.05)
     child.kill()
     child.wait()
-    # Everything that was started has the scratch folder in its command line or environment.
+    # All processes of the run have the scratch folder in their environment.
     while time.monotonic() < until and (left := _with_environment(str(scratch))):
         time.sleep(0.2)
     assert not left
@@ -350,14 +352,14 @@ def test_a_run_that_is_killed_leaves_no_process_and_goes_on(tiny_config: Any, tm
 
 
 def _with_environment(text: str) -> list[str]:
-    found = []
+    command_lines = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if text.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                command_lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-    return found
+    return command_lines
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The engine's own part of a round over Flower: whom it asks, whom it waits for, and what it makes of what comes."""
+"""The Flower engine in one round: which clients it asks and waits for, and how it handles their replies."""
 
 import json
 import struct
@@ -18,9 +18,9 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates
 from fedelta.federation.engines.rounds import Draw
 from fedelta.federation.reply import ClientReply
 from fedelta.flower.server import engine as engine_module
-from fedelta.flower.server import node_registry as nodes_module
+from fedelta.flower.server import node_registry as registry_module
 from fedelta.flower.server.engine import FlowerEngine
-from fedelta.flower.server.grid_client import GridClient as RealMail
+from fedelta.flower.server.grid_client import GridClient as RealGridClient
 from fedelta.flower.server.grid_client import Incoming, Outgoing
 from fedelta.flower.server.node_registry import NodeKey, NodeRegistry
 from fedelta.flower.server.round_exchange import MAX_RESENDS, RoundKey
@@ -34,21 +34,22 @@ NODES = {client: number for number, client in enumerate(CLIENTS, 1)}
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (nodes_module, engine_module):
+    for module in (registry_module, engine_module):
         monkeypatch.setattr(module, "POLL_S", 0.0)
-    monkeypatch.setattr(nodes_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(registry_module, "REFRESH_S", 0.0)
 
 
 class GridClient:
-    """As Flower's, with a script of what nodes answer.
+    """Replaces `GridClient` and Flower's grid, with scripted replies.
 
     Args:
-        answers: of a message, what comes back: a reply, or None for silence.
-        order: keys of clients in the order in which they come; others as they were sent.
+        respond: returns the reply to a message, or None for silence.
+        nodes: numbers of the nodes that are online.
+        slow: a client whose replies are put into `held` instead of `waiting`.
     """
 
-    def __init__(self, answers: Callable[[Outgoing], Incoming | None], nodes: Iterable[int], slow: str = "") -> None:
-        self.answers = answers
+    def __init__(self, respond: Callable[[Outgoing], Incoming | None], nodes: Iterable[int], slow: str = "") -> None:
+        self.respond = respond
         self.nodes = list(nodes)
         self.slow = slow
         self.waiting: list[Incoming] = []
@@ -62,37 +63,37 @@ class GridClient:
     def send(self, messages: Iterable[Outgoing]) -> None:
         for message in messages:
             self.sent.append(message)
-            if (answer := self.answers(message)) is not None:
+            if (incoming := self.respond(message)) is not None:
                 slow = getattr(message.key, "client", None) == self.slow
-                (self.held if slow else self.waiting).append(answer)
+                (self.held if slow else self.waiting).append(incoming)
 
     def receive(self) -> Iterator[Incoming]:
         while self.waiting:
             yield self.waiting.pop(0)
 
 
-def who(message: Outgoing) -> Incoming:
+def introduction(message: Outgoing) -> Incoming:
     names = {number: client for client, number in NODES.items()}
     return Incoming(message.key, {"clients": [names[message.node]], "base": "w", "version": 0}, b"")
 
 
 class World:
-    """A server, its state, and clients that answer as they are told."""
+    """A server, its state, and clients with scripted behavior."""
 
     def __init__(self, method: str = "fedex", **settings: Any) -> None:
         self.server, self.state = make(method, **{"deadline": 0.05, **settings})
         self.warnings: list[str] = []
         self.behave: dict[str, Callable[[Outgoing], Incoming | None]] = {}
-        self.grid_client = GridClient(self.answer, NODES.values())
+        self.grid_client = GridClient(self.respond, NODES.values())
         self.nodes = NodeRegistry(self.grid_client, CLIENTS, None, {}, self.warnings.append)  # type: ignore[arg-type]
         self.engine = FlowerEngine.__new__(FlowerEngine)
         self.engine.server, self.engine.nodes = self.server, self.nodes
         self.engine.grid_client = self.grid_client  # type: ignore[assignment]
         self.engine._late, self.engine._bytes_late, self.engine._caught_up = {}, 0, {}
 
-    def answer(self, message: Outgoing) -> Incoming | None:
+    def respond(self, message: Outgoing) -> Incoming | None:
         if isinstance(message.key, NodeKey):
-            return who(message)
+            return introduction(message)
         if message.key.client in self.behave:
             return self.behave[message.key.client](message)
         return self.good(message)
@@ -104,164 +105,164 @@ class World:
 
     def round(self, attempt: int = 0, absent: Iterable[str] = ()) -> dict[str, ClientReply]:
         draw = Draw(CLIENTS, frozenset(absent), attempt)
-        answers = list(self.engine.replies(self.state, draw, Stopwatch(), Stopwatch()))
-        assert [answer.client for answer in answers] == CLIENTS
-        return {answer.client: answer for answer in answers}
+        replies = list(self.engine.replies(self.state, draw, Stopwatch(), Stopwatch()))
+        assert [each.client for each in replies] == CLIENTS
+        return {each.client: each for each in replies}
 
 
-def reason(answer: ClientReply) -> str:
-    assert isinstance(answer.update, ClientFailed)
-    return answer.update.reason
+def reason(client_reply: ClientReply) -> str:
+    assert isinstance(client_reply.update, ClientFailed)
+    return client_reply.update.reason
 
 
-def test_all_who_answer_are_handed_on_in_order_with_their_bytes() -> None:
+def test_replies_are_yielded_in_the_order_of_the_draw_with_their_byte_counts() -> None:
     world = World()
-    found = world.round()
-    assert all(isinstance(answer.update, ClientUpdate) for answer in found.values())
-    assert all(answer.up.total > 0 and answer.down.total > 0 for answer in found.values())
+    replies = world.round()
+    assert all(isinstance(each.update, ClientUpdate) for each in replies.values())
+    assert all(each.up.total > 0 and each.down.total > 0 for each in replies.values())
     assert [message.node for message in world.grid_client.sent if not isinstance(message.key, NodeKey)] == list(
         NODES.values()
     )
 
 
-def test_silence_failure_absence_and_a_node_that_is_away_are_told_apart() -> None:
+def test_silence_failure_dropout_and_an_offline_node_have_different_reasons() -> None:
     world = World()
     world.behave["a"] = lambda message: None  # noqa: ARG005
     world.behave["b"] = lambda message: Incoming(message.key, {}, b"", "its node failed: out of memory")
     world.grid_client.nodes.remove(NODES["d"])
-    found = world.round(absent=["c"])
-    assert reason(found["a"]) == "TimeoutError: no reply within 0 s"
-    assert reason(found["b"]) == "its node failed: out of memory"
-    assert reason(found["c"]) == "TimeoutError: dropped out"
-    assert reason(found["d"]) == "its site is away"
-    assert found["a"].up.total == 0
-    assert found["c"].down.total > 0
+    replies = world.round(absent=["c"])
+    assert reason(replies["a"]) == "TimeoutError: no reply within 0 s"
+    assert reason(replies["b"]) == "its node failed: out of memory"
+    assert reason(replies["c"]) == "TimeoutError: dropped out"
+    assert reason(replies["d"]) == "its site is away"
+    assert replies["a"].up.total == 0
+    assert replies["c"].down.total > 0
 
 
-def test_the_first_to_come_make_the_round_and_the_last_is_late() -> None:
+def test_a_round_keeps_the_first_replies_and_counts_the_last_as_late() -> None:
     world = World(sample=4, keep=3)
     world.grid_client.slow = "b"
-    found = world.round()
-    assert reason(found["b"]) == "3 others came first"
-    assert sum(isinstance(answer.update, ClientUpdate) for answer in found.values()) == 3
+    replies = world.round()
+    assert reason(replies["b"]) == "3 others came first"
+    assert sum(isinstance(each.update, ClientUpdate) for each in replies.values()) == 3
     assert world.engine.events()["late"] == {}
-    # It comes in the next round, to which it does not belong.
+    # The reply arrives in the next attempt, to which it does not belong.
     world.grid_client.waiting += world.grid_client.held
     world.grid_client.slow = ""
     world.round(attempt=1)
-    # Four answered this time, so that one of them is late as well.
+    # All four replied this time, so one of these replies is late as well.
     assert world.engine.events()["late"] == {"b": 0, "d": 0}
     assert world.engine.events()["late"] == {}
 
 
-def test_more_at_once_than_a_round_keeps_are_late_too() -> None:
+def test_simultaneous_replies_beyond_those_that_a_round_keeps_are_late() -> None:
     world = World(sample=4, keep=2)
-    found = world.round()
-    assert [client for client, answer in found.items() if isinstance(answer.update, ClientUpdate)] == ["a", "b"]
+    replies = world.round()
+    assert [client for client, each in replies.items() if isinstance(each.update, ClientUpdate)] == ["a", "b"]
     assert world.engine.events()["late"] == {"c": 0, "d": 0}
 
 
-def test_a_blank_trainer_gets_every_patch_and_both_messages_count() -> None:
+def test_a_restarted_trainer_is_sent_all_patches_and_both_messages_are_counted() -> None:
     world = World()
     for _ in range(2):
         world.state, _ = world.server.step(world.state, world.round().values())
     assert (world.state.log.version, world.state.versions["a"]) == (2, 1)
-    asked = []
+    patch_starts = []
 
-    def blank(message: Outgoing) -> Incoming:
-        asked.append(Broadcast.from_bytes(message.blob).patch.start)
-        return Incoming(message.key, {"behind": 0}, b"") if asked[-1] > 0 else world.good(message)
+    def restarted(message: Outgoing) -> Incoming:
+        patch_starts.append(Broadcast.from_bytes(message.blob).patch.start)
+        return Incoming(message.key, {"behind": 0}, b"") if patch_starts[-1] > 0 else world.good(message)
 
-    world.behave["a"] = blank
-    found = world.round()
-    assert asked == [1, 0]
-    assert isinstance(found["a"].update, ClientUpdate)
+    world.behave["a"] = restarted
+    replies = world.round()
+    assert patch_starts == [1, 0]
+    assert isinstance(replies["a"].update, ClientUpdate)
     assert world.engine.events()["caught_up"] == {"a": 0}
-    assert found["a"].down.total > found["b"].down.total + found["b"].down.adapter
+    assert replies["a"].down.total > replies["b"].down.total + replies["b"].down.adapter
 
 
-def test_a_version_that_makes_no_sense_is_an_update_that_can_not_be_read() -> None:
+def test_an_impossible_version_counts_as_an_unreadable_update() -> None:
     world = World()
     for version in (-1, 5, "0", True):
         world.behave["a"] = lambda message, version=version: Incoming(message.key, {"behind": version}, b"")  # type: ignore[misc]
         assert isinstance(world.round()["a"].update, FedeltaError)
 
 
-def test_a_round_waits_for_its_quorum() -> None:
+def test_a_round_waits_for_min_clients() -> None:
     world = World(min_clients=3)
     world.grid_client.nodes = [1, 2]
-    with pytest.raises(TooFewUpdates, match=r"no node serves client c, d \(2 of 4 are there, expected 3\)") as found:
+    with pytest.raises(TooFewUpdates, match=r"no node serves client c, d \(2 of 4 are there, expected 3\)") as error:
         world.round()
-    assert found.value.skipped == {"c": "its site is away", "d": "its site is away"}
+    assert error.value.skipped == {"c": "its site is away", "d": "its site is away"}
 
 
-def nodes(answers: Any, names: dict[int, str] | None = None) -> tuple[NodeRegistry, list[str]]:
+def make_registry(replies: Any, registered: dict[int, str] | None = None) -> tuple[NodeRegistry, list[str]]:
     warnings: list[str] = []
-    grid_client = GridClient(lambda message: Incoming(message.key, *answers[message.node]), answers)
-    return NodeRegistry(grid_client, ["a", "b"], names, {"classes": ["x"]}, warnings.append), warnings  # type: ignore[arg-type]
+    grid_client = GridClient(lambda message: Incoming(message.key, *replies[message.node]), replies)
+    return NodeRegistry(grid_client, ["a", "b"], registered, {"classes": ["x"]}, warnings.append), warnings  # type: ignore[arg-type]
 
 
-def test_where_nodes_are_believed_the_last_that_names_a_client_has_it() -> None:
-    told = {
-        1: ({"clients": ["a", "b", "stranger"]}, b""),
+def test_without_registered_keys_the_last_node_that_names_a_client_serves_it() -> None:
+    replies = {
+        1: ({"clients": ["a", "b", "unknown"]}, b""),
         2: ({"clients": ["a"]}, b""),
         3: ({"clients": 7}, b""),
         4: ({}, b"", "its node failed"),
     }
-    found, warnings = nodes(told)
-    found.wait(["a", "b"], 2, 1.0)
-    assert (found["a"], found["b"]) == (2, 1)
+    registry, warnings = make_registry(replies)
+    registry.wait(["a", "b"], 2, 1.0)
+    assert (registry["a"], registry["b"]) == (2, 1)
     assert warnings == []
 
 
-def test_where_nodes_are_registered_nobody_is_believed() -> None:
-    told = {1: ({"clients": ["b"]}, b""), 2: ({"clients": ["a"]}, b""), 3: ({"clients": ["a"]}, b"")}
-    found, _ = nodes(told, {1: "a", 2: "b"})
-    found.wait(["a", "b"], 2, 1.0)
-    assert (found["a"], found["b"]) == (1, 2)
+def test_with_registered_keys_the_clients_that_nodes_name_are_ignored() -> None:
+    replies = {1: ({"clients": ["b"]}, b""), 2: ({"clients": ["a"]}, b""), 3: ({"clients": ["a"]}, b"")}
+    registry, _ = make_registry(replies, {1: "a", 2: "b"})
+    registry.wait(["a", "b"], 2, 1.0)
+    assert (registry["a"], registry["b"]) == (1, 2)
 
 
-def test_a_site_that_refuses_or_has_changed_is_named_once() -> None:
-    told: dict[int, Any] = {1: ({"refused": "training.steps is 9 here"}, b""), 2: ({"rank": 4, "base": "w"}, b"")}
-    found, warnings = nodes(told, {1: "a", 2: "b"})
+def test_a_site_that_refuses_or_has_changed_is_reported_once() -> None:
+    replies: dict[int, Any] = {1: ({"refused": "training.steps is 9 here"}, b""), 2: ({"rank": 4, "base": "w"}, b"")}
+    registry, warnings = make_registry(replies, {1: "a", 2: "b"})
     with pytest.raises(FedeltaError, match=r"no node serves client a \(1 of 2"):
-        found.wait(["a", "b"], 2, 0.05)
+        registry.wait(["a", "b"], 2, 0.05)
     assert warnings == ["a can't take part: training.steps is 9 here"]
-    assert found.capabilities["b"].rank == 4
-    found.expect("w")
+    assert registry.capabilities["b"].rank == 4
+    registry.require_base("w")
     with pytest.raises(FedeltaError, match="client b: the weights of its base model"):
-        found.expect("other")
+        registry.require_base("other")
     for changed, line in (
         ({"rank": 8, "base": "w"}, "its rank was 4 and is 8"),
         ({"rank": 4, "base": "v"}, "the weights of its base model are not the server's"),
     ):
-        told[2] = (changed, b"")
-        found.hear(Incoming(NodeKey(2), changed, b""))
+        replies[2] = (changed, b"")
+        registry.accept(Incoming(NodeKey(2), changed, b""))
         assert warnings.pop() == f"b can't take part: {line}"
-    # A node that was away serves nobody until it has answered, and not if it no longer fits.
-    found.grid_client.grid.nodes = [1]  # type: ignore[attr-defined]
-    found.look()
-    found.grid_client.grid.nodes = [1, 2]  # type: ignore[attr-defined]
-    found.look()
-    for received in found.grid_client.receive():
-        found.hear(received)
-    assert "b" not in found
-    told[2] = ({"rank": 4, "base": "w"}, b"")
-    found.hear(Incoming(NodeKey(2), told[2][0], b""))
-    assert "b" in found
+    # A node that was offline serves no client until it has answered, and none if it no longer fits.
+    registry.grid_client.grid.nodes = [1]  # type: ignore[attr-defined]
+    registry.refresh()
+    registry.grid_client.grid.nodes = [1, 2]  # type: ignore[attr-defined]
+    registry.refresh()
+    for received in registry.grid_client.receive():
+        registry.accept(received)
+    assert "b" not in registry
+    replies[2] = ({"rank": 4, "base": "w"}, b"")
+    registry.accept(Incoming(NodeKey(2), replies[2][0], b""))
+    assert "b" in registry
 
 
-def test_a_node_that_is_starting_is_asked_again() -> None:
-    told: dict[int, Any] = {1: ({"failed": "not yet"}, b""), 2: ({"clients": ["b"]}, b"")}
-    found, _ = nodes(told)
-    found.look()
-    found.hear(next(iter(found.grid_client.receive())))
-    told[1] = ({"clients": ["a"]}, b"")
-    found.wait(["a", "b"], 2, 1.0)
-    assert found["a"] == 1
+def test_a_node_that_is_still_starting_is_asked_again() -> None:
+    replies: dict[int, Any] = {1: ({"failed": "not yet"}, b""), 2: ({"clients": ["b"]}, b"")}
+    registry, _ = make_registry(replies)
+    registry.refresh()
+    registry.accept(next(iter(registry.grid_client.receive())))
+    replies[1] = ({"clients": ["a"]}, b"")
+    registry.wait(["a", "b"], 2, 1.0)
+    assert registry["a"] == 1
 
 
-def test_a_trainer_that_is_blank_for_ever_is_given_up() -> None:
+def test_a_trainer_that_always_lacks_patches_is_given_up() -> None:
     world = World()
     for _ in range(2):
         world.state, _ = world.server.step(world.state, world.round().values())
@@ -271,48 +272,48 @@ def test_a_trainer_that_is_blank_for_ever_is_given_up() -> None:
     assert len(world.grid_client.sent) - before == 4 + MAX_RESENDS
 
 
-def test_a_bad_update_takes_nobodys_place() -> None:
+def test_an_invalid_update_does_not_use_up_a_place_in_the_round() -> None:
     world = World(sample=4, keep=3)
 
     def not_a_number(message: Outgoing) -> Incoming:
         update = ClientUpdate.from_bytes(world.good(message).blob, "a")
-        bad = {name: {m: t * torch.nan for m, t in found.items()} for name, found in update.factors.items()}
+        bad = {name: {m: t * torch.nan for m, t in tensors.items()} for name, tensors in update.factors.items()}
         return Incoming(message.key, {}, replace(update, factors=bad).to_bytes())
 
     world.behave["a"] = not_a_number
-    found = world.round()
-    assert isinstance(found["a"].update, BadUpdate)
-    assert sum(isinstance(answer.update, ClientUpdate) for answer in found.values()) == 3
+    replies = world.round()
+    assert isinstance(replies["a"].update, BadUpdate)
+    assert sum(isinstance(each.update, ClientUpdate) for each in replies.values()) == 3
 
 
-def test_a_rank_that_the_server_does_not_take_is_refused() -> None:
+def test_a_rank_above_the_servers_maximum_is_refused() -> None:
     for rank in (17, 10**9, True, "4", None):
         warnings: list[str] = []
         grid_client = GridClient(
             lambda message, rank=rank: Incoming(message.key, {"rank": rank, "base": "w"}, b""), [1]
         )  # type: ignore[misc]
-        found = NodeRegistry(grid_client, ["a"], {1: "a"}, {}, warnings.append, most=16)  # type: ignore[arg-type]
-        found.look()
+        registry = NodeRegistry(grid_client, ["a"], {1: "a"}, {}, warnings.append, max_rank=16)  # type: ignore[arg-type]
+        registry.refresh()
         for received in grid_client.receive():
-            found.hear(received)
-        assert "a" not in found
+            registry.accept(received)
+        assert "a" not in registry
         assert "the server takes at most 16" in warnings[0]
 
 
 class Grid:
-    """Flower's, with replies made by hand: number of a message → what pulling it gives, or raises."""
+    """Replaces Flower's grid: message number → the reply to return, or the exception to raise."""
 
     def __init__(self, replies: dict[str, Any]) -> None:
         self.replies = replies
 
     def pull_messages(self, numbers: list[str]) -> list[Any]:
-        found = []
+        pulled = []
         for number in numbers:
             reply = self.replies.pop(number, None)
             if isinstance(reply, Exception):
                 raise reply
-            found += [reply] if reply is not None else []
-        return found
+            pulled += [reply] if reply is not None else []
+        return pulled
 
 
 def message(replies_to: str, **facts: Any) -> Any:
@@ -321,19 +322,19 @@ def message(replies_to: str, **facts: Any) -> Any:
     return SimpleNamespace(metadata=metadata, has_error=lambda: False, content=content)
 
 
-def test_what_one_node_sends_is_never_another_nodes_and_costs_no_others() -> None:
-    grid = Grid({"1": message("2", blob=b"forged"), "2": ValueError("not a message"), "3": message("3", blob=b"mine")})
-    grid_client = RealMail(grid, believed=False)  # type: ignore[arg-type]
-    grid_client._open = {"1": "a", "2": "b", "3": "c", "4": "d"}
-    found = {received.key: received for received in grid_client.receive()}
-    assert set(found) == {"a", "b", "c"}
-    assert found["a"].error == "its reply can't be read: it replies to another message"
-    assert found["b"].error == "its reply can't be read: not a message"
-    assert found["c"].blob == b"mine"
-    assert grid_client._open == {"4": "d"}
+def test_a_node_cannot_reply_for_another_or_block_the_replies_of_others() -> None:
+    grid = Grid({"1": message("2", blob=b"forged"), "2": ValueError("not a message"), "3": message("3", blob=b"own")})
+    grid_client = RealGridClient(grid, trusted=False)  # type: ignore[arg-type]
+    grid_client._pending = {"1": "a", "2": "b", "3": "c", "4": "d"}
+    by_key = {received.key: received for received in grid_client.receive()}
+    assert set(by_key) == {"a", "b", "c"}
+    assert by_key["a"].error == "its reply can't be read: it replies to another message"
+    assert by_key["b"].error == "its reply can't be read: not a message"
+    assert by_key["c"].blob == b"own"
+    assert grid_client._pending == {"4": "d"}
 
 
-def test_no_blob_breaks_whoever_reads_it() -> None:
+def test_a_malformed_blob_is_a_bad_update_and_raises_nothing() -> None:
     good = World().good(
         Outgoing(RoundKey(0, 0, "a"), 1, "train", World().server.broadcast(World().state, "a").to_bytes())
     )

@@ -1,1 +1,1 @@
-"""Flower as the engine: the same rounds over processes and machines. Nothing outside this folder imports flwr."""
+"""The Flower engine: the same rounds, run over processes and machines. No other package imports flwr."""

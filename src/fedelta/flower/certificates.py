@@ -1,6 +1,6 @@
-"""Certificates and keys for a deployment: an authority, the server's certificate, a key for each site.
+"""Certificates and keys for a deployment: an authority, the server's certificate, and a key for each site.
 
-For a trial, or for whoever has no authority of their own. Private keys can be read by their owner alone.
+Use them for a trial, or if you do not have a certificate authority. Only their owner can read the private keys.
 """
 
 import os
@@ -19,78 +19,83 @@ from cryptography.x509.oid import NameOID
 from fedelta.errors import FedeltaError
 from fedelta.files import new_folder
 
-SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-"""The names that a site may have."""
-VALID = timedelta(days=365)
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Pattern of a valid site name."""
+VALIDITY = timedelta(days=365)
 LOOPBACK = ("127.0.0.1", "localhost")
 PEM = serialization.Encoding.PEM
 
 
 def make_loopback_certificate(folder: Path) -> Path:
-    """A certificate for 127.0.0.1 and the authority behind it, whose key nobody keeps.
+    """Write a certificate for 127.0.0.1 and the authority that signed it.
+
+    The authority's key is discarded, so that it cannot sign anything else.
 
     Returns:
-        The folder, with `ca.crt`, `server.crt` and `server.key`.
+        The folder, which now holds `ca.crt`, `server.crt` and `server.key`.
     """
     authority_key, key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority = _certificate("fedelta loopback", authority_key, None, authority_key, [])
     server = _certificate("fedelta loopback", key, authority, authority_key, LOOPBACK)
     _write(folder / "ca.crt", authority.public_bytes(PEM))
     _write(folder / "server.crt", server.public_bytes(PEM))
-    _write(folder / "server.key", _private(key))
+    _write(folder / "server.key", _private_pem(key))
     return folder
 
 
-def public_key(file: Path) -> bytes:
-    """A site's public key as Flower's nodes send it.
+def read_public_key(file: Path) -> bytes:
+    """Read a site's public key, in the encoding that Flower's nodes send.
 
     Args:
-        file: as `ssh-keygen -t ecdsa -b 384` writes it.
+        file: a public key written by `ssh-keygen -t ecdsa -b 384`.
 
     Raises:
-        FedeltaError: if it is not such a key.
+        FedeltaError: if the file does not hold such a key.
     """
     try:
         key = serialization.load_ssh_public_key(file.read_bytes())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise FedeltaError(f"{file} is no public key as ssh-keygen writes it") from error
+        raise FedeltaError(f"{file} is not a public key in the format of ssh-keygen") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise FedeltaError(f"{file} is no ECDSA key of 384 bits; make one by: ssh-keygen -t ecdsa -b 384")
+        raise FedeltaError(f"{file} is not an ECDSA key of 384 bits; make one with: ssh-keygen -t ecdsa -b 384")
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def public_half(file: Path) -> bytes:
-    """The public key of a site's private one, as Flower's nodes send it.
+def derive_public_key(file: Path) -> bytes:
+    """Derive the public key from a site's private key, in the encoding that Flower's nodes send.
+
+    Args:
+        file: a private key without a password, written by `ssh-keygen -t ecdsa -b 384`.
 
     Raises:
-        FedeltaError: if the file is not such a key.
+        FedeltaError: if the file does not hold such a key.
     """
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise FedeltaError(f"{file} is no private key without a password as ssh-keygen writes it") from error
+        raise FedeltaError(f"{file} is not a private key without a password in the format of ssh-keygen") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise FedeltaError(f"{file} is no ECDSA key of 384 bits; make one by: ssh-keygen -t ecdsa -b 384")
+        raise FedeltaError(f"{file} is not an ECDSA key of 384 bits; make one with: ssh-keygen -t ecdsa -b 384")
     return key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def make_certificates(folder: Path, sites: Sequence[str], hosts: Sequence[str]) -> list[Path]:
-    """Write what a server and its sites need.
+    """Write the certificates and keys that a server and its sites need.
 
     Args:
-        folder: must not exist. `server/` stays with the server, `sites/NAME/` goes to that site, `authority/` is kept
-            where neither is.
-        sites: their names.
-        hosts: names and addresses under which sites reach the server.
+        folder: a folder that does not exist yet. `server/` stays on the server and `sites/NAME/` goes to that site.
+            Store `authority/` on neither.
+        sites: the names of the sites.
+        hosts: the names and addresses under which sites reach the server.
 
     Returns:
         The folders written, the server's first.
 
     Raises:
-        FedeltaError: if the folder exists, or a name can't be a folder's.
+        FedeltaError: if the folder exists, or a name is not valid.
     """
     for site in sites:
-        if not SITE.fullmatch(site):
+        if not SITE_NAME.fullmatch(site):
             raise FedeltaError(f"site {site!r}: expected letters, digits, - and _")
     if not sites or len(set(sites)) < len(sites):
         raise FedeltaError(f"sites: {', '.join(sites) or 'none'}, expected at least one, each once")
@@ -104,22 +109,22 @@ def make_certificates(folder: Path, sites: Sequence[str], hosts: Sequence[str]) 
     server_key = ec.generate_private_key(ec.SECP384R1())
     server = _certificate("fedelta server", server_key, authority, authority_key, [*dict.fromkeys((*hosts, *LOOPBACK))])
     with new_folder(folder) as scratch:
-        _write(scratch / "authority" / "ca.key", _private(authority_key))
+        _write(scratch / "authority" / "ca.key", _private_pem(authority_key))
         _write(scratch / "server" / "ca.crt", authority.public_bytes(PEM))
         _write(scratch / "server" / "server.crt", server.public_bytes(PEM))
-        _write(scratch / "server" / "server.key", _private(server_key))
+        _write(scratch / "server" / "server.key", _private_pem(server_key))
         for site in sites:
             key = ec.generate_private_key(ec.SECP384R1())
             private = key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
             public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
             _write(scratch / "sites" / site / "site.key", private)
             _write(scratch / "sites" / site / "ca.crt", authority.public_bytes(PEM))
-            # What the server has to know of a site.
+            # The server admits a site by its public key.
             _write(scratch / "server" / "sites" / f"{site}.pub", public + b"\n")
     return [folder / "server", *(folder / "sites" / site for site in sites)]
 
 
-def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
@@ -130,7 +135,7 @@ def _certificate(
     issuer_key: ec.EllipticCurvePrivateKey,
     hosts: Sequence[str],
 ) -> x509.Certificate:
-    """A certificate by this issuer; without one, the authority's own."""
+    """Build a certificate signed by the issuer, or the authority's self-signed one if `issuer` is None."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
     builder = (
@@ -140,7 +145,7 @@ def _certificate(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + VALID)
+        .not_valid_after(now + VALIDITY)
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=0 if issuer is None else None), True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), False)
@@ -150,12 +155,12 @@ def _certificate(
         builder = builder.add_extension(usage, True)
     else:
         server = x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH])
-        builder = builder.add_extension(x509.SubjectAlternativeName([_name(host) for host in hosts]), False)
+        builder = builder.add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), False)
         builder = builder.add_extension(server, False)
     return builder.sign(issuer_key, hashes.SHA384())
 
 
-def _name(host: str) -> x509.GeneralName:
+def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ip_address(host))
     except ValueError:

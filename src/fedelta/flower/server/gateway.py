@@ -1,9 +1,9 @@
-"""The one door of a server to the network: TLS, and nothing but what the nodes of its sites need.
+"""The gateway between a server and the network: it terminates TLS and forwards only what the sites' nodes need.
 
-Flower's SuperLink answers nodes, whoever starts runs and registers keys, and its own processes, all on one port, and
-asks only nodes who they are. So it listens on loopback, and sites reach it through this: requests of nodes with a
-registered key are handed on, all others refused before they are read. Whatever Flower may add is behind the door until
-it is let out.
+Flower's SuperLink serves three kinds of clients on one port: the nodes, the tools that start runs and register keys,
+and its own processes. Only nodes have to authenticate. So the SuperLink listens on loopback, and sites reach it through
+this gateway. It forwards requests of nodes with a registered key, and refuses all others before it reads their bodies.
+A route that a later version of Flower adds is closed until it is added here.
 
 python -m fedelta.flower.server.gateway HOST PORT FOLDER SUPERLINK AUTHORITY
 """
@@ -23,28 +23,32 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedelta.flower.certificates import public_key
+from fedelta.flower.certificates import read_public_key
 
 KEY_HEADER = "flwr-public-key"
-MOST = 16 * 2**20
-"""Bytes of a request at most; Flower cuts what is larger into pieces of 5 MiB."""
-BODY_S = 60.0
-PATIENCE_S = 120.0
-CONNECTIONS = 1000
-ADDRESSES = 1000
-NAME = re.compile(r"[a-z]+(-[a-z]+)*")
+MAX_BODY = 16 * 2**20
+"""Maximum size of a request in bytes. Flower splits larger messages into chunks of 5 MiB."""
+BODY_TIMEOUT_S = 60.0
+SUPERLINK_TIMEOUT_S = 120.0
+MAX_CONNECTIONS = 1000
+MAX_ADDRESSES = 1000
+"""Maximum number of addresses whose refusals are counted."""
+ROUTE_NAME = re.compile(r"[a-z]+(-[a-z]+)*")
 REFUSED = "refused"
-UNKNOWN = "its key is not registered"
-OF_ONE_HOP = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "accept-encoding"}
+"""First word of each line that reports a refused node."""
+UNKNOWN_KEY = "its key is not registered"
+"""Body of the response to a key that is not registered."""
+HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "accept-encoding"}
+"""Headers that describe one connection and are not forwarded."""
 
 
 class Gateway:
-    """The application.
+    """The gateway as an ASGI application, in the attribute `app`.
 
     Args:
-        superlink: its address.
-        authority: file with the certificate that the SuperLink's is signed by.
-        keys: public keys of those who may come in.
+        superlink: address of the SuperLink, as host:port.
+        authority: file with the certificate that signed the SuperLink's certificate.
+        keys: public keys of the nodes that are admitted.
     """
 
     def __init__(self, superlink: str, authority: str, keys: Iterable[bytes]) -> None:
@@ -52,7 +56,7 @@ class Gateway:
         self.authority = authority
         self.keys = {base64.b64encode(key).decode() for key in keys}
         self.app = Starlette(
-            routes=[Route("/v1/fleet/{name}", self.hand_on, methods=["POST"])], lifespan=self._lifespan
+            routes=[Route("/v1/fleet/{name}", self.forward, methods=["POST"])], lifespan=self._lifespan
         )
         self._refused: dict[str, int] = {}
 
@@ -62,63 +66,64 @@ class Gateway:
         async with httpx.AsyncClient(
             base_url=f"https://{self.superlink}",
             verify=self.authority,
-            timeout=PATIENCE_S,
+            timeout=SUPERLINK_TIMEOUT_S,
             limits=limits,
             trust_env=False,
         ) as self.client:
             yield
 
-    async def hand_on(self, request: Request) -> Response:
-        """One request of a node, and the SuperLink's answer."""
+    async def forward(self, request: Request) -> Response:
+        """Forward a node's request to the SuperLink, and return the response."""
         name = request.path_params["name"]
-        if not NAME.fullmatch(name):
-            return PlainTextResponse("nothing of the sites' is there", 404)
+        if not ROUTE_NAME.fullmatch(name):
+            return PlainTextResponse("this path is not open to sites", 404)
         if request.headers.get(KEY_HEADER) not in self.keys:
-            self._say(request, "its key is not one of the registered sites'")
-            return PlainTextResponse(UNKNOWN, 401)
+            self._log_refusal(request, "its key is not one of the registered sites'")
+            return PlainTextResponse(UNKNOWN_KEY, 401)
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 async for piece in request.stream():
                     body += piece
-                    if len(body) > MOST:
-                        return PlainTextResponse(f"expected at most {MOST} bytes", 413)
-            headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in OF_ONE_HOP]
-            answer = await self.client.post(f"/v1/fleet/{name}", content=bytes(body), headers=headers)
+                    if len(body) > MAX_BODY:
+                        return PlainTextResponse(f"expected at most {MAX_BODY} bytes", 413)
+            headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in HOP_HEADERS]
+            response = await self.client.post(f"/v1/fleet/{name}", content=bytes(body), headers=headers)
         except (ClientDisconnect, TimeoutError):
-            return PlainTextResponse("the request did not come to its end", 408)
+            return PlainTextResponse("the request is incomplete", 408)
         except httpx.HTTPError as error:
-            return PlainTextResponse(f"the SuperLink does not answer: {type(error).__name__}", 503)
-        if answer.status_code == 401:
-            self._say(request, "its signature is not of its key and of this moment; is its clock right?")
-        elif answer.status_code >= 400 and name in ("activate-node", "register-node"):
-            self._say(request, "another node is there with its key, or was cut off less than a minute ago")
-        kept = {key: value for key, value in answer.headers.items() if key not in OF_ONE_HOP | {"content-encoding"}}
-        return Response(answer.content, answer.status_code, kept)
+            return PlainTextResponse(f"the SuperLink does not respond: {type(error).__name__}", 503)
+        if response.status_code == 401:
+            self._log_refusal(request, "its signature does not match its key and the current time; is its clock right?")
+        elif response.status_code >= 400 and name in ("activate-node", "register-node"):
+            self._log_refusal(request, "another node uses its key, or lost its connection less than a minute ago")
+        skip = HOP_HEADERS | {"content-encoding"}
+        response_headers = {key: value for key, value in response.headers.items() if key not in skip}
+        return Response(response.content, response.status_code, response_headers)
 
-    def _say(self, request: Request, why: str) -> None:
-        where = request.client.host if request.client else "nowhere"
-        if len(self._refused) > ADDRESSES:
+    def _log_refusal(self, request: Request, reason: str) -> None:
+        address = request.client.host if request.client else "an unknown address"
+        if len(self._refused) > MAX_ADDRESSES:
             self._refused.clear()
-        count = self._refused[where] = self._refused.get(where, 0) + 1
-        # Nobody makes the log grow by knocking again and again.
+        count = self._refused[address] = self._refused.get(address, 0) + 1
+        # Log only the 1st, 2nd, 4th, 8th, … refusal, so that repeated requests do not fill the log.
         if count & (count - 1) == 0:
-            print(f"{REFUSED} a node at {where} ({count} so far): {why}", flush=True)
+            print(f"{REFUSED} a node at {address} ({count} so far): {reason}", flush=True)
 
 
 def main() -> None:
     host, port, folder, superlink, authority = sys.argv[1:]
-    keys = [public_key(file) for file in (Path(folder) / "sites").glob("*.pub")]
+    keys = [read_public_key(file) for file in (Path(folder) / "sites").glob("*.pub")]
     uvicorn.run(
         Gateway(superlink, authority, keys).app,
         host=host,
         port=int(port),
         ssl_certfile=str(Path(folder) / "server.crt"),
         ssl_keyfile=str(Path(folder) / "server.key"),
-        # What strangers send must not fill the log.
+        # Requests from unknown senders must not fill the log.
         log_level="critical",
         access_log=False,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
     )
 
 

@@ -1,4 +1,4 @@
-"""Messages over Flower's grid and their replies, each known by a key of ours, whenever it comes."""
+"""Messages over Flower's grid and their replies, matched by a key that the caller chooses."""
 
 import secrets
 from collections.abc import Iterable, Iterator
@@ -11,29 +11,36 @@ from flwr.serverapp import Grid
 from fedelta.errors import FedeltaError, one_line
 
 TTL_S = 43200.0
-"""Of Flower: how long a message is of use."""
+"""Minimum lifetime of a message in Flower's grid."""
 
 
 class Outgoing(NamedTuple):
     """A message to a node.
 
     Args:
-        key: by which its reply will be known.
-        node: Flower's number of it.
-        kind: Flower's type of message.
-        blob: its content.
-        patience: seconds after which its reply is of no use.
+        key: identifies the reply.
+        node: Flower's number of the node.
+        kind: Flower's message type.
+        blob: the content.
+        timeout: seconds after which the reply is no longer useful.
     """
 
     key: Any
     node: int
     kind: str
     blob: bytes
-    patience: float = 0.0
+    timeout: float = 0.0
 
 
 class Incoming(NamedTuple):
-    """A reply: its facts and blob, or in one line why there is none."""
+    """A reply from a node.
+
+    Args:
+        key: the key of the message that this answers.
+        facts: the JSON part of the reply.
+        blob: the binary part.
+        error: why there is no reply, in one line; None if there is one.
+    """
 
     key: Any
     facts: dict[str, Any]
@@ -42,73 +49,77 @@ class Incoming(NamedTuple):
 
 
 class GridClient:
-    """Sends, and gives what has come since.
+    """Sends messages to nodes, and returns the replies that have arrived.
 
     Args:
-        grid: of the running ServerApp.
-        believed: whether nodes are our own. Flower takes from a reply itself to what it replies; of others each is
-            asked for by itself, so that one that can't be read costs nobody else's, and none can be sent for another.
+        grid: the grid of the running ServerApp.
+        trusted: whether all nodes belong to us. Flower reads from a reply which message it answers. Replies of
+            untrusted nodes are therefore pulled one at a time: a reply that cannot be read does not cost the replies
+            of other nodes, and a node cannot answer in the name of another.
     """
 
-    def __init__(self, grid: Grid, believed: bool = True) -> None:
+    def __init__(self, grid: Grid, trusted: bool = True) -> None:
         self.grid = grid
-        self._believed = believed
-        self._open: dict[str, Any] = {}
-        self._lost: list[Any] = []
+        self._trusted = trusted
+        self._pending: dict[str, Any] = {}
+        self._undelivered: list[Any] = []
 
     def send(self, messages: Iterable[Outgoing]) -> None:
-        """Hand over messages.
+        """Send messages.
 
         Raises:
-            FedeltaError: if Flower does not take them.
+            FedeltaError: if Flower does not accept all of them.
         """
-        messages = list(messages)
-        if not messages:
+        outgoing = list(messages)
+        if not outgoing:
             return
-        messages = [
+        grid_messages = [
             Message(
-                # The token makes the number of a message, which is a digest, one that nobody can guess.
+                # Flower identifies a message by a digest of its content. The random token makes it unguessable.
                 RecordDict({"message": ConfigRecord({"blob": each.blob, "token": secrets.token_hex(16)})}),
                 dst_node_id=each.node,
                 message_type=each.kind,
-                ttl=max(TTL_S, 2 * each.patience),
+                ttl=max(TTL_S, 2 * each.timeout),
             )
-            for each in messages
+            for each in outgoing
         ]
-        numbers = list(self.grid.push_messages(messages))
-        if len(numbers) < len(messages):
-            raise FedeltaError(f"Flower took {len(numbers)} of {len(messages)} messages; are they too large for it?")
-        for number, message in zip(numbers, messages, strict=True):
-            if number:
-                self._open[number] = message.key
+        message_ids = list(self.grid.push_messages(grid_messages))
+        if len(message_ids) < len(outgoing):
+            raise FedeltaError(
+                f"Flower took {len(message_ids)} of {len(outgoing)} messages; are they too large for it?"
+            )
+        for message_id, message in zip(message_ids, outgoing, strict=True):
+            if message_id:
+                self._pending[message_id] = message.key
             else:
-                self._lost.append(message.key)
+                self._undelivered.append(message.key)
 
     def receive(self) -> Iterator[Incoming]:
-        """What has come, in the order in which Flower has it."""
-        while self._lost:
-            yield Incoming(self._lost.pop(), {}, b"", "its node is gone")
-        if not self._believed:
-            for number in list(self._open):
+        """Yield the replies that have arrived, in Flower's order."""
+        while self._undelivered:
+            yield Incoming(self._undelivered.pop(), {}, b"", "its node is gone")
+        if not self._trusted:
+            for message_id in list(self._pending):
                 try:
-                    replies = list(self.grid.pull_messages([number]))
-                    found = [self._read(number, reply) for reply in replies[:1]]
+                    replies = list(self.grid.pull_messages([message_id]))
+                    incoming = [self._read(message_id, reply) for reply in replies[:1]]
                 except httpx.HTTPError:
-                    # The SuperLink, not the node.
+                    # The SuperLink failed, not the node.
                     raise
                 except Exception as error:
-                    found = [Incoming(self._open.pop(number), {}, b"", f"its reply can't be read: {one_line(error)}")]
-                yield from found
-        elif self._open:
-            for reply in self.grid.pull_messages(list(self._open)):
-                if reply.metadata.reply_to_message_id in self._open:
+                    reason = f"its reply can't be read: {one_line(error)}"
+                    incoming = [Incoming(self._pending.pop(message_id), {}, b"", reason)]
+                yield from incoming
+        elif self._pending:
+            for reply in self.grid.pull_messages(list(self._pending)):
+                if reply.metadata.reply_to_message_id in self._pending:
                     yield self._read(reply.metadata.reply_to_message_id, reply)
 
-    def _read(self, number: str, reply: Message) -> Incoming:
-        if reply.metadata.reply_to_message_id != number:
+    def _read(self, message_id: str, reply: Message) -> Incoming:
+        if reply.metadata.reply_to_message_id != message_id:
             raise FedeltaError("it replies to another message")
         if reply.has_error():
-            return Incoming(self._open.pop(number), {}, b"", f"its node failed: {one_line(reply.error.reason)}")
+            return Incoming(self._pending.pop(message_id), {}, b"", f"its node failed: {one_line(reply.error.reason)}")
         record = reply.content.config_records.get("message", {})
         blob = record.get("blob", b"")
-        return Incoming(self._open.pop(number), dict(record), blob if isinstance(blob, bytes) else b"")
+        return Incoming(self._pending.pop(message_id), dict(record), blob if isinstance(blob, bytes) else b"")

@@ -1,4 +1,4 @@
-"""Which node serves which client: asked once of every node, in one message, and again of those that come later."""
+"""Which node serves which client. Each node is asked once, when it comes online or comes back."""
 
 import json
 import time
@@ -11,31 +11,32 @@ from fedelta.errors import FedeltaError, TooFewUpdates, one_line
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
 
 AWAY = "its site is away"
+"""Reason why a client whose node is offline is skipped."""
 
 POLL_S = 0.1
-LOOK_S = 1.0
-"""Seconds between two looks for nodes that have come or gone."""
+REFRESH_S = 1.0
+"""Minimum seconds between two requests for the list of nodes that are online."""
 
 
 class NodeKey(NamedTuple):
-    """What a node's answer belongs to."""
+    """Key of the query that asks a node which client it serves."""
 
     node: int
 
 
-class FarewellKey(NamedTuple):
-    """What a node's last answer belongs to."""
+class FinishedKey(NamedTuple):
+    """Key of the query that tells a node that the run has ended."""
 
     node: int
 
 
 class Capabilities(NamedTuple):
-    """What a site says of itself.
+    """What a site states about itself.
 
     Args:
         base: fingerprint of its base model.
-        rank: that it can afford, None if the server's settings say it.
-        rows: that it trains on, None likewise.
+        rank: the rank that it can afford; None if the server's settings determine it.
+        rows: number of rows that it trains on; None if the server's settings determine it.
     """
 
     base: str
@@ -44,45 +45,45 @@ class Capabilities(NamedTuple):
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "Capabilities":
-        """From an answer, whatever it holds."""
+        """Read them from a node's reply. A rank or a number of rows that is not a positive integer becomes None."""
         rank, rows = (value if type(value := facts.get(key)) is int and value > 0 else None for key in ("rank", "rows"))
         return cls(str(facts.get("base")), rank, rows)
 
 
 class NodeRegistry:
-    """The nodes of a federation.
+    """The nodes of a federation, and the clients that they serve.
 
     Args:
-        grid_client: to them.
-        clients: who is to be served.
-        names: node → the client that it was registered for; None where nodes are believed.
-        question: what every node is asked, as JSON.
-        warn: is told of those who refuse.
-        most: the highest rank that a site may say.
+        grid_client: sends messages to the nodes.
+        clients: the clients that have to be served.
+        registered: node → the client that its key is registered for; None if nodes may name their own clients.
+        question: the JSON object that each node is asked with.
+        warn: called with a line about each node that cannot take part.
+        max_rank: the highest rank that a site may state; None if ranks are not checked.
 
     Attributes:
-        capabilities: client → what its site says of itself.
-        ranks: client → what its rank must be, once it is known.
-        base: fingerprint that a site's base model must have, once it is known.
+        capabilities: client → what its site states about itself.
+        ranks: client → the rank that it must have, once that is known.
+        base: fingerprint that each site's base model must have, once that is known.
     """
 
     def __init__(
         self,
         grid_client: GridClient,
         clients: Sequence[str],
-        names: Mapping[int, str] | None,
+        registered: Mapping[int, str] | None,
         question: Mapping[str, Any],
         warn: Callable[[str], None],
-        most: int | None = None,
+        max_rank: int | None = None,
     ) -> None:
         self.grid_client = grid_client
         self.clients = list(clients)
-        self._names = names
+        self._registered = registered
         self._question = question
         self._warn = warn
-        self._most = most
+        self._max_rank = max_rank
         self._asked: set[int] = set()
-        self._looked = -LOOK_S
+        self._last_refresh = -REFRESH_S
         self._online: set[int] = set()
         self._nodes: dict[str, int] = {}
         self.base: str | None = None
@@ -95,112 +96,126 @@ class NodeRegistry:
     def __contains__(self, client: str) -> bool:
         return self._nodes.get(client) in self._online
 
-    def expect(self, base: str) -> None:
-        """Ask for this base model from now on, also of those who are there.
+    def require_base(self, base: str) -> None:
+        """Require this base model and the current ranks, from the known sites and from those that come later.
+
+        Args:
+            base: fingerprint of the base model.
 
         Raises:
-            FedeltaError: naming a client whose is another.
+            FedeltaError: if a known site has another base model.
         """
-        self.ranks = {client: found.rank for client, found in self.capabilities.items()} | self.ranks
-        for client, found in self.capabilities.items():
-            if found.base != base:
+        self.ranks = {client: site.rank for client, site in self.capabilities.items()} | self.ranks
+        for client, site in self.capabilities.items():
+            if site.base != base:
                 raise FedeltaError(f"client {client}: the weights of its base model are not the server's")
         self.base = base
 
-    def look(self) -> None:
-        """See who is there, and ask those who are new; not more often than is of use."""
-        if time.monotonic() - self._looked < LOOK_S:
+    def refresh(self) -> None:
+        """Update the list of nodes that are online, and query the new ones.
+
+        Does nothing if the last refresh was less than `REFRESH_S` seconds ago.
+        """
+        if time.monotonic() - self._last_refresh < REFRESH_S:
             return
-        self._looked = time.monotonic()
+        self._last_refresh = time.monotonic()
         self._online = set(self.grid_client.grid.get_node_ids())
-        # A node that was away may have come back as somebody else's process.
+        # A node that was offline may have come back as a different process.
         self._asked &= self._online
         new = sorted(self._online - self._asked)
-        # It may have changed, too: it serves nobody until it has answered.
+        # Its answer may have changed too, so it serves no client until it has answered again.
         self._nodes = {client: node for client, node in self._nodes.items() if node not in new}
         self._asked |= set(new)
-        self.grid_client.send(Outgoing(NodeKey(node), node, MessageType.QUERY, self._ask(node)) for node in new)
+        self.grid_client.send(Outgoing(NodeKey(node), node, MessageType.QUERY, self._query(node)) for node in new)
 
-    def _ask(self, node: int) -> bytes:
-        name = self._names.get(node) if self._names is not None else None
+    def _query(self, node: int) -> bytes:
+        name = self._registered.get(node) if self._registered is not None else None
         return json.dumps({**self._question, "client": name}).encode()
 
-    def hear(self, reply: Incoming) -> None:
-        """Take the answer of a node."""
+    def accept(self, reply: Incoming) -> None:
+        """Process a node's answer to its query."""
         node = reply.key.node
         if reply.error is not None or "failed" in reply.facts:
-            # It may be starting still, or starting again.
+            # It may still be starting, or restarting: ask again.
             self._asked.discard(node)
             return
         if "refused" in reply.facts:
-            who = self._names.get(node, f"node {node}") if self._names is not None else f"node {node}"
-            self._warn(f"{who} can't take part: {one_line(reply.facts['refused'])}")
+            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
+            self._warn(f"{label} can't take part: {one_line(reply.facts['refused'])}")
             return
-        for name in self._named(node, reply.facts):
-            # Where nodes are believed, the last that names a client has it: it has been started again.
-            if name in self.clients:
-                found = Capabilities.read(reply.facts)
-                if (reason := self._unfit(name, found)) is None:
-                    self._nodes[name], self.capabilities[name] = node, found
+        for client in self._clients_of(node, reply.facts):
+            # If nodes name their own clients, the latest node wins: its predecessor was restarted.
+            if client in self.clients:
+                site = Capabilities.read(reply.facts)
+                if (reason := self._mismatch(client, site)) is None:
+                    self._nodes[client], self.capabilities[client] = node, site
                 else:
-                    self._warn(f"{name} can't take part: {reason}")
+                    self._warn(f"{client} can't take part: {reason}")
 
-    def _unfit(self, name: str, found: Capabilities) -> str | None:
-        if self.base is not None and found.base != self.base:
+    def _mismatch(self, client: str, site: Capabilities) -> str | None:
+        """Return why a site cannot take part, or None if it can."""
+        if self.base is not None and site.base != self.base:
             return "the weights of its base model are not the server's"
-        if self._most is not None and (found.rank is None or found.rank > self._most):
-            return f"its rank is {found.rank}, the server takes at most {self._most} (ranks.high)"
-        before = self.ranks.get(name, found.rank)
-        return None if before == found.rank else f"its rank was {before} and is {found.rank}"
+        if self._max_rank is not None and (site.rank is None or site.rank > self._max_rank):
+            return f"its rank is {site.rank}, the server takes at most {self._max_rank} (ranks.high)"
+        before = self.ranks.get(client, site.rank)
+        return None if before == site.rank else f"its rank was {before} and is {site.rank}"
 
-    def _named(self, node: int, facts: Mapping[str, Any]) -> list[str]:
-        if self._names is not None:
-            return [self._names[node]] if node in self._names else []
-        names = facts.get("clients")
-        return [str(name) for name in names] if isinstance(names, list) else []
+    def _clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+        if self._registered is not None:
+            return [self._registered[node]] if node in self._registered else []
+        clients = facts.get("clients")
+        return [str(client) for client in clients] if isinstance(clients, list) else []
 
-    def dismiss(self, patience: float) -> None:
-        """Tell everybody that the run has ended.
+    def dismiss(self, timeout: float) -> None:
+        """Tell all nodes that the run has ended.
 
         Args:
-            patience: seconds to wait for those who are still at work for a round that went on without them.
+            timeout: seconds to wait for nodes that are still working on a round that finished without them.
         """
-        farewell = json.dumps({"finished": True}).encode()
-        self._looked = -LOOK_S
-        self.look()
+        finished = json.dumps({"finished": True}).encode()
+        self._last_refresh = -REFRESH_S
+        self.refresh()
         nodes = set(self._nodes.values()) & self._online
-        self.grid_client.send(Outgoing(FarewellKey(node), node, MessageType.QUERY, farewell) for node in sorted(nodes))
-        until = time.monotonic() + patience
+        self.grid_client.send(Outgoing(FinishedKey(node), node, MessageType.QUERY, finished) for node in sorted(nodes))
+        until = time.monotonic() + timeout
         while nodes and time.monotonic() < until:
-            nodes -= {reply.key.node for reply in self.grid_client.receive() if isinstance(reply.key, FarewellKey)}
+            nodes -= {reply.key.node for reply in self.grid_client.receive() if isinstance(reply.key, FinishedKey)}
             time.sleep(POLL_S)
 
     def wait(
-        self, clients: Sequence[str], number: int, patience: float, other: Callable[[Incoming], None] | None = None
+        self,
+        clients: Sequence[str],
+        min_clients: int,
+        timeout: float,
+        on_other_reply: Callable[[Incoming], None] | None = None,
     ) -> None:
-        """Until so many of these clients are served, or patience ends.
+        """Wait until nodes serve at least `min_clients` of `clients`.
 
         Args:
-            other: is given replies that are of no node's answer.
+            clients: the clients to wait for.
+            min_clients: how many of them must be served.
+            timeout: seconds to wait.
+            on_other_reply: called with each reply that does not answer a query of this registry.
 
         Raises:
-            TooFewUpdates: in the end, naming those that are missing.
+            TooFewUpdates: if too few are served after `timeout` seconds; it names the missing clients.
         """
-        until = time.monotonic() + patience
+        until = time.monotonic() + timeout
         while True:
-            self.look()
+            self.refresh()
             for reply in self.grid_client.receive():
                 if isinstance(reply.key, NodeKey):
-                    self.hear(reply)
-                elif other is not None:
-                    other(reply)
+                    self.accept(reply)
+                elif on_other_reply is not None:
+                    on_other_reply(reply)
             missing = [client for client in clients if client not in self]
-            if len(clients) - len(missing) >= number:
+            if len(clients) - len(missing) >= min_clients:
                 return
             if time.monotonic() > until:
                 raise TooFewUpdates(
                     f"no node serves client {', '.join(missing[:5])}{' …' * (len(missing) > 5)} "
-                    f"({len(clients) - len(missing)} of {len(clients)} are there, expected {number})",
+                    f"({len(clients) - len(missing)} of {len(clients)} are there, expected {min_clients})",
                     dict.fromkeys(missing, AWAY),
                 )
             time.sleep(POLL_S)

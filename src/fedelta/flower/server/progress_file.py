@@ -1,4 +1,4 @@
-"""What an observer is told in the server's process, and a person sees in another: a file of JSON lines."""
+"""Progress of a run, passed from the server's process to the user's as a file of JSON lines."""
 
 import json
 from collections.abc import Mapping
@@ -12,19 +12,21 @@ from fedelta.federation.engines.observer import Observer
 FAILED, FINISHED = "failed", "finished"
 
 
-def _lock(path: Path) -> Path:
+def _lock_file(path: Path) -> Path:
     return path.with_suffix(".lock")
 
 
 class ProgressWriter(Observer):
-    """Writes what it is told.
+    """An observer that writes each call as a line of a file.
+
+    While this process lives, it holds a lock beside the file.
 
     Args:
-        path: is begun anew. While this process lives it holds a lock beside it.
+        path: the file. An existing one is overwritten.
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = FileLock(_lock(path))
+        self._lock = FileLock(_lock_file(path))
         self._lock.acquire(timeout=0)
         path.write_text("")
         self._stream = path.open("a", buffering=1)
@@ -57,20 +59,24 @@ class ProgressWriter(Observer):
         self._write("warn", message)
 
     def failed(self, message: str) -> None:
-        """The run has ended badly, for this reason."""
+        """Report that the run has failed, and why."""
         self._write(FAILED, message)
 
     def finished(self) -> None:
-        """The run has ended well, and all its files are written."""
+        """Report that the run has succeeded, and that all its files are written."""
         self._write(FINISHED)
 
 
 class ProgressReader:
-    """Tells an observer what another process has written since the last time.
+    """Repeats the calls that a `ProgressWriter` has written to an observer in this process.
+
+    Args:
+        path: the writer's file. It need not exist yet.
+        observer: receives the calls.
 
     Attributes:
-        failure: why the run ended badly, once it did.
-        finished: whether it ended well.
+        failure: why the run failed; None if it has not.
+        finished: whether the run has succeeded.
     """
 
     def __init__(self, path: Path, observer: Observer) -> None:
@@ -81,30 +87,30 @@ class ProgressReader:
         self.finished = False
 
     @property
-    def begun(self) -> bool:
-        """Whether there has been a writer."""
+    def started(self) -> bool:
+        """Whether a writer has created the file."""
         return self._path.exists()
 
-    def abandoned(self) -> bool:
-        """Whether there has been a writer and is none any more, however it ended."""
-        if not self.begun:
+    def writer_ended(self) -> bool:
+        """Return whether a writer has started and its process has ended, for any reason."""
+        if not self.started:
             return False
         try:
-            with FileLock(_lock(self._path), timeout=0):
+            with FileLock(_lock_file(self._path), timeout=0):
                 return True
         except Timeout:
             return False
 
     def catch_up(self) -> None:
-        """Pass on all whole lines that are new."""
+        """Pass all complete lines that are new to the observer."""
         if not self._path.exists():
             return
         with self._path.open() as stream:
             stream.seek(self._read)
-            found = stream.read()
-        whole = found[: found.rfind("\n") + 1]
-        self._read += len(whole.encode())
-        for line in whole.splitlines():
+            added = stream.read()
+        complete = added[: added.rfind("\n") + 1]
+        self._read += len(complete.encode())
+        for line in complete.splitlines():
             name, *arguments = json.loads(line)
             if name == FAILED:
                 self.failure = arguments[0]

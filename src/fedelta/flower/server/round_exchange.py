@@ -1,4 +1,4 @@
-"""One attempt at a round over Flower: what was sent to whom, and what has come of it."""
+"""One attempt at a round over Flower: what was sent to each client, and what it replied."""
 
 from typing import NamedTuple
 
@@ -15,11 +15,11 @@ from fedelta.protocol.serialization import ByteCount, count_bytes
 from fedelta.protocol.validation import receive
 
 MAX_RESENDS = 3
-"""How often in a round a trainer may come back blank."""
+"""How often in a round a client is sent the broadcast again because its trainer lacks patches."""
 
 
 class RoundKey(NamedTuple):
-    """What a reply belongs to."""
+    """Key of a broadcast and of its reply."""
 
     round: int
     attempt: int
@@ -27,18 +27,19 @@ class RoundKey(NamedTuple):
 
 
 class RoundExchange:
-    """Sends each client its broadcast, and keeps what comes back.
+    """Sends each client its broadcast, and collects the replies.
 
     Args:
         server: makes the broadcasts.
-        state: of the round.
-        draw: who takes part.
-        nodes: that serve them.
-        grid_client: to the nodes.
+        state: the server's state at the start of the round.
+        draw: the clients that take part.
+        nodes: the nodes that serve them.
+        grid_client: sends messages to the nodes.
 
     Attributes:
-        usable: updates that have come and can be used.
-        caught_up: client → version that its base had come back with.
+        max_updates: number of usable updates after which further ones are refused.
+        usable: number of usable updates received.
+        caught_up: client → version of its base, if it lacked patches.
     """
 
     def __init__(
@@ -49,16 +50,16 @@ class RoundExchange:
         self._attempt = draw.attempt
         self._nodes = nodes
         self._grid_client = grid_client
-        self._sent = {client: server.broadcast(state, client) for client in draw.clients}
+        self._broadcasts = {client: server.broadcast(state, client) for client in draw.clients}
         self._down = dict.fromkeys(draw.clients, ByteCount())
         self._up = dict.fromkeys(draw.clients, ByteCount())
-        self._came: dict[str, ClientUpdate | Exception] = {}
-        self.kept = server.settings.keep or len(draw.clients)
+        self._outcomes: dict[str, ClientUpdate | Exception] = {}
+        self.max_updates = server.settings.keep or len(draw.clients)
         self.usable = 0
         self.caught_up: dict[str, int] = {}
-        self._again = dict.fromkeys(draw.clients, 0)
+        self._resends = dict.fromkeys(draw.clients, 0)
         for client in draw.clients:
-            blob = self._sent[client].to_bytes()
+            blob = self._broadcasts[client].to_bytes()
             self._down[client] = count_bytes(blob)
             if client in draw.absent:
                 self.give_up(client, "TimeoutError: dropped out")
@@ -72,25 +73,26 @@ class RoundExchange:
         return Outgoing(key, self._nodes[client], MessageType.TRAIN, blob, self._server.settings.deadline)
 
     def __contains__(self, client: str) -> bool:
-        return client in self._came
+        return client in self._outcomes
 
     def give_up(self, client: str, reason: str) -> None:
-        """Go on without this client."""
-        self._came[client] = ClientFailed(client, reason)
+        """Continue the round without this client."""
+        self._outcomes[client] = ClientFailed(client, reason)
 
-    def take(self, reply: Incoming) -> bool:
-        """Take a reply; false if it is of another round, or too late for this one."""
+    def accept(self, reply: Incoming) -> bool:
+        """Process a reply, and return False if it belongs to another round or is too late for this one."""
         key = reply.key
         client = key.client
-        if key[:2] != (self._state.round, self._attempt) or client in self._came or self.usable >= self.kept:
+        late = client in self._outcomes or self.usable >= self.max_updates
+        if key[:2] != (self._state.round, self._attempt) or late:
             return False
         if reply.error is not None:
             self.give_up(client, reply.error)
             return True
         version = reply.facts.get("behind")
-        if type(version) is int and 0 <= version < self._state.log.version and self._again[client] < MAX_RESENDS:
-            # A trainer that came back blank, perhaps more than once, gets every patch again.
-            self._again[client] += 1
+        if type(version) is int and 0 <= version < self._state.log.version and self._resends[client] < MAX_RESENDS:
+            # A restarted trainer lacks the earlier patches, so it is sent all of them. It may restart more than once.
+            self._resends[client] += 1
             self.caught_up[client] = version
             blob = self._server.broadcast(self._state, client, since=version).to_bytes()
             self._down[client] = self._down[client].plus(count_bytes(blob))
@@ -100,17 +102,17 @@ class RoundExchange:
         if isinstance(update, ClientUpdate):
             self._up[client] = count_bytes(reply.blob)
             try:
-                # Before it takes the place of another one's.
-                receive(update, self._sent[client], self._state.log.shapes)
+                # Validate now, so that an invalid update does not use up one of `max_updates`.
+                receive(update, self._broadcasts[client], self._state.log.shapes)
                 self.usable += 1
             except BadUpdate as error:
                 update = error
-        self._came[client] = update
+        self._outcomes[client] = update
         return True
 
     def reply(self, client: str) -> ClientReply:
-        """What this client was sent and what came of it, which is then let go."""
-        sent, update = self._sent.pop(client), self._came[client]
-        # Supervised as an answer that is there, without the factors.
-        self._came[client] = ClientFailed(client, "answered")
-        return ClientReply(sent, update, self._down[client], self._up[client])
+        """Return a client's reply, and free the memory of its broadcast and update."""
+        broadcast, update = self._broadcasts.pop(client), self._outcomes[client]
+        # The client still counts as answered, but its factors are no longer referenced.
+        self._outcomes[client] = ClientFailed(client, "answered")
+        return ClientReply(broadcast, update, self._down[client], self._up[client])

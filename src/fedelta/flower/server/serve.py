@@ -1,10 +1,10 @@
-"""The server of a federation: a SuperLink that only this machine reaches, a door for the sites, and the run itself."""
+"""The server of a federation: a SuperLink on loopback, a gateway for the sites, and the run itself."""
 
 import socket
 import ssl
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.federation.run_folder import RunFolder
 from fedelta.files import write_file
-from fedelta.flower.certificates import SITE, make_loopback_certificate, public_key
-from fedelta.flower.processes import LOOPBACK, Supervised, Tail, environment
-from fedelta.flower.server.engine import check
+from fedelta.flower.certificates import SITE_NAME, make_loopback_certificate, read_public_key
+from fedelta.flower.processes import LOOPBACK, Supervised, Tail, child_environment
+from fedelta.flower.server.engine import check_config
 from fedelta.flower.server.gateway import REFUSED
-from fedelta.flower.server.superlink import SuperLink, workplace
+from fedelta.flower.server.superlink import SuperLink, run_workspace
 from fedelta.runs.config import Config
 from fedelta.runs.runner import Run, open_run
 
@@ -32,74 +32,96 @@ def serve(
     resume: bool,
     observer: Observer,
 ) -> Run:
-    """Wait for all sites, run the configuration with them, and tell them when it has ended.
+    """Wait for all sites, run the configuration with them, and tell them when the run has ended.
 
     Args:
-        keys: folder with `server.crt`, `server.key` and `sites/NAME.pub`; None is plain text, on loopback alone.
-        sites: names, where there are no keys that say them.
-        host, port: where sites reach this server.
+        config: the run.
+        keys: folder with `server.crt`, `server.key` and `sites/NAME.pub`; None for plain text, which is only allowed
+            on loopback.
+        sites: names of the sites, if there are no keys.
+        host, port: the address on which the server listens.
         patience: seconds to wait for the sites before the first round.
-        resume: go on from the checkpoint in the run's folder.
+        resume: resume from the checkpoint in the run's folder.
+        observer: receives the progress.
+
+    Returns:
+        The finished run.
 
     Raises:
         FedeltaError: if a file is missing, the port is taken, or the run fails.
     """
-    check(config)
+    check_config(config)
     folder = RunFolder(config.folder, config.dump())
     if not resume:
         folder.refuse_existing()
-    elif (before := folder.result()) is not None and before["rounds"] >= config.rounds:
+    elif (result := folder.result()) is not None and result["rounds"] >= config.rounds:
         return open_run(config.folder)
-    public = _keys_of_sites(keys) if keys else {}
-    names = _names_of_sites(public, sites, keys, host)
+    public_keys = _read_site_keys(keys) if keys else {}
+    names = _site_names(public_keys, sites, keys, host)
     _check_port(host, port)
     with ExitStack() as stack:
-        scratch, logs = stack.enter_context(workplace(config))
-        inner = make_loopback_certificate(scratch / "certificate") if keys else None
-        link = stack.enter_context(SuperLink(scratch, logs, inner, port=None if keys else port))
-        numbers = {link.register(public[name]): name for name in names} if keys else None
-        processes = []
-        if keys and inner:
-            gateway = [sys.executable, "-m", "fedelta.flower.server.gateway", host, str(port), str(keys)]
-            gateway += [link.address, str(inner / "ca.crt")]
-            processes.append(stack.enter_context(Supervised("gateway", lambda: gateway, environment(), logs)))
-        plan = {"resume": resume, "sites": True, "run": _name_of_run(logs / "run", resume)}
-        events = link.submit({**plan, "clients": names, "numbers": numbers, "patience": patience}, observer)
-
-        logs_read = [Tail(each.log) for each in processes]
-
-        def look() -> None:
-            for each, tail in zip(processes, logs_read, strict=True):
-                each.look(observer)
-                for line in tail.lines():
-                    if line.startswith(REFUSED):
-                        observer.warn(line)
-
-        link.follow(events, look)
+        scratch, logs = stack.enter_context(run_workspace(config))
+        certificate = make_loopback_certificate(scratch / "certificate") if keys else None
+        link = stack.enter_context(SuperLink(scratch, logs, certificate, port=None if keys else port))
+        node_clients = {link.register(public_keys[name]): name for name in names} if keys else None
+        supervised = []
+        if keys and certificate:
+            command = _gateway_command(host, port, keys, link.address, certificate / "ca.crt")
+            supervised.append(stack.enter_context(Supervised("gateway", lambda: command, child_environment(), logs)))
+        plan = {"resume": resume, "sites": True, "run": _run_identifier(logs / "run", resume)}
+        events = link.submit({**plan, "clients": names, "numbers": node_clients, "patience": patience}, observer)
+        link.follow(events, _make_process_check(supervised, observer))
     return open_run(config.folder)
 
 
-def _names_of_sites(public: Mapping[str, Path], sites: Sequence[str], keys: Path | None, host: str) -> list[str]:
-    """Names of the sites, in order: those that have keys, or those that were given for a trial on loopback."""
+def _make_process_check(supervised: Sequence[Supervised], observer: Observer) -> Callable[[], None]:
+    """Return a function that restarts processes that have ended, and reports the nodes that the gateway refuses."""
+    tails = [Tail(process.log) for process in supervised]
+
+    def check_processes() -> None:
+        for process, tail in zip(supervised, tails, strict=True):
+            process.restart_if_ended(observer)
+            for line in tail.new_lines():
+                if line.startswith(REFUSED):
+                    observer.warn(line)
+
+    return check_processes
+
+
+def _gateway_command(host: str, port: int, keys: Path, superlink: str, authority: Path) -> list[str]:
+    module = "fedelta.flower.server.gateway"
+    return [sys.executable, "-m", module, host, str(port), str(keys), superlink, str(authority)]
+
+
+def _site_names(public_keys: Mapping[str, Path], sites: Sequence[str], keys: Path | None, host: str) -> list[str]:
+    """Return the sorted names of the sites: the sites with a public key, or `sites` in a trial on loopback.
+
+    Raises:
+        FedeltaError: if there are none, a name is not valid, or the server has no keys and is not on loopback.
+    """
     if keys is None and host not in LOOPBACK:
         raise FedeltaError(f"--insecure is for loopback, found --host {host}")
-    for name in (*public, *sites):
-        if not SITE.fullmatch(name):
+    for name in (*public_keys, *sites):
+        if not SITE_NAME.fullmatch(name):
             raise FedeltaError(f"site {name!r}: expected letters, digits, - and _")
-    if not (names := sorted(public or sites)):
-        raise FedeltaError("serve: no site; say --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
+    if not (names := sorted(public_keys or sites)):
+        raise FedeltaError("serve: no site; pass --keys FOLDER, or --insecure with --sites a,b for a trial on loopback")
     return names
 
 
-def _name_of_run(file: Path, resume: bool) -> str:
-    """By which sites tell this run from others: a new one, or that of the run that goes on."""
+def _run_identifier(file: Path, resume: bool) -> str:
+    """Return the identifier by which sites recognize this run: a new one, or the stored one if the run resumes."""
     if not resume or not file.exists():
         write_file(file, uuid.uuid4().hex)
     return file.read_text()
 
 
-def _keys_of_sites(keys: Path) -> dict[str, Path]:
-    """Name → public key of each site that may take part."""
+def _read_site_keys(keys: Path) -> dict[str, Path]:
+    """Return a mapping from the name of each admitted site to the file with its public key.
+
+    Raises:
+        FedeltaError: if a file is missing or damaged, or two sites have the same key.
+    """
     for name in ("server.crt", "server.key"):
         if not (keys / name).is_file():
             raise FedeltaError(f"--keys {keys}: no {name} there; `fedelta keys` makes one for a trial")
@@ -108,19 +130,20 @@ def _keys_of_sites(keys: Path) -> dict[str, Path]:
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise FedeltaError(
-            f"--keys {keys}: server.crt and server.key are no certificate and its key ({reason})"
+            f"--keys {keys}: server.crt and server.key are not a certificate and its key ({reason})"
         ) from error
-    found = {file.stem: file for file in sorted((keys / "sites").glob("*.pub"))}
-    if not found:
+    key_files = {file.stem: file for file in sorted((keys / "sites").glob("*.pub"))}
+    if not key_files:
         raise FedeltaError(f"--keys {keys}: no sites/NAME.pub there, expected the public key of each site")
     owners: dict[bytes, Path] = {}
-    for file in found.values():
-        if (other := owners.setdefault(public_key(file), file)) is not file:
+    for file in key_files.values():
+        if (other := owners.setdefault(read_public_key(file), file)) is not file:
             raise FedeltaError(f"{file} and {other} are the same key, expected one for each site")
-    return found
+    return key_files
 
 
 def _check_port(host: str, port: int) -> None:
+    """Raise a FedeltaError if the port is taken or the host is not an address of this machine."""
     try:
         with socket.create_server((host, port)):
             pass

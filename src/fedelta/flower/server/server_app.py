@@ -1,4 +1,4 @@
-"""Flower's side of the server: a run whose rounds go over its grid."""
+"""The ServerApp that Flower runs: a run whose rounds are exchanged over Flower's grid."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from fedelta.errors import TooFewUpdates, in_one_line
 from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.engines.process_lifetime import end_with_holder
 from fedelta.federation.run_folder import RunFolder
-from fedelta.flower.agreement import comparable
-from fedelta.flower.server.engine import FlowerEngine, check
+from fedelta.flower.agreement import shared_settings
+from fedelta.flower.server.engine import FlowerEngine, check_config
 from fedelta.flower.server.grid_client import GridClient
 from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
@@ -20,28 +20,33 @@ from fedelta.learning.shards import read_splits
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.runner import MakeEngine, run
 
-COME_BACK_S = 60.0
-"""How long a run that goes on waits for all of its sites before it does so with those that are there."""
-FAREWELL_S = 60.0
+REJOIN_S = 60.0
+"""Seconds that a resumed run waits for all of its sites, before it continues with the sites that are online."""
+DISMISS_S = 60.0
+"""Maximum seconds to wait until all nodes know that the run has ended."""
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what the plan says: `config`, `events`, `resume`, `clients`, and of sites with rows of their own `sites`."""
+    """Execute the plan, a JSON file that `SuperLink.submit` wrote.
+
+    It holds `config`, `events`, `hold`, `resume`, `clients` and `patience`; if the sites have their own rows, also
+    `sites`, `run` and `numbers` (node → client).
+    """
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     end_with_holder(Path(plan["hold"]))
     events = ProgressWriter(Path(plan["events"]))
     try:
         config = load_config(Path(plan["config"]))
-        check(config)
+        check_config(config)
         if plan.get("sites"):
             _run_with_sites(config, grid, plan, events)
         else:
             nodes = NodeRegistry(GridClient(grid), plan["clients"], None, {}, events.warn)
             nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])
-            run(config, resume=plan["resume"], observer=events, engine=over(nodes))
+            run(config, resume=plan["resume"], observer=events, engine=engine_factory(nodes))
         events.finished()
     except Exception as error:
         events.failed(in_one_line(error))
@@ -49,35 +54,38 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: ProgressWriter) -> None:
-    names = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
-    question = {"settings": comparable(config), "classes": read_splits(config.data, config.task)[1], "run": plan["run"]}
+    registered = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
+    classes = read_splits(config.data, config.task)[1]
+    question = {"settings": shared_settings(config), "classes": classes, "run": plan["run"]}
     checkpoint = RunFolder(config.folder, {}).checkpoint_file
-    begun = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
-    clients = sorted(begun or plan["clients"])
-    nodes = NodeRegistry(GridClient(grid, believed=False), clients, names, question, events.warn, config.ranks.largest)
-    nodes.ranks = dict(begun or {})
+    saved_ranks = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
+    clients = sorted(saved_ranks or plan["clients"])
+    grid_client = GridClient(grid, trusted=False)
+    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest)
+    nodes.ranks = dict(saved_ranks or {})
     events.say(f"waiting for {', '.join(clients)}")
     try:
-        nodes.wait(clients, len(clients), plan["patience"] if begun is None else min(plan["patience"], COME_BACK_S))
+        timeout = plan["patience"] if saved_ranks is None else min(plan["patience"], REJOIN_S)
+        nodes.wait(clients, len(clients), timeout)
     except TooFewUpdates as error:
-        # A run that has begun goes on without those that do not come back.
-        if begun is None:
+        # A resumed run continues without the sites that are missing.
+        if saved_ranks is None:
             raise
         events.warn(str(error))
-    ranks = begun or {client: nodes.capabilities[client].rank or 0 for client in clients}
-    told = tuple(ranks[client] for client in clients)
-    theirs = {"allocation": "fixed", "per_client": told, "low": min(told), "high": config.ranks.largest}
+    ranks = saved_ranks or {client: nodes.capabilities[client].rank or 0 for client in clients}
+    per_client = tuple(ranks[client] for client in clients)
+    changes = {"allocation": "fixed", "per_client": per_client, "low": min(per_client), "high": config.ranks.largest}
     rows = {client: nodes.capabilities[client].rows or 0 for client in clients if client in nodes.capabilities}
     run(
-        config.model_copy(update={"ranks": config.ranks.model_copy(update=theirs)}),
+        config.model_copy(update={"ranks": config.ranks.model_copy(update=changes)}),
         resume=plan["resume"],
         observer=events,
-        engine=over(nodes),
+        engine=engine_factory(nodes),
         sites={client: rows.get(client, 0) for client in clients},
     )
-    nodes.dismiss(min(config.federation.deadline, FAREWELL_S))
+    nodes.dismiss(min(config.federation.deadline, DISMISS_S))
 
 
-def over(nodes: NodeRegistry) -> MakeEngine:
-    """Makes the engine of a run whose clients are these nodes, with rows of their own."""
+def engine_factory(nodes: NodeRegistry) -> MakeEngine:
+    """Return a function that makes the engine of a run whose clients train on these nodes."""
     return lambda context, shards, stack: FlowerEngine(context, nodes)  # noqa: ARG005

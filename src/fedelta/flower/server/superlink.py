@@ -1,4 +1,4 @@
-"""The server's side of a deployment: a SuperLink on loopback, the app that runs on it, and how that goes."""
+"""A SuperLink on loopback, the Flower app that runs on it, and the progress of that app."""
 
 import json
 import subprocess
@@ -14,15 +14,18 @@ from filelock import FileLock
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
-from fedelta.flower.processes import environment, free_port, last_line, process, tool
+from fedelta.flower.processes import child_environment, flower_command, free_port, last_line, process
 from fedelta.flower.server.progress_file import ProgressReader
 from fedelta.runs.config import Config
 
 START_S = 90.0
+"""Maximum seconds until the SuperLink accepts commands, and until the ServerApp starts."""
 COMMAND_S = 120.0
+"""Maximum seconds for one command of Flower."""
 GRACE_S = 5.0
-CONFIG = "config.yaml"
-APP = """[project]
+"""Seconds in which the last progress of a ServerApp that has ended may still be read."""
+CONFIG_NAME = "config.yaml"
+APP_PROJECT = """[project]
 name = "fedelta-app"
 version = "0.1.0"
 description = "fedelta"
@@ -43,25 +46,25 @@ trainer = ""
 
 
 @contextmanager
-def workplace(config: Config) -> Iterator[tuple[Path, Path]]:
-    """A folder of this run alone with its configuration, which ends with the block, and the folder of its logs."""
+def run_workspace(config: Config) -> Iterator[tuple[Path, Path]]:
+    """Make a temporary folder that holds the configuration of a run, and yield it with the folder for logs."""
     logs = config.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedelta-") as scratch:
-        (Path(scratch) / CONFIG).write_text(yaml.safe_dump(config.dump()))
+        (Path(scratch) / CONFIG_NAME).write_text(yaml.safe_dump(config.dump()))
         yield Path(scratch), logs
 
 
 class SuperLink:
-    """A SuperLink that only this machine can reach.
+    """A SuperLink that only this machine can reach. Use it as a context manager.
 
     Args:
-        scratch: its workplace.
+        scratch: temporary folder of the run, as `run_workspace` makes it.
         logs: folder of its log.
-        certificates: folder with `ca.crt`, `server.crt` and `server.key` for 127.0.0.1: with TLS, and only nodes whose
-            keys are registered; None is neither.
-        simulated: number of nodes that Ray simulates, 0 for real ones.
-        port: None is one that is free.
+        certificates: folder with `ca.crt`, `server.crt` and `server.key` for 127.0.0.1. With it, the SuperLink uses
+            TLS and admits only nodes with a registered key; with None, it does neither.
+        simulated: number of nodes that Ray simulates, 0 for real nodes.
+        port: the port to listen on; None for a free one.
     """
 
     def __init__(
@@ -72,25 +75,26 @@ class SuperLink:
         self.port = port or free_port()
         self.certificates = certificates
         self.simulated = simulated
-        home = scratch / "flwr"
-        home.mkdir()
-        self.environment = environment(FLWR_HOME=str(home))
+        flower_home = scratch / "flwr"
+        flower_home.mkdir()
+        self.environment = child_environment(FLWR_HOME=str(flower_home))
         self._scope = ExitStack()
         self._hold = scratch / "hold.lock"
         trust = "insecure = true" if certificates is None else f"root-certificates = {_quote(certificates / 'ca.crt')}"
-        (home / "config.toml").write_text(
+        (flower_home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{self.address}"\n{trust}\n'
         )
         app = scratch / "app"
         app.mkdir()
-        (app / "pyproject.toml").write_text(APP)
+        (app / "pyproject.toml").write_text(APP_PROJECT)
 
     @property
     def address(self) -> str:
+        """The address of the SuperLink, as host:port."""
         return f"127.0.0.1:{self.port}"
 
     def __enter__(self) -> "SuperLink":
-        command = [tool("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [flower_command("flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)]
         if self.certificates is None:
             command += ["--insecure"]
         else:
@@ -100,7 +104,7 @@ class SuperLink:
             command += ["--enable-supernode-auth"]
         if self.simulated:
             command += ["--simulation"]
-        # Flower detaches what it starts for a run; that ends when this lets go, however it comes to that.
+        # Flower detaches the processes of a run. They end when this lock is released, even if this process is killed.
         self._scope.enter_context(FileLock(self._hold).acquire())
         self._process = self._scope.enter_context(process(command, self.environment, self.log))
         return self
@@ -108,86 +112,94 @@ class SuperLink:
     def __exit__(self, *_: object) -> None:
         self._scope.close()
 
-    def check(self) -> None:
-        """Whether it is still there.
-
-        Raises:
-            FedeltaError: if it has ended.
-        """
+    def check_running(self) -> None:
+        """Raise a FedeltaError if the SuperLink has ended."""
         if self._process.poll() is not None:
             raise FedeltaError(f"the SuperLink ended: {last_line(self.log)}")
 
     def register(self, key: Path) -> int:
-        """Have it accept the node with this public key, and give it a number."""
-        found = self._ask_until("supernode", "register", str(key), "here", taken="node-id")
-        return int(found["node-id"])
+        """Register the public key of a node, and return the number that Flower gives to the node."""
+        response = self._retry_command("supernode", "register", str(key), "here", success_key="node-id")
+        return int(response["node-id"])
 
     def submit(self, plan: Mapping[str, Any], observer: Observer, trainer: str = "") -> ProgressReader:
-        """Have it run our app with the configuration of its workplace.
+        """Start our Flower app with the configuration in `scratch`.
 
         Args:
-            plan: what the ServerApp is to do.
-            observer: will be told how that goes.
-            trainer: socket of the trainer, for nodes that do not know theirs.
+            plan: instructions for the ServerApp; see `server_app.main`.
+            observer: receives the progress.
+            trainer: socket of the trainer, for nodes whose own configuration does not name one.
+
+        Returns:
+            A reader of the app's progress, for `follow`.
         """
-        file, events = self.scratch / "plan.json", self.scratch / "events.jsonl"
-        places = {"config": self.scratch / CONFIG, "events": events, "hold": self._hold}
-        file.write_text(json.dumps({**plan, **{name: str(path) for name, path in places.items()}}))
-        arguments = ["--run-config", f"plan={_quote(file)} trainer={_quote(trainer)}"]
+        plan_file, events = self.scratch / "plan.json", self.scratch / "events.jsonl"
+        paths = {"config": self.scratch / CONFIG_NAME, "events": events, "hold": self._hold}
+        plan_file.write_text(json.dumps({**plan, **{name: str(path) for name, path in paths.items()}}))
+        arguments = ["--run-config", f"plan={_quote(plan_file)} trainer={_quote(trainer)}"]
         if self.simulated:
             arguments += ["--federation-config", f"num-supernodes={self.simulated}"]
-        self._ask_until("run", str(self.scratch / "app"), "here", *arguments, taken="success")
+        self._retry_command("run", str(self.scratch / "app"), "here", *arguments, success_key="success")
         return ProgressReader(events, observer)
 
-    def _ask_until(self, *arguments: str, taken: str) -> Any:
-        """Flower's answer to a command, as soon as the SuperLink is up."""
+    def _retry_command(self, *arguments: str, success_key: str) -> Any:
+        """Repeat a command of Flower until the SuperLink is up, and return its JSON response.
+
+        Args:
+            arguments: the command's arguments.
+            success_key: a key that the response of a successful command holds.
+
+        Raises:
+            FedeltaError: if it does not succeed within `START_S` seconds.
+        """
         until = time.monotonic() + START_S
         while True:
-            self.check()
-            found = self._flwr(arguments)
-            if isinstance(found, dict) and found.get(taken):
-                return found
+            self.check_running()
+            response = self._run_flwr(arguments)
+            if isinstance(response, dict) and response.get(success_key):
+                return response
             if time.monotonic() > until:
-                raise FedeltaError(f"flwr {arguments[0]}: {found}; see {self.log}")
+                raise FedeltaError(f"flwr {arguments[0]}: {response}; see {self.log}")
             time.sleep(0.5)
 
-    def _flwr(self, arguments: Sequence[str]) -> Any:
-        command = [tool("flwr"), *arguments, "--format", "json"]
+    def _run_flwr(self, arguments: Sequence[str]) -> Any:
+        """Run the command `flwr` once, and return its JSON response, or the end of its output if that is not JSON."""
+        command = [flower_command("flwr"), *arguments, "--format", "json"]
         try:
             done = subprocess.run(
                 command, env=self.environment, capture_output=True, text=True, check=False, timeout=COMMAND_S
             )
         except subprocess.TimeoutExpired:
-            return f"no answer within {COMMAND_S:.0f} s"
+            return f"no response within {COMMAND_S:.0f} s"
         with suppress(ValueError):
             return json.loads(done.stdout)
         return (done.stdout + done.stderr).strip()[-300:]
 
-    def follow(self, events: ProgressReader, look: Callable[[], None]) -> None:
-        """Tell of progress until the run ends.
+    def follow(self, events: ProgressReader, check_processes: Callable[[], None]) -> None:
+        """Pass the progress to the observer until the run ends.
 
         Args:
-            events: of the ServerApp.
-            look: is called again and again, to look after other processes.
+            events: the progress of the ServerApp.
+            check_processes: called about ten times a second, to restart other processes that have ended.
 
         Raises:
             FedeltaError: if the run fails.
         """
-        begun = time.monotonic()
-        gone: float | None = None
+        start = time.monotonic()
+        ended: float | None = None
         while not events.finished:
             events.catch_up()
             if events.failure is not None:
                 raise FedeltaError(events.failure)
-            self.check()
-            look()
-            if not events.begun and time.monotonic() - begun > START_S:
+            self.check_running()
+            check_processes()
+            if not events.started and time.monotonic() - start > START_S:
                 raise FedeltaError(f"the ServerApp did not start within {START_S:.0f} s; see {self.log}")
-            if events.abandoned():
-                # It may have said its last word since we read.
-                gone = gone or time.monotonic()
-                if time.monotonic() - gone > GRACE_S:
-                    raise FedeltaError(f"the ServerApp ended without a word; see {self.log}")
+            if events.writer_ended():
+                # It may have written its last line after we read the file.
+                ended = ended or time.monotonic()
+                if time.monotonic() - ended > GRACE_S:
+                    raise FedeltaError(f"the ServerApp ended without a result; see {self.log}")
             time.sleep(0.1)
 
 

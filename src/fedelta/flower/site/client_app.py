@@ -1,4 +1,4 @@
-"""Flower's side of a site: hands each message to the warm trainer beside it, and the answer back."""
+"""The ClientApp that Flower runs at a site: it forwards each message to the site's trainer, and returns the reply."""
 
 import time
 
@@ -7,48 +7,56 @@ from flwr.clientapp import ClientApp
 
 from fedelta.flower.site.ipc import ask
 
-RESTART_S = 120.0
-"""How long a message waits for a trainer that is being restarted."""
+TRAINER_RESTART_S = 120.0
+"""Maximum seconds that a message waits for a trainer that is being restarted."""
 
-DEATHS = 2
-"""How many trainers may die of one message before it is given up."""
+MAX_TRAINER_DEATHS = 2
+"""Number of trainers that may die while they process one message, before the message fails."""
 
 app = ClientApp()
 
 
-def _relay(message: Message, context: Context, kind: str) -> Message:
+def _forward_to_trainer(message: Message, context: Context, kind: str) -> Message:
+    """Forward a message to the trainer, and return its reply.
+
+    Args:
+        message: a query or a broadcast.
+        context: Flower's context, which holds the path of the trainer's socket.
+        kind: `query` or `train`.
+    """
     node = context.node_config
-    # A node of a simulation knows no more of itself than its number; the run says where the trainer is.
+    # A simulated node knows only its own number, so the run's configuration names the trainer.
     path = str(node.get("trainer") or context.run_config["trainer"])
     facts = {"kind": kind, "client": node.get("client"), "number": node.get("partition-id")}
     request = message.content.config_records.get("message", ConfigRecord())
     blob = request.get("blob", b"")
-    absent, deaths = time.monotonic(), 0
+    absent_since, deaths = time.monotonic(), 0
     while True:
         try:
-            answer, found = ask(path, facts, blob if isinstance(blob, bytes) else b"")
+            reply_facts, reply_blob = ask(path, facts, blob if isinstance(blob, bytes) else b"")
             break
         except (ConnectionRefusedError, FileNotFoundError):
-            # Whoever keeps the site is starting it again.
-            if time.monotonic() - absent > RESTART_S:
+            # The site's supervisor is restarting it.
+            if time.monotonic() - absent_since > TRAINER_RESTART_S:
                 raise
         except OSError:
-            # It died at work. Training again gives the same, which may be another death.
-            absent, deaths = time.monotonic(), deaths + 1
-            if deaths > DEATHS:
+            # It died while it processed the message. Training again gives the same update, or kills it again.
+            absent_since, deaths = time.monotonic(), deaths + 1
+            if deaths > MAX_TRAINER_DEATHS:
                 raise
         time.sleep(0.2)
-    record = ConfigRecord({"blob": found, **{key: value for key, value in answer.items() if value is not None}})
+    present = {key: value for key, value in reply_facts.items() if value is not None}
+    record = ConfigRecord({"blob": reply_blob, **present})
     return Message(content=RecordDict({"message": record}), reply_to=message)
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Who lives here, what they can do, and which base they hold."""
-    return _relay(message, context, "query")
+    """Return the clients of this site, their capabilities, and the version of their base model."""
+    return _forward_to_trainer(message, context, "query")
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """A broadcast in, an update out."""
-    return _relay(message, context, "train")
+    """Return the update that a broadcast asks for."""
+    return _forward_to_trainer(message, context, "train")

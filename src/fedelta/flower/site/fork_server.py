@@ -1,8 +1,8 @@
-"""Starts the processes of Flower's ClientApps by fork, from one that has imported what they need.
+"""Starts the processes of Flower's ClientApps by fork, from a process that has already imported Flower.
 
-Flower starts a process for each message, which takes a second and more of a core to import Flower itself. It starts it
-by name; so the nodes' PATH begins with a folder in which that name asks here, and where nobody answers there it is
-Flower's own again.
+Flower starts a process for each message, and importing Flower takes that process more than a second of CPU time. Flower
+finds the program by name. So the PATH of a node begins with a folder that holds a program of that name, which asks this
+server to fork. If the server does not respond, the program runs Flower's own instead.
 
 python -m fedelta.flower.site.fork_server SOCKET
 """
@@ -14,41 +14,46 @@ import sys
 from pathlib import Path
 
 from fedelta.federation.engines.process_lifetime import end_with_parent
-from fedelta.flower.site.ipc import RelayError, listen, receive
+from fedelta.flower.site.ipc import IpcError, listen, receive
 
 NAME = "flwr-clientapp"
-ASK = """import json, os, socket, struct, sys
+"""The program that Flower starts for each message."""
+
+# It sends a message as `ipc.send` does, but imports nothing outside the standard library, so that it starts fast.
+REQUEST_SCRIPT = """import json, os, socket, struct, sys
 try:
-    with socket.socket(socket.AF_UNIX) as starter:
-        starter.connect({socket!r})
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect({socket!r})
         head = json.dumps({{"arguments": sys.argv[1:]}}).encode()
-        starter.sendall(struct.pack("!Q", len(head)) + head + struct.pack("!Q", 0))
-        if starter.recv(1) != b"1":
+        connection.sendall(struct.pack("!Q", len(head)) + head + struct.pack("!Q", 0))
+        if connection.recv(1) != b"1":
             raise OSError
 except OSError:
     os.execv({command!r}, [{command!r}, *sys.argv[1:]])
 """
 
 
-def write_command(folder: Path, starter: str) -> None:
-    """Make the folder that a node's PATH begins with.
+def write_command(folder: Path, socket_path: str) -> None:
+    """Write the program that asks the fork server for a process.
 
     Args:
-        starter: its socket.
+        folder: a new folder, for the front of a node's PATH.
+        socket_path: path of the fork server's socket.
     """
     folder.mkdir()
     command = str(Path(sys.executable).with_name(NAME))
-    (folder / "ask.py").write_text(ASK.format(socket=starter, command=command))
-    # -S -E: nothing of the environment's Python is needed, and without it this starts in an instant.
-    (folder / NAME).write_text(f"#!/bin/sh\nexec '{sys.executable}' -S -E '{folder / 'ask.py'}' \"$@\"\n")
+    script = folder / "request_fork.py"
+    script.write_text(REQUEST_SCRIPT.format(socket=socket_path, command=command))
+    # -S -E: the script needs no site packages and no environment variables, and starts much faster without them.
+    (folder / NAME).write_text(f"#!/bin/sh\nexec '{sys.executable}' -S -E '{script}' \"$@\"\n")
     (folder / NAME).chmod(0o700)
 
 
 def serve(server: socket.socket) -> None:
-    """Fork a process for each message, for ever."""
+    """Fork a process for each request. Never returns."""
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    # Nobody waits for them.
+    # Let the kernel remove the children when they end, because this process does not wait for them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         connection, _ = server.accept()
@@ -67,7 +72,7 @@ def serve(server: socket.socket) -> None:
                     sys.stdout.flush()
                     os._exit(0)
             connection.sendall(b"1")
-        except (RelayError, OSError, ValueError, KeyError):
+        except (IpcError, OSError, ValueError, KeyError):
             pass
         finally:
             connection.close()

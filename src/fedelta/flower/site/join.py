@@ -1,8 +1,6 @@
-"""A site of a federation: a node that reaches the server, and the warm trainer beside it, until the run has ended."""
+"""A site of a federation: a node that connects to the server and a trainer process, until the run has ended."""
 
-import base64
 import json
-import ssl
 import sys
 import tempfile
 import time
@@ -12,28 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
-from fedelta.flower.certificates import public_half
-from fedelta.flower.processes import LOOPBACK, Supervised, Tail, environment, last_line
-from fedelta.flower.server.gateway import KEY_HEADER, UNKNOWN
-from fedelta.flower.site.node_process import node_command, with_starter
+from fedelta.flower.certificates import derive_public_key
+from fedelta.flower.processes import LOOPBACK, Supervised, Tail, child_environment, last_line
+from fedelta.flower.site.node_process import node_command, start_fork_server
+from fedelta.flower.site.server_checks import SERVER_POLL_S, Refusals, ServerWatch, check_key_registered, reachable
 from fedelta.runs.config import Config
 
 TRAINER = ("-m", "fedelta.flower.site.site_trainer")
-CONNECT_S = 10.0
+"""Python's arguments that start the trainer."""
 REFUSAL = "Failed to initialize the connection"
-GONE_S = 30.0
-HELD_S = 75.0
-"""Flower takes a node for lost after twice its heartbeat of 30 s; until then nobody else gets in with its key."""
-AGAIN_S = 5.0
-LOOK_S = 1.0
-"""Seconds between two looks whether the server is up; Flower's nodes wait ever longer."""
-FAREWELL_S = 5.0
-"""For how long the node has to pass on the trainer's last word."""
+"""Text in the log of a node that the server refuses."""
+SHUTDOWN_S = 5.0
+"""Seconds that the node has to send the trainer's last reply."""
 
 
 def join(
@@ -47,162 +39,128 @@ def join(
     folder: Path,
     observer: Observer,
 ) -> None:
-    """Take part in a run until the server says that it has ended.
+    """Take part in a run until the server reports that it has ended.
 
     Args:
-        config: this site's copy of the server's; where the model is and what the machine is may differ.
-        server: host:port.
-        data: the site's rows, a file or folder. It is read here and nowhere else.
-        rank: that this site can afford.
-        keys: folder with `site.key` and the server's `ca.crt`; None is plain text, on loopback alone.
-        name: of this site, where it has no key that the server knows.
-        folder: for logs, and for what the site keeps from one round to the next.
-        observer: is told what the site does.
+        config: this site's copy of the server's configuration. The location of the model and the device may differ.
+        server: address of the server, as host:port.
+        data: the site's rows, a file or a folder. They are only read here.
+        rank: the rank that this site can afford.
+        keys: folder with `site.key` and the server's `ca.crt`; None for plain text, which is only allowed on loopback.
+        name: name of this site; None if the server knows it by its key.
+        folder: folder for logs, and for the state that the site keeps between rounds.
+        observer: receives messages about what the site does.
 
     Raises:
-        FedeltaError: if the rows or the model are not there, or the server can't be trusted.
+        FedeltaError: if the rows or the model are missing, the server cannot be trusted, or it refuses this site.
     """
     if (keys is None) == (name is None):
-        raise FedeltaError("join: say --keys FOLDER, or --insecure with --name NAME for a trial on loopback")
-    security = _security(server, keys)
+        raise FedeltaError("join: pass --keys FOLDER, or --insecure with --name NAME for a trial on loopback")
+    security = _security_options(server, keys)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
-        told = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
-        path = str(scratch / "trainer" / "socket")
-        trainer = stack.enter_context(_trainer(config, told, scratch, path, folder))
+        socket_path = str(scratch / "trainer" / "socket")
+        site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
+        trainer = stack.enter_context(_trainer(config, site, scratch, socket_path, folder))
         trainer_log = Tail(trainer.log)
-        _wait_for_trainer(trainer, path, trainer_log, observer)
+        _wait_for_trainer(trainer, socket_path, trainer_log, observer)
         _wait_for_server(server, keys, trainer, observer)
-        (scratch / "flwr").mkdir()
-        start_node = partial(node_command, server, f'trainer="{path}"', *security)
-        processes: list[Supervised] = [trainer]
-        surroundings = with_starter(stack, scratch, environment(FLWR_HOME=str(scratch / "flwr")), folder, processes)
-        node = stack.enter_context(Supervised("node", start_node, surroundings, folder))
-        refusals, gone = Refusals(server, keys or folder), Gone(server, _authority(keys))
-        node_log = Tail(node.log)
-        while trainer.ended != 0:
-            _tell(trainer_log, observer)
-            for each in processes:
-                each.look(observer)
-            if node.ended == 0 or (node.ended is not None and any(REFUSAL in line for line in node_log.lines())):
-                # A node that a server does not know ends as if it had been asked to.
-                check_known(server, keys)
-                refusals.another(observer)
+        supervised = [trainer]
+        environment = start_fork_server(stack, scratch, _node_environment(scratch), folder, supervised)
+        command = partial(node_command, server, f'trainer="{socket_path}"', *security)
+        node = stack.enter_context(Supervised("node", command, environment, folder))
+        refusals, node_log = Refusals(server, keys or folder), Tail(node.log)
+        server_watch = ServerWatch(server, _authority(keys))
+        while trainer.exit_code != 0:
+            _report(trainer_log, observer)
+            for process in supervised:
+                process.restart_if_ended(observer)
+            if _was_refused(node, node_log):
+                check_key_registered(server, keys)
+                refusals.add(observer)
                 node.restart()
             else:
-                node.look(observer)
-            gone.look(observer)
+                node.restart_if_ended(observer)
+            server_watch.check(observer)
             time.sleep(0.2)
-        _tell(trainer_log, observer)
-        time.sleep(FAREWELL_S)
+        _report(trainer_log, observer)
+        time.sleep(SHUTDOWN_S)
 
 
-def _trainer(config: Config, told: Mapping[str, Any], scratch: Path, path: str, logs: Path) -> Supervised:
-    """The site's trainer as a process that is restarted if it dies.
+def _node_environment(scratch: Path) -> dict[str, str]:
+    """Make a folder for Flower's own files, and return the environment in which the node uses it."""
+    flower_home = scratch / "flwr"
+    flower_home.mkdir()
+    return child_environment(FLWR_HOME=str(flower_home))
+
+
+def _was_refused(node: Supervised, log: Tail) -> bool:
+    """Return whether the node has ended because the server refused it."""
+    code = node.exit_code
+    # Exit code 0 counts too: a node that the server does not know ends as if it had been asked to.
+    return code == 0 or (code is not None and any(REFUSAL in line for line in log.new_lines()))
+
+
+def _trainer(config: Config, site: Mapping[str, Any], scratch: Path, socket_path: str, logs: Path) -> Supervised:
+    """Start the site's trainer as a process that is restarted if it dies.
 
     Args:
-        told: what `SiteTrainer` is made of, beside the configuration.
-        path: of the socket that it listens on.
+        config: the site's configuration.
+        site: the arguments of `SiteTrainer` other than the configuration.
+        scratch: temporary folder for both.
+        socket_path: the socket that the trainer listens on.
+        logs: folder of its log.
     """
     (scratch / "config.yaml").write_text(yaml.safe_dump(config.dump()))
-    (scratch / "site.json").write_text(json.dumps(told))
-    command = [sys.executable, *TRAINER, str(scratch / "config.yaml"), path, str(scratch / "site.json")]
-    return Supervised("trainer", lambda: command, environment(), logs, done=0)
+    (scratch / "site.json").write_text(json.dumps(site))
+    command = [sys.executable, *TRAINER, str(scratch / "config.yaml"), socket_path, str(scratch / "site.json")]
+    return Supervised("trainer", lambda: command, child_environment(), logs, done=0)
 
 
-def _wait_for_trainer(trainer: Supervised, path: str, log: Tail, observer: Observer) -> None:
+def _wait_for_trainer(trainer: Supervised, socket_path: str, log: Tail, observer: Observer) -> None:
     """Wait until the trainer listens.
 
     Raises:
-        FedeltaError: with its last line, if it ends before.
+        FedeltaError: if the trainer ends before; the message is the last line of its log.
     """
-    while not Path(path).exists():
-        _tell(log, observer)
-        if trainer.ended is not None:
+    while not Path(socket_path).exists():
+        _report(log, observer)
+        if trainer.exit_code is not None:
             raise FedeltaError(last_line(trainer.log))
         time.sleep(0.1)
 
 
 def _authority(keys: Path | None) -> Path | None:
-    """The certificate that the server's is checked against; None in plain text."""
+    """Return the certificate that must have signed the server's; None for plain text."""
     return keys / "ca.crt" if keys else None
 
 
 def _wait_for_server(server: str, keys: Path | None, trainer: Supervised, observer: Observer) -> None:
-    """Wait until the server listens and knows this site.
+    """Wait until the server listens.
 
     Raises:
-        FedeltaError: if it is not the server that the site trusts, or does not know the site.
+        FedeltaError: if the site does not trust the server, or the server does not know the site's key.
     """
     observer.say(f"waiting for the server at {server}")
     while not reachable(server, _authority(keys)):
-        trainer.look(observer)
-        time.sleep(LOOK_S)
-    check_known(server, keys)
+        trainer.restart_if_ended(observer)
+        time.sleep(SERVER_POLL_S)
+    check_key_registered(server, keys)
 
 
-def _tell(log: Tail, observer: Observer) -> None:
-    """Pass on the lines that the trainer has written since the last look."""
-    for line in log.lines():
+def _report(log: Tail, observer: Observer) -> None:
+    """Pass the lines that the trainer has logged since the last call to the observer."""
+    for line in log.new_lines():
         observer.say(line)
 
 
-class Gone:
-    """Notices that a server is not there any more, and that it is again; a site waits for it in the meantime."""
+def _security_options(server: str, keys: Path | None) -> list[str]:
+    """Return the node's command-line options for certificates and keys.
 
-    def __init__(self, server: str, authority: Path | None) -> None:
-        self._server = server
-        self._authority = authority
-        self._looked = time.monotonic()
-        self._gone = False
-
-    def look(self, observer: Observer) -> None:
-        """Now and then, see whether it is there."""
-        if time.monotonic() - self._looked < GONE_S:
-            return
-        self._looked = time.monotonic()
-        try:
-            here = reachable(self._server, self._authority)
-        except FedeltaError:
-            # It was once whom we trust; what is there now is not it.
-            here = False
-        if here == self._gone:
-            self._gone = not here
-            what = "is back" if here else "is gone; waiting for it to come back (Ctrl-C ends this)"
-            observer.say(f"the server at {self._server} {what}")
-
-
-class Refusals:
-    """How long a server has not let this site in.
-
-    It knows the key, but may think that a node with it, which was cut off, is still there.
+    Raises:
+        FedeltaError: if the address is not valid, a file is missing or damaged, or plain text would leave loopback.
     """
-
-    def __init__(self, server: str, keys: Path) -> None:
-        self._line = (
-            f"server {server} does not let in the key {keys / 'site.key'}, which it knows: "
-            "is another node using it, and do both clocks agree to a few seconds?"
-        )
-        self._times: list[float] = []
-
-    def another(self, observer: Observer) -> None:
-        """It has refused this site once more.
-
-        Raises:
-            FedeltaError: if it has for so long that no node's place can still be held.
-        """
-        now = time.monotonic()
-        self._times = [then for then in self._times if now - then < 2 * HELD_S] + [now]
-        if now - self._times[0] > HELD_S:
-            raise FedeltaError(self._line)
-        if len(self._times) == 1:
-            observer.say(f"not let in, trying again for {HELD_S:.0f} s; a site that was cut off is held that long")
-        time.sleep(AGAIN_S)
-
-
-def _security(server: str, keys: Path | None) -> list[str]:
-    """Options of the node."""
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise FedeltaError(f"--server {server}: expected HOST:PORT")
@@ -213,73 +171,5 @@ def _security(server: str, keys: Path | None) -> list[str]:
     for file in ("site.key", "ca.crt"):
         if not (keys / file).is_file():
             raise FedeltaError(f"--keys {keys}: no {file} there")
-    public_half(keys / "site.key")
+    derive_public_key(keys / "site.key")
     return ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "site.key")]
-
-
-def check_known(server: str, keys: Path | None) -> None:
-    """Whether the server, which is up, knows this site's key.
-
-    Raises:
-        FedeltaError: if it says that it does not.
-    """
-    if keys is None:
-        return
-    key = base64.b64encode(public_half(keys / "site.key")).decode()
-    context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
-    try:
-        # Without a signature nobody gets further than this; that it is a key's that they know they say.
-        answer = httpx.post(
-            f"https://{server}/v1/fleet/pull-messages",
-            headers={KEY_HEADER: key},
-            verify=context,
-            timeout=CONNECT_S,
-            trust_env=server.rpartition(":")[0] not in LOOPBACK,
-        )
-    except httpx.HTTPError:
-        return
-    if answer.text == UNKNOWN:
-        raise FedeltaError(
-            f"server {server} does not know the key {keys / 'site.key'}: "
-            "its public half has to be in the server's folder, as sites/NAME.pub"
-        )
-
-
-def reachable(server: str, authority: Path | None, twice: bool = False) -> bool:
-    """Whether the server is up and is whom we trust.
-
-    Args:
-        authority: certificate that vouches for the server's; None for plain text.
-        twice: whether it has answered strangely before.
-
-    Raises:
-        FedeltaError: if something else is there.
-    """
-    host, _, port = server.rpartition(":")
-    scheme = "http" if authority is None else "https"
-    try:
-        context = ssl.create_default_context(cafile=str(authority)) if authority else False
-    except ssl.SSLError as error:
-        raise FedeltaError(f"{authority} is no certificate ({error.reason})") from error
-    try:
-        # What it answers does not matter: that it speaks as we do does.
-        httpx.get(f"{scheme}://{host}:{port}/", verify=context, timeout=CONNECT_S, trust_env=host not in LOOPBACK)
-    except httpx.ConnectError as error:
-        cause = error
-        while cause is not None and not isinstance(cause, ssl.SSLError):
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            line = f"server {server} is not whom {authority} vouches for: {cause.verify_message}"
-            raise FedeltaError(line) from error
-        if isinstance(cause, ssl.SSLError):
-            raise FedeltaError(f"server {server} does not speak TLS ({cause.reason})") from error
-        return False
-    except httpx.RemoteProtocolError as error:
-        if not twice:
-            # It may have been about to end.
-            time.sleep(LOOK_S)
-            return reachable(server, authority, twice=True)
-        raise FedeltaError(f"server {server} does not speak plain HTTP; does it want TLS? Say --keys FOLDER") from error
-    except httpx.HTTPError:
-        return False
-    return True

@@ -9,25 +9,32 @@ from fedelta.flower.processes import Supervised, free_port
 from fedelta.flower.site.fork_server import write_command
 
 
-def with_starter(
-    stack: ExitStack, scratch: Path, environment: dict[str, str], logs: Path, kept: list[Supervised]
+def start_fork_server(
+    stack: ExitStack, scratch: Path, environment: dict[str, str], logs: Path, supervised: list[Supervised]
 ) -> dict[str, str]:
-    """Start what starts the processes of nodes, add it to those kept, and return the nodes' environment."""
-    path = str(scratch / "starter" / "socket")
-    write_command(scratch / "bin", path)
-    command = [sys.executable, "-m", "fedelta.flower.site.fork_server", path]
-    kept.append(stack.enter_context(Supervised("starter", lambda: command, environment, logs)))
+    """Start a fork server, and return the environment in which nodes use it.
+
+    Args:
+        stack: ends the fork server when it closes.
+        scratch: temporary folder for its socket and its command.
+        environment: environment variables of the fork server.
+        logs: folder of its log.
+        supervised: the list of supervised processes; the fork server is appended.
+    """
+    socket_path = str(scratch / "fork-server" / "socket")
+    write_command(scratch / "bin", socket_path)
+    command = [sys.executable, "-m", "fedelta.flower.site.fork_server", socket_path]
+    supervised.append(stack.enter_context(Supervised("fork-server", lambda: command, environment, logs)))
     return {**environment, "PATH": os.pathsep.join([str(scratch / "bin"), environment["PATH"]])}
 
 
 def node_command(superlink: str, settings: str, *security: str) -> list[str]:
-    """What starts a SuperNode.
+    """Return the command line that starts a SuperNode.
 
     Args:
-        superlink: its address.
-        settings: of the node, as Flower writes them.
-        security: options of certificates and keys, none for a connection in plain text.
+        superlink: address of the SuperLink or the gateway, as host:port.
+        settings: the node's configuration, in Flower's syntax.
+        security: command-line options for certificates and keys. Without them the connection is plain text.
     """
-    place = ["--superlink", superlink, "--port", str(free_port())]
-    command = [sys.executable, "-m", "fedelta.flower.site.supernode", *place, "--node-config", settings]
-    return [*command, *(security or ("--insecure",))]
+    options = ["--superlink", superlink, "--port", str(free_port()), "--node-config", settings]
+    return [sys.executable, "-m", "fedelta.flower.site.supernode", *options, *(security or ("--insecure",))]

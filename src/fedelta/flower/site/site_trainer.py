@@ -1,4 +1,4 @@
-"""A site's trainer: rows of its own, a rank that it can afford, and a model as the server has it.
+"""The trainer of a site: its own rows, the rank that it can afford, and the server's model.
 
 python -m fedelta.flower.site.site_trainer CONFIG.yaml SOCKET SITE.json
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.files import write_file
-from fedelta.flower.agreement import comparable
-from fedelta.flower.certificates import SITE
+from fedelta.flower.agreement import shared_settings
+from fedelta.flower.certificates import SITE_NAME
 from fedelta.flower.site.ipc import listen
 from fedelta.flower.site.trainer_process import TrainerProcess, serve
 from fedelta.learning.data import DataSettings
@@ -28,18 +28,25 @@ from fedelta.runs.config import Config, load_config
 
 
 class SiteTrainer(TrainerProcess):
-    """One client, at home. It loads its model when it is first asked, for then it learns the classes.
+    """Handles the messages of a site's only client.
+
+    It loads its model at the server's first query, because the query holds the classes.
 
     Args:
-        config: the site's own copy.
-        data: its rows: a file or a folder.
-        rank: that it can afford.
-        name: who it is, None for whom the server says.
-        known: file of what the server has said, for a trainer that is started again.
-        memory: folder for what the site keeps from one round to the next.
+        config: the site's copy of the configuration.
+        data: the site's rows: a file or a folder.
+        rank: the rank that the site can afford.
+        name: name of the site; None if the server knows it by the site's key.
+        identity_file: file that stores the name and the classes, for a trainer that is restarted.
+        memory: folder for the state that the site keeps between rounds.
+
+    Raises:
+        FedeltaError: if the rows or the tokenizer cannot be loaded.
     """
 
-    def __init__(self, config: Config, data: str, rank: int, name: str | None, known: Path, memory: Path) -> None:
+    def __init__(
+        self, config: Config, data: str, rank: int, name: str | None, identity_file: Path, memory: Path
+    ) -> None:
         self.config = config
         self.rank = rank
         self.name = name
@@ -47,38 +54,48 @@ class SiteTrainer(TrainerProcess):
         self.memory = memory
         self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
         self.tokenizer = load_tokenizer(config.model)
-        self._known = known
-        # Read now, so that whoever starts a site learns at once of rows that are not there.
-        say(f"{load_rows(self.settings, config.task.columns(self.settings)).num_rows} rows in {data}, rank {rank}")
-        if known.exists():
-            self._load(**json.loads(known.read_text()))
+        self._identity_file = identity_file
+        # Read the rows now, so that missing rows are reported as soon as the site starts.
+        log(f"{load_rows(self.settings, config.task.columns(self.settings)).num_rows} rows in {data}, rank {rank}")
+        if identity_file.exists():
+            self._load(**json.loads(identity_file.read_text()))
 
-    def introduce(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+    def handle_query(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Check that this site can take part, and return its capabilities.
+
+        Args:
+            facts: not used: a site has one client.
+            question: the server's `settings`, `classes` and `run`, and the `client` that it knows this site as; or
+                `finished`, which ends this process.
+
+        Raises:
+            FedeltaError: if the site cannot take part.
+        """
         try:
-            return self._introduce(question)
+            return self._handle_query(question)
         except FedeltaError as error:
-            # The people of the site read it too.
-            say(f"can't take part: {error}")
+            # The server receives the error. Show it at the site too.
+            log(f"can't take part: {error}")
             raise
 
-    def _introduce(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def _handle_query(self, question: Mapping[str, Any]) -> dict[str, Any]:
         if question.get("finished"):
             self.finished = True
             return {"clients": []}
-        mine = comparable(self.config)
+        settings = shared_settings(self.config)
         for key, value in question["settings"].items():
-            if mine.get(key) != value:
-                raise FedeltaError(f"{key} is {mine.get(key)!r} here and {value!r} at the server")
+            if settings.get(key) != value:
+                raise FedeltaError(f"{key} is {settings.get(key)!r} here and {value!r} at the server")
         name = self.name or question["client"]
-        if name is not None and not SITE.fullmatch(name):
+        if name is not None and not SITE_NAME.fullmatch(name):
             raise FedeltaError(f"the server calls this site {name[:50]!r}, expected letters, digits, - and _")
         if name is None:
-            raise FedeltaError("nobody has said which client this is")
+            raise FedeltaError("this site has no name: neither --name nor the server gives one")
         self._forget_other_runs(str(question["run"]))
         if not hasattr(self, "trainer"):
             self._load(name, question["classes"])
-            write_file(self._known, json.dumps({"name": name, "classes": question["classes"]}))
-            say(f"{name} takes part with {len(self.shards[name].train)} rows")
+            write_file(self._identity_file, json.dumps({"name": name, "classes": question["classes"]}))
+            log(f"{name} takes part with {len(self.shards[name].train)} rows")
         if (name, question["classes"]) != self.loaded:
             raise FedeltaError(f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes")
         rows = len(self.shards[name].train)
@@ -91,13 +108,13 @@ class SiteTrainer(TrainerProcess):
         }
 
     def _forget_other_runs(self, run: str) -> None:
-        """What a site keeps is of one run."""
+        """Delete the stored state and the model if they belong to another run."""
         file = self.memory / "run"
         if not file.exists() or file.read_text() != run:
             shutil.rmtree(self.memory, ignore_errors=True)
             write_file(file, run)
             if hasattr(self, "trainer"):
-                # Its base has another run's patches: it is loaded afresh.
+                # Its base holds the other run's patches, so it has to be loaded again.
                 del self.trainer
 
     def _load(self, name: str, classes: list[str]) -> None:
@@ -109,29 +126,29 @@ class SiteTrainer(TrainerProcess):
 
     def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
         if not hasattr(self, "trainer"):
-            raise FedeltaError("this site has not been asked yet who it is")
-        begin = time.monotonic()
-        answer = super().train(facts, broadcast, blob)
-        if answer[1]:
-            say(f"round {broadcast.round}: trained in {time.monotonic() - begin:.1f} s")
-        return answer
+            raise FedeltaError("the server has not yet queried this site")
+        start = time.monotonic()
+        reply_facts, update = super().train(facts, broadcast, blob)
+        if update:
+            log(f"round {broadcast.round}: trained in {time.monotonic() - start:.1f} s")
+        return reply_facts, update
 
 
-def say(line: str) -> None:
-    """A line for the people of the site."""
+def log(line: str) -> None:
+    """Print a line, which `fedelta join` shows at the site."""
     print(line, flush=True)
 
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     config, path = load_config(Path(sys.argv[1])), Path(sys.argv[2])
-    told = json.loads(Path(sys.argv[3]).read_text())
-    known = Path(sys.argv[3]).with_name("known.json")
+    site = json.loads(Path(sys.argv[3]).read_text())
+    identity_file = Path(sys.argv[3]).with_name("identity.json")
     try:
-        site = SiteTrainer(config, told["data"], told["rank"], told["name"], known, Path(told["memory"]))
+        trainer = SiteTrainer(config, site["data"], site["rank"], site["name"], identity_file, Path(site["memory"]))
     except FedeltaError as error:
         sys.exit(str(error))
-    serve(listen(path), site)
+    serve(listen(path), trainer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A SuperNode that asks for messages three times a second; Flower's own sleeps three seconds between two questions.
+"""A SuperNode that polls for messages about three times a second. Flower's own SuperNode polls every three seconds.
 
 python -m fedelta.flower.site.supernode [the arguments of flower-supernode]
 """
@@ -9,15 +9,15 @@ from types import SimpleNamespace
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
-ASK_S = 0.3
+POLL_S = 0.3
 
 
 def _sleep(seconds: float) -> None:
-    time.sleep(min(seconds, ASK_S))
+    time.sleep(min(seconds, POLL_S))
 
 
 if __name__ == "__main__":
-    # Where a later version has no such name, the node is as slow as Flower's own, and no worse.
+    # If a later version of Flower lacks this attribute, the node still works, at Flower's own speed.
     if hasattr(start_client_internal, "time"):
         start_client_internal.time = SimpleNamespace(**{**vars(time), "sleep": _sleep})
     flower_supernode()

@@ -1,4 +1,4 @@
-"""A warm trainer: model, folded patches and tokens stay loaded between messages.
+"""A trainer in a process of its own, which keeps the model, its patches and the tokens in memory between messages.
 
 python -m fedelta.flower.site.trainer_process CONFIG.yaml SOCKET MEMORY      serves all clients of a partition
 """
@@ -23,15 +23,19 @@ from fedelta.runs.assemble import prepare
 from fedelta.runs.config import load_config
 
 SILENCE_S = 60.0
+"""Seconds after which a connection that neither sends nor reads is closed."""
 
 
 class TrainerProcess:
-    """The clients that a trainer serves.
+    """Handles the messages of one or more clients that share a model.
 
     Args:
         trainer: their model.
         shards: client → its rows.
-        memory: folder for what clients keep from one round to the next.
+        memory: folder for the state that clients keep between rounds.
+
+    Attributes:
+        finished: whether the run has ended, so that the process can end too.
     """
 
     def __init__(self, trainer: Trainer, shards: Mapping[str, Shard], memory: Path) -> None:
@@ -41,46 +45,56 @@ class TrainerProcess:
         self.base = fingerprint(trainer.model.peft)
         self.finished = False
 
-    def answer(self, facts: Mapping[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
-        """What a message gets back: facts, and an update if it asked for one.
+    def handle(self, facts: Mapping[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
+        """Handle a message, and return the reply. Any exception becomes a reply that explains it.
 
         Args:
-            facts: `kind`, `query` or `train`; which `client` asks, or its `number` in the order of names, if known.
-            blob: a question as JSON, or a broadcast.
+            facts: `kind`, which is `query` or `train`; and, if known, the name of the `client` that the node serves, or
+                its `number` in the order of names.
+            blob: the query as JSON, or the broadcast.
+
+        Returns:
+            The JSON part of the reply; and the update, which is empty for a query and after an exception.
         """
         try:
             if facts["kind"] == "query":
-                return self.introduce(facts, json.loads(blob or b"{}")), b""
+                return self.handle_query(facts, json.loads(blob or b"{}")), b""
             return self.train(facts, Broadcast.from_bytes(blob), blob)
         except Exception as error:
             return explain(error), b""
 
-    def introduce(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Who is here."""
-        return {"clients": self._here(facts), "version": self.trainer.base.version, "base": self.base}
+    def handle_query(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return the clients that the node serves, and the version and fingerprint of the base model."""
+        return {"clients": self._clients_of(facts), "version": self.trainer.base.version, "base": self.base}
 
     def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
-        """The update that a broadcast asks for.
+        """Train as a broadcast asks, and return the update.
+
+        Args:
+            facts: as in `handle`.
+            broadcast: the decoded broadcast.
+            blob: the broadcast as it was received.
 
         Raises:
-            FedeltaError: if it is for somebody else, or does not fit the model.
+            FedeltaError: if the broadcast is for a client of another site, or does not fit the model.
         """
-        if broadcast.client not in self._here(facts):
-            raise FedeltaError(f"{broadcast.client} is no client of this site")
+        if broadcast.client not in self._clients_of(facts):
+            raise FedeltaError(f"{broadcast.client} is not a client of this site")
         if broadcast.patch.start > self.trainer.base.version:
-            # A blank trainer: whoever asks again sends all patches.
+            # This trainer was restarted and lacks patches. The server then sends all of them.
             return {"behind": self.trainer.base.version}, b""
         client = broadcast.client
         file = self.memory / f"{client}.safetensors"
         if client not in self.trainer.error_feedback and file.exists():
             self.trainer.take_kept(client, file.read_bytes())
-        answer = self.trainer.reply(blob, self.shards[client])
-        if kept := self.trainer.kept_bytes(client):
-            # Before the answer goes: what it has left out is never forgotten.
-            write_file(file, kept)
-        return {}, answer
+        update = self.trainer.reply(blob, self.shards[client])
+        if client_state := self.trainer.kept_bytes(client):
+            # Store the error feedback before the update is sent, so that it cannot be lost.
+            write_file(file, client_state)
+        return {}, update
 
-    def _here(self, facts: Mapping[str, Any]) -> list[str]:
+    def _clients_of(self, facts: Mapping[str, Any]) -> list[str]:
+        """Return the names of the clients that the node with these `facts` serves."""
         names = sorted(self.shards)
         if facts.get("client") is not None:
             names = [name for name in names if name == facts["client"]]
@@ -89,15 +103,15 @@ class TrainerProcess:
         return names
 
 
-def serve(server: socket.socket, clients: TrainerProcess) -> None:
-    """Answer one message after the other, until the clients have finished."""
-    while not clients.finished:
+def serve(server: socket.socket, trainer: TrainerProcess) -> None:
+    """Handle one message after another, until the run has ended."""
+    while not trainer.finished:
         connection, _ = server.accept()
-        # Whoever does not speak, or stops listening, holds nobody else up for long, and ends nothing.
+        # A peer that is silent or stops reading delays the others for `SILENCE_S` at most, and does not end the loop.
         connection.settimeout(SILENCE_S)
         with connection, suppress(OSError, ValueError, KeyError, TypeError):
             facts, blob = receive(connection)
-            send(connection, *clients.answer(facts, blob))
+            send(connection, *trainer.handle(facts, blob))
 
 
 def main() -> None:
