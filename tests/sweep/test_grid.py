@@ -295,7 +295,7 @@ def test_files_that_are_no_grids_are_refused(tmp_path: Path) -> None:
             load_grid(tmp_path / "bad.yaml")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/grids.md"])
+@pytest.mark.parametrize("document", ["docs/grids.md"])
 def test_grids_in_the_documents_are_grids(document: str, tmp_path: Path) -> None:
     text = (ROOT / document).read_text()
     begin = text.index("```yaml\nname: ranks") + len("```yaml\n")
