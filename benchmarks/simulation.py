@@ -213,7 +213,7 @@ def evaluation(names: list[str], rates: dict[int, float]) -> str:
         def unsorted(work: Round = work, examples: Examples = examples) -> None:
             for begin in range(0, len(examples), 64):
                 rows = list(range(begin, min(begin + 64, len(examples))))
-                Classification().judge(work.plain, work.tokenizer, examples, Unit("answer", rows))
+                Classification().evaluate_batch(work.plain, work.tokenizer, examples, Unit("forward", rows))
 
         plain = seconds(unsorted, repeats=2, enough=20)
         ours = seconds(

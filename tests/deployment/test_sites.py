@@ -330,7 +330,7 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
         assert "client-000, client-001 (0 of 2 are there, expected 2)" in " ".join(told.split())
         assert "training.steps is 9 here and 2 at the server" in told
         assert "training.steps is 9 here and 2 at the server" in federation.output(NAMES[0])
-        assert "label 'lake' is none of the server's" in told
+        assert "label 'lake' is not one of the server's" in told
         assert not (config.folder / "rounds.jsonl").exists()
 
 
