@@ -22,8 +22,8 @@ from fedelta.runs.export import export_run
 from fedelta.runs.runner import Run, run
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def distance(tensor: Tensor, truth: Tensor) -> float:
+    return float((tensor - truth).norm() / truth.norm())
 
 
 def tokens_of(folder: Path) -> Tensor:
@@ -55,7 +55,7 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 def test_lora_on_a_weight_that_two_modules_share_is_refused(causal: Any) -> None:
     """The patch of a tied output layer would also change the embedding."""
-    for architecture in ("llama", "mistral"):  # The first has tied weights, the second has not.
+    for architecture in ("llama", "mistral"):  # The first has tied weights, the second does not.
         base = AutoModelForCausalLM.from_pretrained(causal(architecture))
         if base.config.tie_word_embeddings:
             with pytest.raises(FedeltaError, match=r"module lm_head: its weight is also model\.embed_tokens\.weight"):

@@ -75,7 +75,7 @@ def tokenize_splits(
 def build_data(
     tokenized: TokenizedSplits, settings: DataSettings, sharing: PartitionSettings, seed: int
 ) -> FederatedData:
-    """Divide the training rows among clients, each of which holds out a part of its own.
+    """Divide the training rows among clients, and hold out a part of the rows of each.
 
     Raises:
         FedeltaError: if a client has too few rows to hold some out and train on the rest.

@@ -134,7 +134,7 @@ def _groups(values: list[Any], clients: int | None) -> list[int]:
 
 
 def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[list[int]]:
-    """Two-quality partition of Byun & Lee: clients of equal size, of which the first share has balanced labels."""
+    """Two-quality partition of Byun & Lee: clients of equal size; the first share has balanced labels."""
     flwr = _partitioners()
 
     clients = settings.clients or 1

@@ -35,7 +35,7 @@ class BasePatch:
         self._dtype = dtype
         self._original: dict[str, Tensor] = {}
         self._patched: set[str] = set()
-        self._beside: dict[str, tuple[Tensor, ...]] = {}
+        self._separate: dict[str, tuple[Tensor, ...]] = {}
         self._hooked: set[str] = set()
         dense = sum(4 * layer.out_features * layer.in_features for layer in layers.values())
         written = any(layer.get_base_layer().weight.dtype == torch.float32 for layer in layers.values())
@@ -48,7 +48,7 @@ class BasePatch:
         Args:
             patches: module → C, (m, n) out×in, fp32. Modules without a patch return to W0.
         """
-        self._beside = {}
+        self._separate = {}
         for module in [*patches, *(self._patched - patches.keys())]:
             layer = self._layers[module]
             weight = layer.get_base_layer().weight
@@ -60,7 +60,7 @@ class BasePatch:
                 C = _dense(patches[module]).to(weight.device)
                 weight.copy_(original + (C.T if layer.fan_in_fan_out else C))
             elif module in patches:
-                self._beside[module] = self._factors(patches[module], weight)
+                self._separate[module] = self._factors(patches[module], weight)
                 if module not in self._hooked:
                     layer.get_base_layer().register_forward_hook(self._hook(module))
                     self._hooked.add(module)
@@ -75,10 +75,10 @@ class BasePatch:
 
     def _hook(self, module: str) -> Any:
         def add_patch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-            if module not in self._beside:
+            if module not in self._separate:
                 return output
             added = inputs[0]
-            for factor in self._beside[module]:
+            for factor in self._separate[module]:
                 added = added.to(factor.dtype) @ factor
             return output + added.to(output.dtype)
 
