@@ -59,8 +59,8 @@ def test_the_final_model_is_scored_by_generated_answers_and_by_multiple_choice(
     )
     with pytest.raises(FedeltaError, match=r"evaluation\.harness: .*nowhere\.jsonl"):
         run(causal_config(name="y", rounds=1, evaluation={"harness": {"tasks": ["broken"], "include": str(folder)}}))
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tints'"):
-        run(causal_config(name="x", evaluation={"harness": {"tasks": ["tints"], "include": str(folder)}}))
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'shades'"):
+        run(causal_config(name="x", evaluation={"harness": {"tasks": ["shades"], "include": str(folder)}}))
 
 
 MATH = ROOT / "experiments" / "exact_aggregation" / "harness"
