@@ -1,9 +1,9 @@
-"""Aggregation against the published ways and against what this machine can do.
+"""Benchmark of aggregation, compared with published implementations and with the limits of this machine.
 
-python benchmarks/aggregation.py                     everything; about half an hour, 4 GB of disk
+python benchmarks/aggregation.py                     all parts; takes half an hour and 4 GB of disk
 python benchmarks/aggregation.py --parts accuracy memory
 python benchmarks/aggregation.py --quick             fewer layers and clients
-python benchmarks/aggregation.py --write             keep the tables in benchmarks/README.md
+python benchmarks/aggregation.py --write             write the tables to benchmarks/README.md
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two layers, r = 16, K = 3 and 10")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where adapter folders are made, and left for the next time")
+    parser.add_argument("--folder", type=Path, help="folder for the adapter folders, which later runs reuse")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
@@ -36,16 +36,16 @@ def main() -> None:
             if part == "layers":
                 names = ["RoBERTa-base query", "Mistral-7B q_proj"] if arguments.quick else list(LAYERS)
                 Ks, ranks = ([3, 10], [16]) if arguments.quick else ([3, 10, 50, 100], arguments.ranks)
-                found = speed(machine, names, Ks, ranks)
+                text = speed(machine, names, Ks, ranks)
             elif part == "mistral":
-                found = mistral(machine, folder / "mistral")
+                text = mistral(machine, folder / "mistral")
             elif part == "thousand":
-                found = thousand(folder / "thousand")
+                text = thousand(folder / "thousand")
             else:
-                found = {"accuracy": accuracy, "memory": memory}[part]()
-            print("\n" + found, flush=True)
+                text = {"accuracy": accuracy, "memory": memory}[part]()
+            print("\n" + text, flush=True)
             if arguments.write:
-                keep(part, f"{machine.describe()}\n\n{found}")
+                keep(part, f"{machine.describe()}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A round of the same work by each engine: in process, over Flower's nodes on loopback, by Flower's simulation on Ray.
+"""Benchmark of a round with each engine: in process, over Flower nodes on loopback, and by Flower's simulation on Ray.
 
-What an engine costs is its round less the round of one process with one worker, which is the training itself: the warm
-trainer of the others is one process too. Round 0 is left out: there they load and connect.
+The cost of an engine is the time of its round minus that of one process with one worker, which is the training itself:
+the other engines also train in one process, with the model already loaded. Round 0, in which they load and connect, is
+not counted.
 
 python benchmarks/engines.py                 the built-in example's data and model, three clients
-python benchmarks/engines.py --write         keep the table in benchmarks/README.md
+python benchmarks/engines.py --write         write the table to benchmarks/README.md
 """
 
 import argparse
@@ -37,13 +38,13 @@ ENGINES = {
 
 
 def seconds(finished: Run) -> list[float]:
-    """Of each round after the first, without evaluation."""
+    """Seconds of each round after the first, without evaluation."""
     lines = [json.loads(line) for line in finished.folder.timings_file.read_text().splitlines()]
     return [sum(v for phase, v in line["seconds"].items() if phase != "evaluation") for line in lines[1:]]
 
 
 def megabytes(finished: Run) -> float:
-    """Sent in a round, both ways, as serialized."""
+    """Mean megabytes sent in a round, in both directions, as serialized."""
     return mean(record["bytes_down"]["total"] + record["bytes_up"]["total"] for record in finished.records[1:]) / 1e6
 
 
@@ -59,15 +60,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 options = [f"output={folder}", f"rounds={arguments.rounds}", f"federation.precision={precision}"]
                 finished = engine(load_config(None, [*SETTINGS, *options]))
-                found, sent = seconds(finished), megabytes(finished)
-            training = training or found
-            extra = [a - mean(training) for a in found]
+                round_seconds, sent = seconds(finished), megabytes(finished)
+            training = training or round_seconds
+            extra = [a - mean(training) for a in round_seconds]
             rows.append(
                 [
                     name,
                     precision,
-                    f"{mean(found):.2f}",
-                    f"{mean(found) / mean(training):.2f}×",
+                    f"{mean(round_seconds):.2f}",
+                    f"{mean(round_seconds) / mean(training):.2f}×",
                     f"{mean(extra):+.2f}",
                     f"{max(extra):+.2f}",
                     f"{sent:.2f}",

@@ -1,12 +1,12 @@
-"""A whole run of ten rounds against Flower's simulation on Ray of the same work, from start of Python to end.
+"""Benchmark of a run of ten rounds, compared with Flower's simulation on Ray, from the start of Python to its end.
 
-Needs flwr beside fedelta, in an environment of its own:  pip install 'flwr[simulation]>=1.41,<2'
+It needs fedelta and flwr in a separate environment:  pip install 'flwr[simulation]>=1.41,<2'
 
 python benchmarks/flower_simulation.py              fp32 and bf16 through `fedelta run`, then Flower in fp32
-python benchmarks/flower_simulation.py --write      keep the table in benchmarks/README.md
+python benchmarks/flower_simulation.py --write      write the table to benchmarks/README.md
 
-Flower's clients are written as its users write them: one PEFT model a process, LoRA and head as arrays, stock FedAvg,
-batches padded to their longest text, one client a core, the server's evaluation on validation texts as they come.
+Flower's clients follow its users' usual code: one PEFT model per process, LoRA and head as arrays, plain FedAvg,
+batches padded to their longest text, one client per core, and server-side evaluation on unsorted validation texts.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = Path(__file__).with_name("ag_news.yaml")
-# Equal ranks, for that is what FedAvg can average.
+# Equal ranks, because FedAvg can't average others.
 SAME = ["ranks.allocation=fixed", "ranks.low=8", "ranks.high=8", "method=fedit", "rounds=10", "evaluation.every=5"]
 
 
 @functools.lru_cache(maxsize=1)
 def work() -> Any:
-    """Configuration, shards and model of this process: read once by each of Ray's."""
+    """Load configuration, shards and model, once in each of Ray's processes."""
     import torch
 
     from fedelta.learning.shards import build_data
@@ -46,7 +46,7 @@ def work() -> Any:
 
 
 def trained() -> dict[str, Any]:
-    """LoRA and head, by name."""
+    """Trained parameters by name: LoRA and the head."""
     return {name: p for name, p in work()[2].peft.named_parameters() if p.requires_grad}
 
 
@@ -59,7 +59,7 @@ def load(arrays: dict[str, Any]) -> None:
 
 
 def simulate() -> None:
-    """Flower's run."""
+    """Run Flower's simulation."""
     import torch
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -87,9 +87,9 @@ def simulate() -> None:
             optimizer.step()
             optimizer.zero_grad()
             total += float(loss.detach())
-        found = MetricRecord({"train_loss": total / steps, "num-examples": len(shard)})
+        metrics = MetricRecord({"train_loss": total / steps, "num-examples": len(shard)})
         arrays = ArrayRecord({name: p.detach() for name, p in trained().items()})
-        return Message(content=RecordDict({"arrays": arrays, "metrics": found}), reply_to=message)
+        return Message(content=RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     def evaluate(examples: Any) -> float:
         _, _, model, tokenizer = work()
@@ -106,15 +106,15 @@ def simulate() -> None:
         config, data, _, _ = work()
 
         def due(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
-            # Not before the first round: fedelta does not either.
+            # Like fedelta, do not evaluate before the first round.
             if round_ == 0 or round_ % config.evaluation.every:
                 return None
             load(arrays.to_torch_state_dict())
-            found = {"validation": evaluate(data.validation)}
+            scores = {"validation": evaluate(data.validation)}
             if round_ == config.rounds:
-                found["test"] = evaluate(data.test)
-            print(f"round {round_}: {found}", flush=True)
-            return MetricRecord(found)
+                scores["test"] = evaluate(data.test)
+            print(f"round {round_}: {scores}", flush=True)
+            return MetricRecord(scores)
 
         strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=len(data.shards))
         arrays = ArrayRecord({name: p.detach() for name, p in trained().items()})
@@ -130,14 +130,14 @@ def simulate() -> None:
 
 
 def timed(command: list[str]) -> tuple[float, str]:
-    """Seconds of a process, start to end, and what it printed."""
+    """Run a process, and return its seconds from start to end and its output."""
     quiet = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "OMP_NUM_THREADS": "1",
-        # Ray's processes import this module, and with it keep what `work` has read.
+        # Ray's processes import this module, so that `work` loads its data once in each.
         "PYTHONPATH": str(CONFIG.parent),
     }
     begin = time.perf_counter()
@@ -157,12 +157,14 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        found = {}
+        run_seconds = {}
         for dtype in ("float32", "bfloat16"):
             options = [*SAME, f"model.dtype={dtype}", f"output={folder}", f"name={dtype}"]
-            found[dtype], _ = timed([str(Path(sys.executable).with_name("fedelta")), "run", str(CONFIG), *options])
+            run_seconds[dtype], _ = timed(
+                [str(Path(sys.executable).with_name("fedelta")), "run", str(CONFIG), *options]
+            )
             result = runner.open_run(Path(folder) / dtype).result
-            rows.append([f"`fedelta run`, {dtype}", found[dtype], f"{result['test']['accuracy']:.3f}"])
+            rows.append([f"`fedelta run`, {dtype}", run_seconds[dtype], f"{result['test']['accuracy']:.3f}"])
             print(rows[-1], flush=True)
         flower, printed = timed([sys.executable, "-c", "import flower_simulation; flower_simulation.simulate()"])
         print(printed)

@@ -1,4 +1,4 @@
-"""Whole models from disk through `fedelta aggregate`: a Mistral-7B-shaped round, a thousand RoBERTa-shaped clients."""
+"""Benchmark of `fedelta aggregate` on whole models from disk: a round of Mistral-7B, and a thousand RoBERTa clients."""
 
 import json
 import os
@@ -28,16 +28,16 @@ PREFIX = "base_model.model.model.layers"
 
 
 def write_folder(folder: Path, layers: dict[str, tuple[int, int]], depth: int, rank: int, seed: int) -> None:
-    """A PEFT adapter folder of this shape: what all clients share, and a tenth of it their own."""
+    """Write a PEFT adapter folder: factors that all clients share, plus a tenth of their size that differs."""
     folder.mkdir(parents=True)
-    mine, shared = torch.Generator().manual_seed(seed + 1), torch.Generator().manual_seed(0)
+    own, shared = torch.Generator().manual_seed(seed + 1), torch.Generator().manual_seed(0)
     tensors = {}
     for layer in range(depth):
         for name, (m, n) in layers.items():
             for factor, shape in (("A", (rank, n)), ("B", (m, rank))):
                 common = torch.randn(shape, generator=shared)
                 key = f"{PREFIX}.{layer}.{name}.lora_{factor}.weight"
-                tensors[key] = 0.02 * (common + 0.1 * torch.randn(shape, generator=mine))
+                tensors[key] = 0.02 * (common + 0.1 * torch.randn(shape, generator=own))
     safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -60,7 +60,7 @@ def read_once(folders: list[Path]) -> float:
 
 
 def write_once(path: Path, size: int) -> float:
-    """Seconds to write so many bytes to disk."""
+    """Seconds to write `size` bytes to disk."""
     data = os.urandom(2**24)
     begin = time.perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -73,7 +73,7 @@ def write_once(path: Path, size: int) -> float:
 
 
 def command(folders: list[Path], output: Path, method: str | None) -> tuple[float, float]:
-    """Wall seconds and peak MB of `fedelta aggregate`, the start of Python included."""
+    """Run `fedelta aggregate`, and return its wall seconds, including the start of Python, and its peak MB."""
     arguments = ["aggregate", *map(str, folders), "-o", str(output), "--json"]
     arguments += ["--method", method] if method else []
     begin = time.perf_counter()
@@ -102,7 +102,7 @@ def mistral(machine: Machine, folder: Path, clients: int = 10, rank: int = 16) -
             write_folder(site, MISTRAL, 32, rank, i)
     q, sides = clients * rank, 32 * sum(m + n for m, n in MISTRAL.values())
     gram = 2 * q * q * sides
-    # The table's deviation takes the Gram matrices of both stacks; an SVD takes them once more in fp64.
+    # The deviation in the printed table needs the Gram matrices of both stacks. An SVD needs them again, in fp64.
     limits = {"replication": gram / machine.fp32, "fedex": gram / machine.fp32}
     limits["florist"] = limits["exact mean"] = gram / machine.fp32 + gram / machine.fp64
     limits["exact mean"] += 2 * q * q * sides / machine.fp64
@@ -141,7 +141,7 @@ def mistral(machine: Machine, folder: Path, clients: int = 10, rank: int = 16) -
 
 
 def thousand(folder: Path) -> str:
-    """Peak memory of 10 and of 1,000 RoBERTa-base-shaped clients of ranks 4, 8 and 32, from disk."""
+    """Measure peak memory with 10 and with 1,000 clients of RoBERTa-base's shape and ranks 4, 8 and 32, from disk."""
     folders = [folder / f"client-{i:04d}" for i in range(1000)]
     for i, site in enumerate(folders):
         if not site.exists():

@@ -1,8 +1,8 @@
-"""What fedelta does on a GPU, measured in some minutes, without a network; the most valuable figures first.
+"""Benchmark of fedelta on a GPU. It takes some minutes, needs no network, and measures the most useful figures first.
 
-python benchmarks/gpu.py --minutes 7 --out DIR      figures appear in DIR/gpu.json and DIR/gpu.md as they are measured
-python benchmarks/gpu.py --smoke --out DIR          all of it on a CPU with toy sizes, to try the benchmark itself
-python benchmarks/gpu.py --only training,round ...  some sections
+python benchmarks/gpu.py --minutes 7 --out DIR      writes figures to DIR/gpu.json and DIR/gpu.md as they are measured
+python benchmarks/gpu.py --smoke --out DIR          runs everything on a CPU with toy sizes, to test the benchmark
+python benchmarks/gpu.py --only training,round ...  runs only these sections
 """
 
 import argparse
@@ -25,11 +25,11 @@ from gpu_training import stacks, training
 ROOT = Path(__file__).parents[1]
 
 TEST_SECONDS = 90.0
-"""For the tests, which must leave time for the figures."""
+"""Time limit of the tests, which must leave time for the figures."""
 
 
 def tests(bench: Bench) -> None:
-    bench.begin("tests", "Tests on the device", "`pytest -m gpu tests/gpu` in a process of its own.")
+    bench.begin("tests", "Tests on the device", "`pytest -m gpu tests/gpu` in a separate process.")
 
     def row() -> Row:
         limit = min(TEST_SECONDS, max(10.0, bench.left / 4))
@@ -56,7 +56,7 @@ def tests(bench: Bench) -> None:
         except subprocess.TimeoutExpired:
             done.kill()
             output, _ = done.communicate()
-            bench.fail("all of the tests", f"not done after {limit:.0f} s")
+            bench.fail("all of the tests", f"not finished after {limit:.0f} s")
         lines = output.splitlines()
         counts = {
             word.lower(): sum(bool(re.match(rf"tests/gpu/\S+::.* {word}\b", line)) for line in lines)
@@ -77,9 +77,9 @@ SECTIONS: tuple[Callable[[Bench], None], ...] = (tests, training, stacks, federa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no measurement begins")
+    parser.add_argument("--minutes", type=float, default=7.0, help="time after which no measurement starts")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
-    parser.add_argument("--only", default="", help=f"out of {', '.join(s.__name__ for s in SECTIONS)}")
+    parser.add_argument("--only", default="", help=f"sections to run, out of {', '.join(s.__name__ for s in SECTIONS)}")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on the CPU")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1 if arguments.smoke else len(os.sched_getaffinity(0)))
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
-    # What has been imported stays: not looking at it makes each collection of garbage a hundred times as fast.
+    # Imported modules are never freed. Garbage collection is a hundred times as fast if it does not visit them.
     gc.freeze()
     device = torch.device("cpu" if arguments.smoke else "cuda")
     bench = Bench(arguments.out, None if arguments.smoke else arguments.minutes, device, arguments.smoke)

@@ -1,4 +1,4 @@
-"""One round of each experiment's full size, and the hours that the whole of it would take."""
+"""Benchmark of one round of each experiment at full size, and a projection of its total hours."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ SHAPE_OF = {
     "mistralai/Mistral-7B-v0.1": "Mistral-7B",
     "google/gemma-2-9b": "Gemma-2-9B",
 }
-"""A model's name on the hub → its shape; in the order in which they are measured, small ones first."""
+"""Name of a model on the hub → its shape, in the order of measurement, small models first."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a public data set: its training rows, and the tokens of a typical text."""
+    """Size of a public data set: its training rows, and the number of tokens in a typical text."""
 
     rows: int
     tokens: int
@@ -58,26 +58,26 @@ SIZES = {
     ("commonsense_170k", None): Size(170_420, 110),
 }
 
-# What a step costs depends on these alone, but for the rank and the number of classes, which hardly matter.
+# The cost of a step depends only on these. The rank and the number of classes hardly matter.
 Group = tuple[str, str, str | None, int, int | None]
 
 
 def group_of(config: Config) -> Group:
-    """Model, data set, texts in a step and in a pass."""
+    """Group of a run: model, data set and its configuration, texts per step and per pass."""
     training = config.training
     data = config.data
     return config.model.name, data.source, data.configuration, training.batch_size, training.micro_batch_size
 
 
 def cells(grid: Path) -> list[Config]:
-    """All runs of a grid's full size, trials included."""
+    """All runs of a grid at full size, including trials."""
     expansion = Expansion(load_grid(grid, "full"))
     return [config for plan in (expansion.trials()[0], expansion.cells(None)) for config in plan.cells.values()]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a local step, of an aggregation, and of evaluating a text."""
+    """Seconds of a local step, of an aggregation, and of the evaluation of one text."""
 
     step: float
     aggregation: float
@@ -85,13 +85,13 @@ class Cost:
 
 
 def held_out(config: Config) -> int:
-    """Validation rows: each of these data sets has a test split of its own, and none for validation."""
+    """Number of validation rows. Each of these data sets has a test split, but no validation split."""
     size = SIZES[config.data.source, config.data.configuration]
     return round(config.data.validation * size.rows)
 
 
 def steps(config: Config) -> int:
-    """Local steps of a client in a round."""
+    """Number of local steps of a client in a round."""
     if config.training.steps is not None:
         return config.training.steps
     rows = SIZES[config.data.source, config.data.configuration].rows - held_out(config)
@@ -100,18 +100,18 @@ def steps(config: Config) -> int:
 
 
 def seconds_of_round(config: Config, cost: Cost) -> float:
-    """A round of this run, its share of the evaluations included."""
+    """Seconds of one round of a run, including its share of the evaluations."""
     clients = config.federation.round_size(config.partition.clients)
     evaluation = cost.text * held_out(config) / min(config.evaluation.every, config.rounds)
     return clients * steps(config) * cost.step + cost.aggregation + evaluation
 
 
 def aggregation(model: LoraModel, rank: int, clients: int) -> Callable[[], None]:
-    """A step of fedex on that many updates."""
+    """Make a function that runs one step of fedex on the updates of `clients`."""
     zero = Adapter(
         {name: LoraPair(torch.zeros(rank, n), torch.zeros(m, rank)) for name, (m, n) in model.shapes.items()}
     )
-    # Two adapters in turn: what a client adds costs the same whatever it holds.
+    # Clients alternate between two adapters, because the cost of an update does not depend on its values.
     adapters = [random_adapter(model, rank, seed) for seed in range(2)]
     method = make_method("fedex")
 
@@ -122,7 +122,7 @@ def aggregation(model: LoraModel, rank: int, clients: int) -> Callable[[], None]
 
 
 class Models:
-    """One model at a time: those of one shape are measured one after the other."""
+    """Holder of one model at a time, so that consecutive groups of runs can share it."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -147,7 +147,7 @@ class Models:
 
 
 def measure(bench: Bench, models: Models, configs: Sequence[Config]) -> Cost:
-    """A few steps, one aggregation and an evaluation of a group of runs."""
+    """Measure a few steps, one aggregation and an evaluation of a group of runs."""
     config = configs[0]
     model = models.get(config)
     size = SIZES[config.data.source, config.data.configuration]
@@ -168,19 +168,19 @@ def measure(bench: Bench, models: Models, configs: Sequence[Config]) -> Cost:
     train_for(1)
     step = bench.seconds(lambda: train_for(number)) / number
     task = config.task if causal else Classification()
-    many = 8 if bench.smoke else config.evaluation.batch_size
+    evaluation_batch = 8 if bench.smoke else config.evaluation.batch_size
 
-    def judge() -> None:
-        evaluate(task, model, tokenizer(), rows, many)
+    def evaluate_rows() -> None:
+        evaluate(task, model, tokenizer(), rows, evaluation_batch)
 
-    rows = texts(around(mean, longest, 2 * many, seed=1), words_of(model), causal, seed=1)
-    judge()
-    text = bench.seconds(judge) / len(rows)
+    rows = texts(around(mean, longest, 2 * evaluation_batch, seed=1), words_of(model), causal, seed=1)
+    evaluate_rows()
+    text = bench.seconds(evaluate_rows) / len(rows)
     return Cost(step, bench.seconds(aggregation(model, rank, clients)), text)
 
 
 def row_of(grid: str, group: Group, configs: Sequence[Config], cost: Cost) -> Row:
-    """What a group of runs takes."""
+    """Row of the table for a group of runs."""
     rounds = sum(config.rounds for config in configs)
     seconds = sum(config.rounds * seconds_of_round(config, cost) for config in configs)
     name, source, configuration, batch, micro = group
@@ -204,23 +204,23 @@ def experiments(bench: Bench) -> None:
         "experiments",
         "The experiments at full size, projected",
         """A few local steps, an aggregation by fedex and an evaluation were measured with random weights and texts of
-        typical lengths (assumed: see `SIZES`), and scaled by the known sizes of the data sets and the runs of each
-        grid, trials of tuning included. Left out: generating answers and the evaluation harness, the test split,
-        the ranking of clients by loss, messages, saving, and loading models and data.""",
+        typical lengths (an assumption, see `SIZES`). They were scaled by the known sizes of the data sets and by the
+        runs of each grid, including trials of tuning. Not included: generation of answers, the evaluation harness, the
+        test split, the ranking of clients by loss, messages, saving, and loading of models and data.""",
     )
-    found: dict[tuple[str, Group], list[Config]] = defaultdict(list)
+    groups: dict[tuple[str, Group], list[Config]] = defaultdict(list)
 
     def read() -> None:
         for file in sorted(EXPERIMENTS.glob("*/*.yaml")):
             for config in cells(file):
-                found[f"{file.parent.name}/{file.stem}", group_of(config)].append(config)
+                groups[f"{file.parent.name}/{file.stem}", group_of(config)].append(config)
 
     if not bench.measure("reading the grids", 10.0, read):
         return
     order = list(SHAPE_OF)
     models, missing = Models(bench), []
     hours: dict[str, float] = defaultdict(float)
-    for (grid, group), configs in sorted(found.items(), key=lambda item: (order.index(item[0][1][0]), str(item[0]))):
+    for (grid, group), configs in sorted(groups.items(), key=lambda item: (order.index(item[0][1][0]), str(item[0]))):
         what = f"{grid}: {SHAPE_OF[group[0]]}, {group[2] or group[1]}, batch {group[3]}"
 
         def row(grid: str = grid, group: Group = group, configs: list[Config] = configs) -> Row:

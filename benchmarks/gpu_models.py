@@ -1,4 +1,4 @@
-"""Models of well-known shapes from their configurations, with random weights, and texts of random tokens for them."""
+"""Models of well-known shapes with random weights, built from configurations, and texts of random tokens for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import (
 
 from fedelta.learning.data import Examples
 from fedelta.learning.data.examples import Completions
+from fedelta.learning.model.checkpointing import enable_checkpointing
 from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.lora.adapter import Adapter, LoraPair
@@ -29,7 +30,7 @@ CLASSES = 4
 
 
 def decoder(hidden: int, layers: int, heads: int, groups: int, wide: int, words: int, **more: Any) -> dict[str, Any]:
-    """The keys that Llama, Mistral and Gemma share."""
+    """Configuration keys that Llama, Mistral and Gemma share."""
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -43,7 +44,7 @@ def decoder(hidden: int, layers: int, heads: int, groups: int, wide: int, words:
 
 
 def encoder(hidden: int, layers: int, heads: int, wide: int, words: int, **more: Any) -> dict[str, Any]:
-    """The keys that BERT and its kin share."""
+    """Configuration keys that BERT and similar encoders share."""
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -90,25 +91,25 @@ def lora_model(
     checkpointing: bool = False,
     toy: bool = False,
 ) -> LoraModel:
-    """A model of this shape with LoRA, made on the device; an encoder has a head, read from the class token alone."""
+    """Make a model of this shape with LoRA on the device. An encoder has a head that reads only the class token."""
     kind, keys = SHAPES[shape]
     config = kind(**keys | (TOYS[kind] if toy else {}), num_labels=CLASSES)
     if shape in CAUSAL:
         config.pad_token_id = 0
-    makes = AutoModelForCausalLM if shape in CAUSAL else AutoModelForSequenceClassification
+    auto_class = AutoModelForCausalLM if shape in CAUSAL else AutoModelForSequenceClassification
     torch.manual_seed(0)
     with torch.device(device):
-        base = makes.from_config(config, dtype=dtype)
+        base = auto_class.from_config(config, dtype=dtype)
     base.to(device)
     if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(base)
     if shape not in CAUSAL:
         read_class_token_alone(base)
     return LoraModel(base, settings)
 
 
 def random_adapter(model: LoraModel, rank: int, seed: int) -> Adapter:
-    """An adapter whose B is not zero, as after a round."""
+    """Draw an adapter whose B is not zero, as after a round."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -120,7 +121,7 @@ def random_adapter(model: LoraModel, rank: int, seed: int) -> Adapter:
 
 
 def texts(lengths: Sequence[int], words: int, causal: bool, seed: int = 0) -> Examples:
-    """Random tokens of these lengths; a causal model predicts all of them, an encoder a class."""
+    """Draw random tokens of these lengths. A causal model predicts all of them, an encoder predicts a class."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(3, words, length).tolist() for length in lengths]
     features = [{"input_ids": row} for row in rows]
@@ -131,7 +132,7 @@ def texts(lengths: Sequence[int], words: int, causal: bool, seed: int = 0) -> Ex
 
 
 def around(mean: int, longest: int, count: int, seed: int = 0) -> list[int]:
-    """Lengths between half and one and a half of a mean, cut to the longest."""
+    """Draw lengths between 0.5 and 1.5 times the mean, limited to `longest`."""
     rng = np.random.default_rng(seed)
     return [int(length) for length in (rng.uniform(0.5, 1.5, count) * mean).clip(2, longest)]
 
@@ -142,5 +143,5 @@ def words_of(model: LoraModel) -> int:
 
 
 def tokenizer() -> Any:
-    """A tokenizer that pads on the right, and nothing else."""
+    """Make a tokenizer that serves only for padding, on the right."""
     return padder()

@@ -1,4 +1,4 @@
-"""The clock of the GPU benchmark and its report, which is written anew after every figure."""
+"""Time limit and report of the GPU benchmark. The report is rewritten after every figure."""
 
 import gc
 import json
@@ -22,19 +22,21 @@ from fedelta.sweep.provenance import commit, machine_name
 
 Row = Mapping[str, Any]
 
-LARGE = 2**30
-"""Bytes that are copied to measure the memory's bandwidth."""
+COPIED_BYTES = 2**30
+"""Bytes copied to measure the memory bandwidth."""
 
 
 @dataclass
 class Section:
-    """Figures of one kind.
+    """One section of the report.
 
     Args:
-        about: what is measured, for the reader of the report.
-        rows: a figure each, column → value.
-        failed: measurements that raised, with the reason.
-        not_reached: measurements for which there was no time left.
+        title: heading of the section.
+        about: description of the measurement.
+        rows: one figure each, column → value.
+        failed: measurements that failed, with the reason.
+        not_reached: measurements for which too little time was left.
+        seconds: duration of the section.
     """
 
     title: str
@@ -46,13 +48,13 @@ class Section:
 
 
 class Bench:
-    """What all sections share: the device, the clock, and the report.
+    """State that all sections share: the device, the time limit and the report.
 
     Args:
-        folder: gets `gpu.json` and `gpu.md`.
-        minutes: after which no measurement begins; None sets no limit.
-        device: on which models run.
-        smoke: toy sizes, to try the benchmark itself.
+        folder: folder for `gpu.json` and `gpu.md`.
+        minutes: time after which no measurement starts. None sets no limit.
+        device: device that runs the models.
+        smoke: True for toy sizes, to test the benchmark itself.
     """
 
     def __init__(self, folder: Path, minutes: float | None, device: torch.device, smoke: bool) -> None:
@@ -68,24 +70,25 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds until the end."""
+        """Seconds left until the time limit."""
         return self._end - time.monotonic()
 
     def begin(self, key: str, title: str, about: str) -> None:
-        """Start a section; what is measured from now on belongs to it."""
+        """Start a section. Later measurements belong to it."""
         self.sections[key] = Section(title, " ".join(about.split()))
         print(f"\n{title}", flush=True)
         self._write()
 
     def measure(self, what: str, estimate: float, work: Callable[[], Row | Sequence[Row] | None]) -> bool:
-        """Run one measurement and keep the rows that it gives, or the reason why there are none.
+        """Run one measurement, and record its rows or the reason of its failure.
 
         Args:
-            what: its name in the report.
-            estimate: seconds that it needs; with less time left it is not begun.
+            what: name of the measurement in the report.
+            estimate: seconds that it needs. It does not start if less time is left.
+            work: function that measures and returns one or more rows, or None.
 
         Returns:
-            Whether it has been made.
+            True if the measurement succeeded.
         """
         section = list(self.sections.values())[-1]
         begin = time.monotonic()
@@ -95,12 +98,12 @@ class Bench:
             print(f"  {what}: not reached, {self.left:.0f} s left", flush=True)
         else:
             try:
-                found = work()
-                for row in [found] if isinstance(found, Mapping) else found or []:
-                    self._keep(section, row)
+                measured = work()
+                for row in [measured] if isinstance(measured, Mapping) else measured or []:
+                    self._add(section, row)
                 made = True
             except Exception as error:
-                # One figure less must not cost the others.
+                # A failed measurement must not prevent the others.
                 section.failed.append({"what": what, "reason": in_one_line(error)[:500]})
                 print(f"  {what}: failed: {section.failed[-1]['reason']}", flush=True)
         self.free()
@@ -109,18 +112,18 @@ class Bench:
         return made
 
     def fail(self, what: str, reason: str) -> None:
-        """Record a failure that raised nothing."""
+        """Record a failure without an exception."""
         list(self.sections.values())[-1].failed.append({"what": what, "reason": reason[:500]})
         self._write()
 
     def free(self) -> None:
-        """Give back memory that nothing refers to."""
+        """Free memory that is no longer referenced."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Seconds of one call, with the device's work done."""
+        """Seconds of one call, until the device has finished its work."""
         synchronize(self.device)
         begin = time.perf_counter()
         work()
@@ -128,21 +131,21 @@ class Bench:
         return time.perf_counter() - begin
 
     def forget_peak(self) -> None:
-        """Let the device's peak memory start from what it holds now."""
+        """Reset the device's peak memory to its current memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> float | None:
-        """GB that tensors on the device took at most since `forget_peak`; None on a CPU."""
+        """Peak memory of tensors on the device since `forget_peak`, in GB. None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else None
 
-    def _keep(self, section: Section, row: Row) -> None:
+    def _add(self, section: Section, row: Row) -> None:
         section.rows.append(row)
         print("  " + ", ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
         self._write()
 
     def _describe(self) -> dict[str, Any]:
-        X = torch.empty(2**20 if self.smoke else LARGE, dtype=torch.uint8, device=self.device)
+        X = torch.empty(2**20 if self.smoke else COPIED_BYTES, dtype=torch.uint8, device=self.device)
         Y = torch.empty_like(X)
         copy = min(self.seconds(lambda: Y.copy_(X)) for _ in range(5))
         total = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
@@ -154,7 +157,7 @@ class Bench:
             "bf16 peak, TFLOP/s (a large square product)": self.rate / 1e12,
             "memory, GB": None if total is None else total / 1e9,
             "memory bandwidth, GB/s (reading and writing)": 2 * X.nbytes / copy / 1e9,
-            "sizes": "toy sizes: the benchmark itself is tried" if self.smoke else "full",
+            "sizes": "toy sizes, to test the benchmark itself" if self.smoke else "full",
         }
 
     def _write(self) -> None:
@@ -178,7 +181,7 @@ def _markdown(section: Section) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the report: three digits, nothing for None."""
+    """Format a value for the report: three digits for floats, an empty string for None."""
     if value is None:
         return ""
     if isinstance(value, Mapping):
@@ -189,11 +192,11 @@ def _shown(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"CUDA": str(torch.version.cuda)}
+    versions = {"CUDA": str(torch.version.cuda)}
     for name in ("torch", "transformers", "peft", "accelerate"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    # A copy of the working tree is no repository: whoever made it may say which commit it is of.
-    return found | {"fedelta commit": commit() or os.environ.get("FEDELTA_COMMIT", "unknown")}
+            versions[name] = "none"
+    # A copy of the working tree has no git history, so the environment may name its commit.
+    return versions | {"fedelta commit": commit() or os.environ.get("FEDELTA_COMMIT", "unknown")}

@@ -1,4 +1,4 @@
-"""A whole federated round of a model of seven billion parameters, and the fold of its exact residual."""
+"""Benchmark of a federated round of a model with seven billion parameters, and of folding its exact residual."""
 
 import json
 import tempfile
@@ -33,11 +33,11 @@ LAYERS = {
     "gate_proj, up_proj": ((14336, 4096), 64),
     "down_proj": ((4096, 14336), 32),
 }
-"""Mistral-7B's linear layers: shape, and number of layers of it."""
+"""Mistral-7B's linear layers: name → shape, and number of layers with this shape."""
 
 
 class _Rounds(Observer):
-    """When each round began and when it was saved."""
+    """Record the seconds of each round, from its start until it is saved."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -68,7 +68,7 @@ def _config(bench: Bench) -> Config:
 
 
 def run_rounds(bench: Bench, config: Config, rounds: int, folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
-    """Some rounds as `fedelta run` has them: seconds of each with its saving, and the lines of `timings.jsonl`."""
+    """Run rounds as `fedelta run` does, and return the seconds of each with saving, and the lines of timings.jsonl."""
     model = lora_model("Mistral-7B", config.lora, bench.device, checkpointing=True, toy=bench.smoke)
     length, size = 8 if bench.smoke else 512, config.training.batch_size
     words = words_of(model)
@@ -97,10 +97,10 @@ TRAINING = ("batches", "forward", "backward", "optimizer")
 
 
 def phases(number: int, whole: float, timing: Mapping[str, Any], peak: float | None) -> list[Row]:
-    """The rows of a round."""
+    """Rows of the table for one round."""
     inside, outside = timing["in_workers"], timing["seconds"]
     alone = sum(inside.get(phase, 0.0) for phase in TRAINING)
-    found = {
+    seconds_of = {
         **{f"client: {phase}": seconds for phase, seconds in inside.items()},
         "client: between": outside.get("clients", 0.0) - sum(inside.values()),
         **{f"server: {phase}": seconds for phase, seconds in outside.items() if phase != "clients"},
@@ -108,7 +108,7 @@ def phases(number: int, whole: float, timing: Mapping[str, Any], peak: float | N
     }
     rows: list[Row] = [
         {"round": number, "phase": phase, "seconds": seconds, "of the round": f"{seconds / whole:.1%}"}
-        for phase, seconds in found.items()
+        for phase, seconds in seconds_of.items()
     ]
     summary = {"round": number, "phase": "all", "seconds": whole, "of the round": "100.0%"}
     return [*rows, summary | {"over training alone": f"+{whole / alone - 1:.1%}", "peak memory, GB": peak}]
@@ -118,18 +118,18 @@ def federated_round(bench: Bench) -> None:
     bench.begin(
         "round",
         "A federated round of Mistral-7B's shape",
-        f"""fedex, {CLIENTS} clients of rank {RANK} on all linear layers, six steps of eight texts of 512 tokens each,
-        evaluation on 16 texts, through the real server, engine and run folder; each phase ends when the GPU has done
-        its work. In the second round the patch of the first lies beside the base. Over training alone: the round
-        divided by its batches, forward and backward passes and optimizer steps.""",
+        f"""fedex with {CLIENTS} clients of rank {RANK} on all linear layers, six steps of eight texts of 512 tokens
+        each, and an evaluation on 16 texts, with the real server, engine and run folder. Each phase ends when the GPU
+        has finished its work. In the second round the base has the patch of the first. "Over training alone" compares
+        the round with its batches, forward and backward passes and optimizer steps.""",
     )
 
     def rows() -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             seconds, timings = run_rounds(bench, _config(bench), 2, Path(folder))
         peak = bench.peak()
-        found = zip(seconds, timings, strict=True)
-        return [row for i, (whole, timing) in enumerate(found) for row in phases(i + 1, whole, timing, peak)]
+        rounds = zip(seconds, timings, strict=True)
+        return [row for i, (whole, timing) in enumerate(rounds) for row in phases(i + 1, whole, timing, peak)]
 
     bench.measure("two rounds", 60.0, rows)
 
@@ -138,10 +138,10 @@ def fold(bench: Bench) -> None:
     bench.begin(
         "fold",
         "Folding the exact residual of a 7B",
-        f"""{CLIENTS} clients of rank {RANK}, all linear layers of Mistral-7B: one layer of each shape, times the number
-        of such layers. fedelta: a step of fedex and its patch added to the fp32 weight as one product. Published: dense
-        products added up, mean, difference, added to the weight. Difference: of the two devices' residuals, relative to
-        the residual.""",
+        f"""{CLIENTS} clients of rank {RANK} and all linear layers of Mistral-7B, measured on one layer of each shape
+        and multiplied by the number of such layers. fedelta: a step of fedex, whose patch is added to the fp32 weight
+        as one product. Published: sum of dense products, mean, and difference, which is added to the weight.
+        Difference: between the residuals of the two devices, relative to the residual.""",
     )
     totals: dict[str, float] = {}
     missing: list[str] = []
@@ -157,37 +157,37 @@ def fold(bench: Bench) -> None:
         if not bench.measure(layer, 12.0, measure):
             missing.append(layer)
     if totals and not missing:
-        # The same columns: their sums are milliseconds too.
+        # The columns are in milliseconds, so their sums are too.
         sums = {name: 1e3 * seconds for name, seconds in totals.items()}
         number = sum(number for _, number in LAYERS.values())
         bench.measure("all layers", 0.0, lambda: {"layer": "all layers together", "layers": number} | sums)
 
 
 def layer_row(bench: Bench, m: int, n: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """What comes of a layer on both devices: the difference, and milliseconds by way."""
+    """Measure one layer on both devices, and return their difference and the milliseconds of each method."""
     pairs = clients(m, n, CLIENTS, RANK)
     weight = torch.zeros(m, n)
-    there = [LoraPair(pair.A.to(bench.device), pair.B.to(bench.device), pair.scale) for pair in pairs]
-    # The server's sums are made on torch's default device.
+    device_pairs = [LoraPair(pair.A.to(bench.device), pair.B.to(bench.device), pair.scale) for pair in pairs]
+    # The server allocates its sums on torch's default device.
     with torch.device(bench.device):
-        weight_there = torch.zeros(m, n)
-        ours_there = our_fold(there, weight_there)
+        device_weight = torch.zeros(m, n)
+        device_fold = our_fold(device_pairs, device_weight)
 
     def on_the_device() -> None:
         with torch.device(bench.device):
-            ours_there()
+            device_fold()
 
     ways: dict[str, Callable[[], object]] = {
         "fedelta, CPU, ms": our_fold(pairs, weight),
         "published, CPU, ms": lambda: published_fold(pairs, weight),
         "fedelta, device, ms": on_the_device,
-        "published, device, ms": lambda: published_fold(there, weight_there),
+        "published, device, ms": lambda: published_fold(device_pairs, device_weight),
     }
     ways["fedelta, CPU, ms"]()
     ways["fedelta, device, ms"]()
-    difference = float((weight_there.cpu() - weight).norm() / weight.norm())
-    found = {}
+    difference = float((device_weight.cpu() - weight).norm() / weight.norm())
+    milliseconds = {}
     for name, work in ways.items():
         work()
-        found[name] = 1e3 * min(bench.seconds(work) for _ in range(3))
-    return {"difference": f"{difference:.1e}"}, found
+        milliseconds[name] = 1e3 * min(bench.seconds(work) for _ in range(3))
+    return {"difference": f"{difference:.1e}"}, milliseconds

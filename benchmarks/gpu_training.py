@@ -1,4 +1,4 @@
-"""One client's training beside the usual loops, and several clients in one pass beside one by one."""
+"""Benchmark of one client's training, compared with common loops, and of several clients in one pass."""
 
 import tempfile
 import time
@@ -25,11 +25,11 @@ RATE = 1e-4
 
 
 class OneClient:
-    """LoRA training of one client of a causal model, in each way: the same model, texts, batches and optimizer.
+    """LoRA training of one client of a causal model. Each method has the same model, texts, batches and optimizer.
 
     Args:
-        batch, length: texts in a step, and their tokens.
-        warm, steps: steps before the clock starts, and steps that it measures.
+        batch, length: number of texts per step, and number of tokens per text.
+        warm, steps: number of warm-up steps, and number of measured steps.
     """
 
     def __init__(self, bench: Bench, shape: str, batch: int, length: int, warm: int, steps: int) -> None:
@@ -50,8 +50,7 @@ class OneClient:
         settings = TrainingSettings(batch_size=self.batch, learning_rate=RATE, deterministic=deterministic)
 
         def steps(number: int) -> None:
-            how = settings.model_copy(update={"steps": number})
-            train(self.model, self.tokenizer, self.examples, how, seed=0)
+            train(self.model, self.tokenizer, self.examples, settings.model_copy(update={"steps": number}), seed=0)
 
         self.model.load(self.start, {})
         steps(self.warm)
@@ -59,7 +58,7 @@ class OneClient:
         return self.bench.seconds(lambda: steps(self.steps))
 
     def peft_loop(self) -> float:
-        """A loop as one writes it by hand."""
+        """Seconds of a plain training loop."""
         model, device = self.model.peft, self.bench.device
         collate = transformers.DataCollatorForSeq2Seq(self.tokenizer)
 
@@ -80,7 +79,7 @@ class OneClient:
         return self.bench.seconds(lambda: steps(self.steps))
 
     def hugging_face(self) -> float:
-        """`transformers.Trainer`, its own preparations not counted."""
+        """Seconds of `transformers.Trainer`, without its preparations."""
         self.model.load(self.start, {})
         clock = _Clock(self.bench, self.warm)
         with tempfile.TemporaryDirectory() as folder:
@@ -149,12 +148,12 @@ def _forever(batches: Any) -> Iterator[Any]:
 
 
 def flops_per_token(model: LoraModel, length: int) -> tuple[float, float]:
-    """FLOPs that training a token of a causal text takes: each needed once, and with recomputed activations.
+    """FLOPs per trained token of a causal text, without and with recomputation of activations.
 
-    A frozen layer of P weights takes 2P forward and 2P backward: the gradient of its input, none of its weights. LoRA's
-    p weights take 2p forward and 4p backward. A token attends to half of the others on average: 2·length·width a layer
-    forward, for scores and values, and twice that backward. Checkpointing does the forward pass of the layers, which
-    is all but the head over the vocabulary, once more.
+    A frozen layer of P weights takes 2P forward and 2P backward, for the gradient of its input only. LoRA's p weights
+    take 2p forward and 4p backward. On average a token attends to half of the others, which takes 2·length·width per
+    layer forward, for scores and values, and twice that backward. Checkpointing repeats the forward pass of all layers
+    except the head over the vocabulary.
     """
     config = model.peft.config
     base = model.peft.get_base_model()
@@ -176,10 +175,10 @@ def training(bench: Bench) -> None:
     bench.begin(
         "training",
         "Training of one client",
-        f"""LoRA of rank {RANK} on all linear layers, bf16 base, fp32 adapters, gradient checkpointing, AdamW, clipped
-        gradients. The share of the peak counts what a token needs once; with recomputation it also counts what
-        checkpointing computes again. The number of tokens a second includes collating and, but for the Trainer, the
-        making of the optimizer.""",
+        f"""LoRA of rank {RANK} on all linear layers, with a bf16 base, fp32 adapters, gradient checkpointing, AdamW and
+        clipped gradients. The share of the peak counts each necessary operation once. With recomputation it also counts
+        the operations that checkpointing repeats. Tokens per second include collating and, except for the Trainer, the
+        creation of the optimizer.""",
     )
     warm, steps = (1, 2) if bench.smoke else (2, 6)
     batch, length = (2, 8) if bench.smoke else (8, 512)
@@ -208,9 +207,9 @@ def stacks(bench: Bench) -> None:
     bench.begin(
         "stacks",
         "Clients in one pass",
-        """Client steps a second of some clients that train in one pass, and of the same clients one by one; rank 16 on
-        all linear layers. MiniLM: fp32, texts of AG News lengths. Llama-3.2-1B: bf16, gradient checkpointing, texts of
-        64 tokens.""",
+        """Client steps per second of clients that train in one pass, and of the same clients one by one, with rank 16
+        on all linear layers. MiniLM: fp32, texts with the lengths of AG News. Llama-3.2-1B: bf16, gradient
+        checkpointing, texts of 64 tokens.""",
     )
     numbers = (2, 3) if bench.smoke else (4, 16, 64, 100)
     for shape in ("MiniLM", "Llama-3.2-1B"):
@@ -239,7 +238,7 @@ def stacks(bench: Bench) -> None:
 
 
 class Stacks:
-    """Some clients of one size, in one pass or one by one."""
+    """Clients of equal size that train in one pass or one by one."""
 
     WARM, STEPS, ALONE = 1, 3, 4
 
@@ -257,10 +256,10 @@ class Stacks:
     def _examples(self, count: int, seed: int) -> Examples:
         if self.causal:
             return texts([8 if self.bench.smoke else 64] * count, words_of(self.model), causal=True, seed=seed)
-        found = news(count, seed)
+        examples = news(count, seed)
         limit = words_of(self.model)
-        rows = [{"input_ids": [token % limit for token in row["input_ids"]]} for row in found.features]
-        return Examples(rows, found.labels)
+        rows = [{"input_ids": [token % limit for token in row["input_ids"]]} for row in examples.features]
+        return Examples(rows, examples.labels)
 
     def settings(self, steps: int) -> TrainingSettings:
         return TrainingSettings(steps=steps, batch_size=self.batch, learning_rate=RATE)
@@ -288,6 +287,6 @@ class Stacks:
             in_one_pass(self.WARM)
             rate = number * self.STEPS / self.bench.seconds(lambda: in_one_pass(self.STEPS))
         except torch.OutOfMemoryError:
-            # How many clients fit is what one wants to know.
+            # The number of clients that fit is a result, not a failure.
             return row | {"in one pass": "out of memory"}
         return row | {"in one pass": rate, "ratio": rate / self.alone, "peak memory, GB": self.bench.peak()}

@@ -1,4 +1,4 @@
-"""One layer: the exact residual, its cut and FlexLoRA's SVD, against the published ways and the machine's limits."""
+"""Benchmark of one layer: exact residual, truncated residual and FlexLoRA's SVD, compared with published code."""
 
 import argparse
 import subprocess
@@ -27,7 +27,7 @@ SCALE = 2.0
 
 
 def clients(m: int, n: int, K: int, r: int, spread: float = 0.1) -> list[LoraPair]:
-    """Factors that differ by `spread` of their size."""
+    """Draw clients' factors, which differ from each other by `spread`, relative to their size."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -44,19 +44,19 @@ def round_of(pairs: list[LoraPair]) -> tuple[MethodState, list[Contribution]]:
 
 
 def published(pairs: list[LoraPair]) -> Tensor:
-    """The reference of 2410.09432: dense products added up in a loop, mean, difference, scale. (m, n)."""
+    """Residual (m, n) as in the reference code of arXiv 2410.09432: sum of dense products, mean, difference, scale."""
     B, A = torch.stack([p.B for p in pairs]), torch.stack([p.A for p in pairs])
     M = sum(B[i] @ A[i] for i in range(len(pairs))) / len(pairs)
     return (M - B.mean(0) @ A.mean(0)) * SCALE
 
 
 def published_fold(pairs: list[LoraPair], weight: Tensor) -> None:
-    """The same added to the weight; as it should be, and not transposed as the reference has it."""
+    """Add the published residual to the weight. The reference code transposes it, which is not correct."""
     weight += published(pairs)
 
 
 def dense_svd(pairs: list[LoraPair], rank: int) -> tuple[Tensor, Tensor]:
-    """The published FlexLoRA: the mean product written out, its full SVD, the first components balanced."""
+    """FlexLoRA as published: the dense mean product, its full SVD, and its first components, balanced."""
     mean = sum(p.scale * p.B @ p.A for p in pairs) / len(pairs)
     left, sigma, right = torch.linalg.svd(mean, full_matrices=False)
     root = sigma[:rank].sqrt()
@@ -93,7 +93,7 @@ def speed(machine: Machine, layers: list[str], Ks: list[int], ranks: list[int]) 
                 old = seconds(partial(published_fold, pairs, weight))
                 fold, factors = seconds(our_fold(pairs, weight)), seconds(ours(fedex, pairs))
                 U, V = torch.randn(m, (K - 1) * r), torch.randn((K - 1) * r, n)
-                # The limit beside what it limits: this GEMM alone, and what the machine's best rate would make of it.
+                # Two limits: this GEMM alone, and the time of its operations at the machine's best rate.
                 gemm = seconds(partial(weight.addmm_, U, V))
                 roof = max(2 * m * n * (K - 1) * r / machine.fp32, 2 * weight.nbytes / machine.bandwidth)
                 if svd is None:
@@ -144,20 +144,20 @@ def accuracy() -> str:
             weight = torch.zeros(m, n, dtype=torch.float64)
             for product in make_method("fedex").step(state, iter(contributions))[1].values():
                 product.add_to(weight)
-            errors = [float((found.double() - exact).norm() / exact.norm()) for found in (published(pairs), weight)]
+            errors = [float((value.double() - exact).norm() / exact.norm()) for value in (published(pairs), weight)]
             rows.append([str(K), f"{spread:g}", f"{errors[0]:.1g}", f"{errors[1]:.1g}"])
     return table(["K", "spread of clients / mean", "published, fp32", "fedelta, fp32"], rows)
 
 
 def memory() -> str:
-    """Peak memory beyond the inputs and the weight, each way in a process of its own."""
+    """Measure peak memory beyond the inputs and the weight, each method in a separate process."""
     rows = []
     for layer in ("RoBERTa-base query", "Mistral-7B q_proj", "Mistral-7B up_proj"):
-        found = []
+        peaks = []
         for way in ("published", "fold", "plan"):
             command = [sys.executable, __file__, "--peak", way, "--layer", layer]
-            found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-        rows.append([f"{layer} {'×'.join(map(str, LAYERS[layer]))}", *(f"{mb:.0f}" for mb in found)])
+            peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        rows.append([f"{layer} {'×'.join(map(str, LAYERS[layer]))}", *(f"{mb:.0f}" for mb in peaks)])
     return table(["layer, K = 10, r = 16", "published, MB", "fold into W, MB", "factors for the wire, MB"], rows)
 
 
@@ -168,7 +168,7 @@ def _peak(way: str, layer: str) -> None:
     small = clients(64, 64, 3, 2)
     work = {"published": lambda p, w: published_fold(p, w), "fold": lambda p, w: our_fold(p, w)()}
     work["plan"] = lambda p, w: ours(make_method("fedex"), p)()  # noqa: ARG005
-    work[way](small, torch.zeros(64, 64))  # libraries load what they need
+    work[way](small, torch.zeros(64, 64))  # The first call loads libraries, which must not count.
     forget_peak()
     before = peak_mb()
     work[way](pairs, weight)

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the same run as everything that is compared with it."""
+"""Limits of this machine, measured in the same run as the results that are compared with them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ README = Path(__file__).parent / "README.md"
 
 
 def seconds(work: Callable[[], object], repeats: int = 5, enough: float = 2.0) -> float:
-    """Best of some repetitions after one to warm up; slow work is repeated less."""
+    """Best time of several repetitions after a warm-up. Slow work is repeated less often."""
     begin = time.perf_counter()
     work()
     once = time.perf_counter() - begin
@@ -65,18 +65,18 @@ def forget(path: Path) -> None:
 
 
 def forget_peak() -> None:
-    """Make this process's peak memory start from what it holds now."""
+    """Reset the peak memory of this process to its current memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def keep(part: str, text: str) -> None:
-    """Replace what the README has between this part's two comments."""
+    """Write `text` to the README, between the two comments of this part."""
     begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     README.write_text(re.sub(pattern, lambda _: f"{begin}\n\n{text}\n\n{end}", README.read_text(), flags=re.DOTALL))

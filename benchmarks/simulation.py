@@ -1,9 +1,9 @@
-"""A round of local training, and an evaluation, against the usual ways and against what this machine can do.
+"""Benchmark of a round of local training and of an evaluation, compared with common code and this machine's limits.
 
 python benchmarks/simulation.py                     everything
 python benchmarks/simulation.py --quick             one model, one batch size
-python benchmarks/simulation.py --steps 2           fewer steps a client than ten: the ratios are much the same
-python benchmarks/simulation.py --write             keep the tables in benchmarks/README.md
+python benchmarks/simulation.py --steps 2           two steps per client instead of ten; the ratios hardly change
+python benchmarks/simulation.py --write             write the tables to benchmarks/README.md
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fedelta.lora.adapter import Adapter, initial_adapter
 
 CLASSES = 4
 AG_NEWS = [7, 24, 28, 30, 32, 33, 35, 36, 37, 39, 40, 41, 43, 44, 46, 47, 49, 51, 55, 61, 128]
-"""Word pieces of AG News texts, cut at 128: every fifth percentile."""
+"""Every fifth percentile of the number of word pieces in AG News texts, truncated at 128."""
 
 
 def bert(layers: int, hidden: int, wide: int) -> Any:
@@ -70,14 +70,14 @@ def lora_model(config: Any, class_token_alone: bool) -> LoraModel:
 
 
 def padder() -> Any:
-    """A tokenizer that only ever pads."""
+    """Make a tokenizer that serves only for padding."""
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1}, unk_token="a")), pad_token="[PAD]"
     )
 
 
 def texts(count: int, seed: int) -> Examples:
-    """Random tokens of AG News lengths."""
+    """Draw random tokens with the lengths of AG News texts."""
     rng = np.random.default_rng(seed)
     lengths = np.interp(rng.random(count), np.linspace(0, 1, len(AG_NEWS)), AG_NEWS).astype(int)
     rows = [rng.integers(1, 8000, length).tolist() for length in lengths]
@@ -85,11 +85,11 @@ def texts(count: int, seed: int) -> Examples:
 
 
 class Round:
-    """K clients with some AdamW steps each, trained in one way or another.
+    """A round of K clients with some AdamW steps each, which each method trains in a different way.
 
     Attributes:
-        plain: the model as Hugging Face has it, which the usual ways train.
-        model: the same with its last layer for the class token alone, which fedelta trains.
+        plain: model as Hugging Face defines it, for the common methods.
+        model: the same model with a last layer for the class token only, for fedelta.
     """
 
     def __init__(self, config: Any, clients: int, batch: int, ranks: list[int], steps: int) -> None:
@@ -118,7 +118,7 @@ class Round:
             pass
 
     def stacked(self) -> None:
-        """All clients in one pass."""
+        """Train all clients in one pass."""
         train_stacked(
             self.model,
             self.tokenizer,
@@ -127,17 +127,17 @@ class Round:
         )
 
     def swapped(self) -> None:
-        """(b) adapters swapped in one model, batches padded to their longest text."""
+        """Method (b): swap adapters in one model, with batches padded to their longest text."""
         for i in range(len(self.shards)):
             self.client(i, self.plain, micro=False)
 
     def copied(self) -> None:
-        """(a) a copy of the model for each client."""
+        """Method (a): copy the model for each client."""
         for i in range(len(self.shards)):
             self.client(i, copy.deepcopy(self.plain), micro=False)
 
     def trained_by_hugging_face(self) -> None:
-        """(c) `Trainer`, one for each client, on the shared model."""
+        """Method (c): one `Trainer` per client on the shared model."""
         for i, shard in enumerate(self.shards):
             self.plain.load(self.starts[i], self.heads)
             rows = [{**f, "labels": y} for f, y in zip(shard.features, shard.labels, strict=True)]
@@ -157,7 +157,7 @@ class Round:
                 transformers.Trainer(self.plain.peft, arguments, data_collator=collator, train_dataset=rows).train()
 
     def limit(self, rate: float) -> float:
-        """Seconds at this rate for texts without padding and what the head reads."""
+        """Seconds at this rate without padding, and with a last layer only for the class token."""
         cost = text_cost(self.model, self.tokenizer, training=True)
         return cost.of(count_texts([length for shard in self.shards for length in shard.lengths])) / rate
 
@@ -213,7 +213,7 @@ def evaluation(names: list[str], rates: dict[int, float]) -> str:
         def unsorted(work: Round = work, examples: Examples = examples) -> None:
             for begin in range(0, len(examples), 64):
                 rows = list(range(begin, min(begin + 64, len(examples))))
-                Classification().judge(work.plain, work.tokenizer, examples, Unit("answer", rows))
+                Classification().evaluate_batch(work.plain, work.tokenizer, examples, Unit("forward", rows))
 
         plain = seconds(unsorted, repeats=2, enough=20)
         ours = seconds(
@@ -244,13 +244,13 @@ def main() -> None:
         f"{arguments.steps} steps a client"
     )
     print(note)
-    for part, found in (
+    for part, text in (
         ("training", training(names, Ks, batches, ranks, arguments.steps, rates)),
         ("evaluation", evaluation(names, rates)),
     ):
-        print(f"\n{found}\n", flush=True)
+        print(f"\n{text}\n", flush=True)
         if arguments.write:
-            keep(part, f"{note}\n\n{found}")
+            keep(part, f"{note}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small causal language models of the architectures that people use, and texts to complete."""
+"""Small causal language models of common architectures, and texts to complete."""
 
 import json
 import random
@@ -60,7 +60,7 @@ TASK: dict[str, Any] = {
 
 
 def build_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
-    """Words, with a token before each text as Llama has it, or without as GPT-2."""
+    """A word tokenizer that puts a token before each text, like Llama's, or does not, like GPT-2's."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if begins:
@@ -76,7 +76,7 @@ def build_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
 
 
 def build_model(architecture: str, folder: Path) -> Path:
-    """A folder with random weights and a tokenizer."""
+    """Write a model with random weights and its tokenizer to a folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]).save_pretrained(folder)
     build_tokenizer(begins=architecture != "gpt2").save_pretrained(folder)
@@ -84,7 +84,7 @@ def build_model(architecture: str, folder: Path) -> Path:
 
 
 def write_rows(file: Path, count: int = 150) -> Path:
-    """A JSONL of things and their colors."""
+    """Write a JSONL file of things and their colors."""
     rng = random.Random(0)
     rows = []
     for i in range(count):

@@ -37,7 +37,7 @@ def _save_tokenizer(folder: Path, inputs: list[str]) -> int:
 
 
 def build_bert(folder: Path) -> Path:
-    """A two-layer BERT with a pooler; its query and value layers are square, its dense ones are not."""
+    """Write a two-layer BERT with a pooler. Its query and value layers are square, its dense ones are not."""
     vocabulary = _save_tokenizer(folder, ["input_ids", "token_type_ids", "attention_mask"])
     torch.manual_seed(0)
     config = BertConfig(
@@ -54,7 +54,7 @@ def build_bert(folder: Path) -> Path:
 
 
 def build_gpt2(folder: Path) -> Path:
-    """A two-layer GPT-2: its layers are Conv1D, stored in×out (`fan_in_fan_out`)."""
+    """Write a two-layer GPT-2. Its layers are Conv1D, stored in×out (`fan_in_fan_out`)."""
     vocabulary = _save_tokenizer(folder, ["input_ids", "attention_mask"])
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=vocabulary, n_embd=24, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3)
@@ -63,7 +63,7 @@ def build_gpt2(folder: Path) -> Path:
 
 
 def write_texts(file: Path) -> Path:
-    """A CSV of 240 short texts about three topics, from several authors."""
+    """Write a CSV file of 240 short texts about three topics, by several authors."""
     rng = random.Random(0)
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, tried on the CPU with toy sizes, so that it works when a GPU is at hand."""
+"""The GPU benchmark, run on a CPU with toy sizes to check that it works."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 
 from paths import ROOT
 
-ROWS = {"tests": 1, "training": 8, "stacks": 8, "round": 20, "fold": 5, "experiments": 20}
-"""Section → the figures that it has at least."""
+MIN_ROWS = {"tests": 1, "training": 8, "stacks": 8, "round": 20, "fold": 5, "experiments": 20}
+"""Section → its minimum number of figures."""
 
 
 def test_the_benchmark_measures_all_of_its_sections(tmp_path: Path) -> None:
@@ -19,34 +19,34 @@ def test_the_benchmark_measures_all_of_its_sections(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    results = json.loads((tmp_path / "gpu.json").read_text())
     report = (tmp_path / "gpu.md").read_text()
-    assert found["header"]["bf16 peak, TFLOP/s (a large square product)"] > 0
-    assert list(found["sections"]) == list(ROWS)
-    for name, section in found["sections"].items():
+    assert results["header"]["bf16 peak, TFLOP/s (a large square product)"] > 0
+    assert list(results["sections"]) == list(MIN_ROWS)
+    for name, section in results["sections"].items():
         assert section["failed"] == [], (name, section["failed"])
         assert section["not_reached"] == []
-        assert len(section["rows"]) >= ROWS[name], name
+        assert len(section["rows"]) >= MIN_ROWS[name], name
         assert f"## {section['title']}" in report
-    tests = found["sections"]["tests"]["rows"][0]
+    tests = results["sections"]["tests"]["rows"][0]
     assert tests["passed"] >= 15
     assert tests["failed"] == tests["error"] == 0
-    for row in found["sections"]["training"]["rows"]:
+    for row in results["sections"]["training"]["rows"]:
         assert row["tokens/s"] > 0
-    assert {row["way"] for row in found["sections"]["training"]["rows"]} == {
+    assert {row["way"] for row in results["sections"]["training"]["rows"]} == {
         "plain PEFT loop",
         "fedelta",
         "fedelta, deterministic: false",
         "transformers.Trainer",
     }
-    hours = [row["hours"] for row in found["sections"]["experiments"]["rows"] if row["grid"] == "all grids"]
+    hours = [row["hours"] for row in results["sections"]["experiments"]["rows"] if row["grid"] == "all grids"]
     assert len(hours) == 1
     assert hours[0] > 0
 
 
-def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
+def test_without_a_gpu_the_error_names_the_smoke_option(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "none")]
-    # No device is visible, whatever this machine has.
+    # Hide all devices of this machine.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -56,14 +56,16 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.fixture
 def report_module(monkeypatch: pytest.MonkeyPatch) -> object:
-    """`benchmarks/gpu_report.py`, whose folder is on no path otherwise."""
+    """The module `benchmarks/gpu_report.py`, imported from its folder."""
     import importlib
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module("gpu_report")
 
 
-def test_a_failure_or_the_clock_costs_one_figure_and_is_written_down(report_module: object, tmp_path: Path) -> None:
+def test_a_failed_or_omitted_figure_is_reported_without_loss_of_the_others(
+    report_module: object, tmp_path: Path
+) -> None:
     import torch
 
     bench = report_module.Bench(tmp_path, 10.0, torch.device("cpu"), True)  # type: ignore[attr-defined]

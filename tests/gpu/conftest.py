@@ -1,4 +1,4 @@
-"""Tests of a CUDA device. FEDELTA_TEST_DEVICE=cpu runs them on the CPU in its place, so that they keep working."""
+"""Tests for a CUDA device. FEDELTA_TEST_DEVICE=cpu runs them on a CPU instead, which tests the tests themselves."""
 
 import os
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from fedelta.runs.config import Config
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """The device under test, as `model.device` names it."""
-    asked = os.environ.get("FEDELTA_TEST_DEVICE", "cuda")
-    if asked == "cuda" and not torch.cuda.is_available():
+    """Device to test, as a value of `model.device`."""
+    name = os.environ.get("FEDELTA_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device; FEDELTA_TEST_DEVICE=cpu runs these tests on the CPU")
-    return asked
+    return name
 
 
 @pytest.fixture
 def calm(tiny_config: Any, causal_config: Any, calm_bert: Path, causal: Any) -> Callable[..., Config]:
-    """Makes a configuration of a model without dropout, `encoder` or `causal`, on a device.
+    """Factory of configurations for a model without dropout, `encoder` or `causal`, on a device.
 
-    Mixed ranks, AdamW, and gradients that are clipped in every step.
+    They have mixed ranks and AdamW, and clip gradients in every step.
     """
 
     def make(kind: str, device: str, name: str, **changes: Any) -> Config:

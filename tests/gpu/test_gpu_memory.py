@@ -1,4 +1,4 @@
-"""A GPU without enough memory ends a run in one line that names what to lower."""
+"""A run that exhausts the GPU's memory ends with one line that names the settings to change."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.gpu
 
 
 class Limit(Observer):
-    """From the second round on, the process gets no more of the GPU's memory than it holds."""
+    """Prevent the process from allocating more of the GPU's memory, from the second round on."""
 
     def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
         if round == 1:
             gc.collect()
             torch.cuda.empty_cache()
-            # Less than is in use already: what is in use stays, and nothing is added.
+            # The limit is below current use, so the memory in use stays allocated and nothing can be added.
             torch.cuda.set_per_process_memory_fraction(1e-6)
 
 
@@ -44,11 +44,11 @@ LINE = "out of memory while client-000 trains; to need less, lower training.micr
 
 
 @pytest.mark.parametrize("stack", [1, 2])
-def test_out_of_memory_ends_in_one_line_that_names_what_to_lower(
+def test_running_out_of_memory_ends_the_run_with_one_line_that_names_a_setting(
     stack: int, limit: Limit, calm: Callable[..., Config], causal: Any, tmp_path: Path
 ) -> None:
-    """A stack that does not fit is tried one by one, which does not fit either."""
-    # Some thousand tokens a pass: tensors above 1 MB, for which torch's allocator keeps no spare room.
+    """After a stack that does not fit, its clients train one by one, which does not fit either."""
+    # A pass of some thousand tokens has tensors above 1 MB, for which torch's allocator has no reserve.
     rows = write_rows(tmp_path / "many.jsonl", 2000)
     config = calm(
         "causal",
@@ -65,6 +65,6 @@ def test_out_of_memory_ends_in_one_line_that_names_what_to_lower(
     assert "\n" not in str(caught.value)
 
 
-def test_the_limit_is_gone_afterwards(device: str, calm: Callable[..., Config]) -> None:
+def test_the_memory_limit_is_removed_after_the_test(device: str, calm: Callable[..., Config]) -> None:
     finished = run(calm("encoder", device, "unlimited"))
     assert len(finished.records) == 2

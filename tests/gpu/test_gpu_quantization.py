@@ -1,4 +1,4 @@
-"""Bases of four and eight bits, where bitsandbytes is installed."""
+"""Bases quantized to four and eight bits. These tests need bitsandbytes."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def test_a_quantized_base_trains_and_its_adapter_loads_in_peft(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     if device != "cuda":
-        pytest.skip("tests/test_causal.py has quantized bases on a CPU")
+        pytest.skip("tests/learning/test_causal.py tests quantized bases on a CPU")
     folder = str(causal("llama-64"))
     model = {"name": folder, "dtype": "bfloat16", "quantization": bits}
     finished = run(calm("causal", device, bits, method="fedex", model=model))

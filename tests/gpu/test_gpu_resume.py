@@ -1,4 +1,4 @@
-"""A run that is killed and resumed on the same device ends with the same bits, dropout and all."""
+"""A run that is killed and resumed on the same device ends with the same bits, even with dropout."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,11 @@ pytestmark = pytest.mark.gpu
 
 
 class Killed(Exception):
-    """The run ends here."""
+    """Raised to end a run."""
 
 
 class Killer(Observer):
-    """Ends a run after one of its rounds."""
+    """End a run after a given round."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -28,7 +28,7 @@ class Killer(Observer):
 
 
 def bits(finished: Run) -> dict[str, bytes]:
-    """What equal runs leave equal."""
+    """Contents of the files that are equal after equal runs."""
     folder = finished.folder.adapter_folder
     files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     return files | {"rounds.jsonl": finished.folder.rounds_file.read_bytes()}
@@ -44,10 +44,10 @@ def check(whole: Config, parts: Config) -> None:
 
 
 @pytest.mark.parametrize("stack", [1, 2])
-def test_an_encoder_with_dropout_ends_with_the_same_bits(
+def test_a_resumed_encoder_with_dropout_ends_with_the_same_bits(
     stack: int, device: str, tiny_config: Any, tiny_bert: Any
 ) -> None:
-    """Dropout inside attention, after it, and before LoRA."""
+    """The model has dropout inside attention, after it, and before LoRA."""
     whole, parts = (
         tiny_config(
             name=name,
@@ -62,7 +62,7 @@ def test_an_encoder_with_dropout_ends_with_the_same_bits(
     check(whole, parts)
 
 
-def test_a_bf16_causal_model_with_checkpointing_ends_with_the_same_bits(
+def test_a_resumed_bf16_causal_model_with_checkpointing_ends_with_the_same_bits(
     device: str, causal_config: Any, causal: Any
 ) -> None:
     whole, parts = (

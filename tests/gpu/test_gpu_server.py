@@ -1,4 +1,4 @@
-"""The server's arithmetic stays on the CPU, wherever clients train, and `device: auto` finds the GPU."""
+"""The server computes on the CPU wherever clients train, and `device: auto` finds the GPU."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +25,10 @@ def factors(adapter: Adapter) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", ["fedex", "flexlora", "replication"])
-def test_a_step_of_the_server_sees_tensors_on_the_cpu_alone(
+def test_a_step_of_the_server_has_tensors_only_on_the_cpu(
     method: str, device: str, calm: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sums allocate on the CPU: state, updates and patches must be there too."""
+    """The server's sums are allocated on the CPU, so state, updates and patches must be there too."""
     seen: dict[str, list[Tensor]] = {"state": [], "updates": [], "patches": []}
     true = Server.step
 
@@ -59,6 +59,6 @@ def test_clients_train_on_the_device(device: str, calm: Callable[..., Config]) -
     assert {parameter.device.type for parameter in trainer.model.peft.parameters()} == {device}
 
 
-def test_auto_takes_a_gpu_where_there_is_one(device: str, tiny_bert: Path) -> None:  # noqa: ARG001
+def test_auto_takes_a_gpu_if_there_is_one(device: str, tiny_bert: Path) -> None:  # noqa: ARG001
     base = load_base(ModelSettings(name=str(tiny_bert)), 3, AutoTokenizer.from_pretrained(tiny_bert), 0)
     assert base.device.type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,39 +1,39 @@
-"""Several clients in one pass on the GPU learn what each of them learns alone."""
+"""Clients that train in one pass on the GPU give the same results as each one alone."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from comparisons import furthest, server_tensors
+from comparisons import max_distance, server_tensors
 from fedelta.federation.client import Trainer
 from fedelta.runs.config import Config
 from fedelta.runs.runner import run
 
 pytestmark = pytest.mark.gpu
 
-CLOSE = 1e-4
+TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
-def test_a_stack_on_the_device_trains_each_client_as_alone(
+def test_a_stack_on_the_device_trains_each_client_as_it_would_alone(
     kind: str, device: str, calm: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mixed ranks, gradients that are clipped, AdamW; four clients in two stacks."""
+    """Four clients with mixed ranks in two stacks, with clipped gradients and AdamW."""
     stacks: list[int] = []
     true = Trainer.reply_together
 
     def count(self: Trainer, *arguments: Any) -> Any:
-        found = true(self, *arguments)
-        stacks.append(len(found or []))
-        return found
+        replies = true(self, *arguments)
+        stacks.append(len(replies or []))
+        return replies
 
     monkeypatch.setattr(Trainer, "reply_together", count)
     alone, together = (
         run(calm(kind, device, f"stack-{stack}", method="fedex", training={"stack": stack})) for stack in (1, 2)
     )
     assert stacks == [2] * 4
-    for mine, other in zip(together.records, alone.records, strict=True):
-        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=CLOSE)
-        assert mine["validation"]["loss"] == pytest.approx(other["validation"]["loss"], rel=CLOSE)
-    assert furthest(server_tensors(together), server_tensors(alone)) < CLOSE
+    for record, expected in zip(together.records, alone.records, strict=True):
+        assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=TOLERANCE)
+        assert record["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], rel=TOLERANCE)
+    assert max_distance(server_tensors(together), server_tensors(alone)) < TOLERANCE

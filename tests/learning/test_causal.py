@@ -1,4 +1,4 @@
-"""Causal language models from the first message to the last file."""
+"""Federated runs of causal language models, from training to export."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from fedelta.runs.export import export_run
 from fedelta.runs.runner import Run, run
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def distance(tensor: Tensor, truth: Tensor) -> float:
+    return float((tensor - truth).norm() / truth.norm())
 
 
 def tokens_of(folder: Path) -> Tensor:
@@ -33,7 +33,7 @@ def tokens_of(folder: Path) -> Tensor:
 
 @torch.no_grad()
 def in_float64(finished: Run, base: Path, tokens: Tensor) -> Tensor:
-    """Logits of W0 + Σ patches + B·A, added up densely from the server's state, in which s is in B."""
+    """Logits of W0 + Σ patches + B·A in float64, summed densely from the server's state, whose B includes s."""
     state = load_checkpoint(finished.folder.checkpoint_file).state
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
     patches = PatchedBase()
@@ -54,18 +54,18 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 
 def test_lora_on_a_weight_that_two_modules_share_is_refused(causal: Any) -> None:
-    """The patch of a tied output layer would be added to the embedding too."""
-    for architecture in ("llama", "mistral"):  # tied, and not
+    """The patch of a tied output layer would also change the embedding."""
+    for architecture in ("llama", "mistral"):  # The first has tied weights, the second does not.
         base = AutoModelForCausalLM.from_pretrained(causal(architecture))
         if base.config.tie_word_embeddings:
-            with pytest.raises(FedeltaError, match=r"module lm_head: its weight is model\.embed_tokens\.weight too"):
+            with pytest.raises(FedeltaError, match=r"module lm_head: its weight is also model\.embed_tokens\.weight"):
                 LoraModel(base, LoraSettings(target_modules=("lm_head", "q_proj")))
         else:
             model = LoraModel(base, LoraSettings(target_modules=("lm_head", "q_proj")))
             assert "lm_head" in model.shapes
 
 
-def test_an_embedding_may_be_trained_whole_on_a_bf16_base(causal_config: Any, causal: Any) -> None:
+def test_an_embedding_of_a_bf16_base_can_be_trained_in_full(causal_config: Any, causal: Any) -> None:
     finished = run(
         causal_config(
             "mistral",
@@ -76,17 +76,17 @@ def test_an_embedding_may_be_trained_whole_on_a_bf16_base(causal_config: Any, ca
     before = AutoModelForCausalLM.from_pretrained(causal("mistral")).get_input_embeddings().weight.detach()
     plain = AutoModelForCausalLM.from_pretrained(causal("mistral"))
     plain = peft.PeftModel.from_pretrained(plain, str(finished.folder.adapter_folder))
-    assert distance(plain.get_input_embeddings().weight.detach(), before) > 1e-3, "it has learned"
+    assert distance(plain.get_input_embeddings().weight.detach(), before) > 1e-3, "the embedding has changed"
 
 
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32"), ("gpt2", "bfloat16")],
 )
-def test_server_adapter_and_merged_model_are_one_model(
+def test_server_model_adapter_and_merged_model_agree(
     architecture: str, dtype: str, causal: Any, causal_config: Any, tmp_path: Path
 ) -> None:
-    """Twenty rounds of five clients with ranks 2 and 4."""
+    """Twenty rounds with five clients of ranks 2 and 4."""
     base = causal(architecture)
     config = causal_config(
         architecture,
@@ -101,8 +101,8 @@ def test_server_adapter_and_merged_model_are_one_model(
     truth = in_float64(finished, base, tokens)
     kind = getattr(torch, dtype)
     untrained = logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), tokens)
-    assert distance(untrained, truth) > 0.3, "something was learned"
-    # What the type itself costs, on the base as it is.
+    assert distance(untrained, truth) > 0.3, "the model has learned"
+    # The rounding error of the type itself, on the unchanged base.
     rounding = distance(logits_of(AutoModelForCausalLM.from_pretrained(base, dtype=kind), tokens), untrained)
     assert rounding < (1e-5 if dtype == "float32" else 5e-2)
 
@@ -114,18 +114,20 @@ def test_server_adapter_and_merged_model_are_one_model(
     trainer.catch_up(state.log.since(0))
     export_run(config.folder, None, tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=kind)
-    found = {
+    logits_by_form = {
         "server": logits_of(trainer.model.peft, tokens),
         "adapter": logits_of(peft.PeftModel.from_pretrained(plain, finished.folder.adapter_folder), tokens),
         "merged": logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=kind), tokens),
     }
-    for name, logits in found.items():
-        assert distance(logits, truth) < 3 * rounding < without, name
+    for form, logits in logits_by_form.items():
+        assert distance(logits, truth) < 3 * rounding < without, form
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
-def test_every_architecture_goes_through(architecture: str, causal: Any, causal_config: Any, tmp_path: Path) -> None:
-    """LoRA on all linear layers, two rounds, and both exports in plain PEFT and transformers."""
+def test_every_architecture_trains_and_exports(
+    architecture: str, causal: Any, causal_config: Any, tmp_path: Path
+) -> None:
+    """LoRA on all linear layers, then both exports, loaded by plain PEFT and transformers."""
     base = causal(architecture)
     config = causal_config(architecture)
     finished = run(config)
@@ -145,7 +147,7 @@ def test_every_architecture_goes_through(architecture: str, causal: Any, causal_
 
 
 @pytest.mark.parametrize("name", methods())
-def test_every_method_federates_a_language_model(name: str, causal_config: Any) -> None:
+def test_every_method_trains_a_language_model(name: str, causal_config: Any) -> None:
     ranks = {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5}
     if not methods()[name].mixed_ranks:
         ranks = {"allocation": "uniform", "high": 4}
@@ -154,12 +156,12 @@ def test_every_method_federates_a_language_model(name: str, causal_config: Any) 
 
 
 @pytest.mark.parametrize(("bits", "large"), [("8bit", False), ("4bit", True)])
-def test_a_quantized_base_is_never_written_and_carries_its_patch_beside_it(
+def test_a_quantized_base_never_changes_and_has_a_separate_patch(
     bits: str, large: bool, causal: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside a large one the patch stays in factors."""
+    """The patch of a large base stays in factors."""
     if large:
-        monkeypatch.setattr("fedelta.learning.model.base_patch.LARGE", 0)
+        monkeypatch.setattr("fedelta.learning.model.base_patch.MAX_DENSE_BYTES", 0)
     base = causal("llama-64")
     config = causal_config(model={"name": str(base), "dtype": "bfloat16", "quantization": bits}, rounds=4)
     finished = run(config)
@@ -183,7 +185,7 @@ def test_a_quantized_base_is_never_written_and_carries_its_patch_beside_it(
     assert lines == [
         f"merged    {config.folder / 'merged'}: into the base of full precision; the run's had {bits} weights"
     ]
-    # A fresh quantized base with the exported adapter, in which the patch is.
+    # A new quantized base with the exported adapter, which includes the patch.
     plain, _ = prepare(config.model_copy(update={"method": config.method.model_copy(update={"name": "fedit"})}))
     exported = open_adapter(finished.folder.adapter_folder).read()
     plain.model.load(exported, {})
@@ -191,7 +193,7 @@ def test_a_quantized_base_is_never_written_and_carries_its_patch_beside_it(
     assert error < 0.05 < distance(without, server)
 
 
-def test_a_four_bit_base_passes_the_same_gradients_after_an_evaluation(causal: Any, causal_config: Any) -> None:
+def test_a_four_bit_base_gives_the_same_gradients_after_an_evaluation(causal: Any, causal_config: Any) -> None:
     config = causal_config(model={"name": str(causal("llama-64")), "dtype": "bfloat16", "quantization": "4bit"})
     trainer, _ = prepare(config)
     model, tokens = trainer.model, tokens_of(Path(config.model.name))
@@ -208,10 +210,10 @@ def test_a_four_bit_base_passes_the_same_gradients_after_an_evaluation(causal: A
         assert distance(after, before) < 0.05
 
 
-def test_a_step_with_checkpointing_is_the_step_without(
+def test_checkpointing_does_not_change_training(
     causal: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Activations are computed again in the backward pass, and the adapter is the same."""
+    """Activations are recomputed in the backward pass, and the adapter is the same."""
     results = []
     passes: list[int] = []
     forward = LlamaMLP.forward

@@ -1,4 +1,4 @@
-"""What training on a GPU needs, as far as a CPU can show it: errors that help, flags left as they were, the watch."""
+"""Support for GPUs as far as a CPU can test it: device errors, deterministic flags, and the stopwatch."""
 
 import gc
 import subprocess
@@ -26,14 +26,21 @@ from fedelta.runs.runner import run
 
 class Warnings(Observer):
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def warn(self, message: str) -> None:
-        self.said.append(message)
+        self.messages.append(message)
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines.")
+
+
+def out_of_cpu_memory(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    )
 
 
 def no_kernel(*_: Any, **__: Any) -> Any:
@@ -48,7 +55,7 @@ def no_workspace(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def fails_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, Any], None]:
-    """Makes the model's forward pass fail, in training or in evaluation."""
+    """Make the model's forward pass fail, in training or in evaluation."""
 
     def fail(training: bool, error: Any) -> None:
         true = BertForSequenceClassification.forward
@@ -61,49 +68,49 @@ def fails_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool, Any], None]:
     return fail
 
 
-def ended(config: Any) -> str:
-    """The line that a run ends with."""
+def error_of(config: Any) -> str:
+    """Message of the device error that ends a run."""
     with pytest.raises(DeviceError) as caught:
         run(config)
     return str(caught.value)
 
 
-def test_training_without_memory_ends_the_run_in_one_line(tiny_config: Any, fails_in: Any) -> None:
-    """The next client would not fare better, so it is not skipped as a client that failed."""
+def test_running_out_of_memory_in_training_ends_the_run_in_one_line(tiny_config: Any, fails_in: Any) -> None:
+    """The client is not skipped as one that failed, because every other client would fail too."""
     fails_in(True, out_of_memory)
-    assert ended(tiny_config()) == (
+    assert error_of(tiny_config()) == (
         "out of memory while client-000 trains; to need less, lower training.micro_batch_size (now 8) or "
         "lower data.max_length or set model.gradient_checkpointing: true or set model.dtype: bfloat16"
     )
 
 
-def test_what_is_set_already_is_not_advised(tiny_config: Any, tiny_bert: Path, fails_in: Any) -> None:
+def test_the_advice_omits_settings_that_are_already_in_use(tiny_config: Any, tiny_bert: Path, fails_in: Any) -> None:
     fails_in(True, out_of_memory)
     model = {"name": str(tiny_bert), "dtype": "bfloat16", "gradient_checkpointing": True}
-    line = ended(tiny_config(model=model, training={"steps": 2, "batch_size": 8, "micro_batch_size": 1}))
+    line = error_of(tiny_config(model=model, training={"steps": 2, "batch_size": 8, "micro_batch_size": 1}))
     assert line == "out of memory while client-000 trains; to need less, lower data.max_length"
 
 
-def test_evaluation_without_memory_names_its_batch_size(tiny_config: Any) -> None:
+def test_running_out_of_memory_in_evaluation_names_its_batch_size(tiny_config: Any) -> None:
     trained: list[bool] = []
     true = BertForSequenceClassification.forward
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        # Loading tries the model in evaluation mode too.
+        # Loading also runs the model in evaluation mode, so fail only after training.
         if self.training:
             trained.append(True)
         return out_of_memory() if trained and not self.training else true(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BertForSequenceClassification, "forward", forward)
-        line = ended(tiny_config())
+        line = error_of(tiny_config())
     assert line.startswith(
         "out of memory while the model is evaluated (validation); to need less, lower evaluation.batch"
     )
     assert trained
 
 
-def test_a_stack_without_memory_is_trained_one_by_one_and_a_warning_says_so(
+def test_the_clients_of_a_stack_without_memory_train_one_by_one_with_a_warning(
     calm_bert: Path, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(stack: int) -> Any:
@@ -112,29 +119,29 @@ def test_a_stack_without_memory_is_trained_one_by_one_and_a_warning_says_so(
 
     alone = run(config(1))
     monkeypatch.setattr("fedelta.federation.client.train_stacked", out_of_memory)
-    watcher = Warnings()
-    together = run(config(4), observer=watcher)
-    assert watcher.said == [
+    warnings = Warnings()
+    together = run(config(4), observer=warnings)
+    assert warnings.messages == [
         "round 0: 4 clients one by one: out of memory while 4 clients train in one pass; "
         "to need less, lower training.stack"
     ]
     assert together.records == alone.records
 
 
-def test_what_a_stack_held_is_free_before_its_clients_train_one_by_one(
+def test_the_memory_of_a_failed_stack_is_freed_before_its_clients_train_one_by_one(
     calm_bert: Path, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception that is kept would keep all activations of the pass that did not fit."""
-    held: list[weakref.ref[torch.Tensor]] = []
+    """A reference to the exception would keep alive all activations of the pass that did not fit."""
+    references: list[weakref.ref[torch.Tensor]] = []
     alive: list[bool] = []
 
     def stacked(*_: Any) -> Any:
         activations = torch.zeros(10)
-        held.append(weakref.ref(activations))
+        references.append(weakref.ref(activations))
         return out_of_memory()
 
     def alone(*arguments: Any, **named: Any) -> float:
-        alive.append(held[-1]() is not None)
+        alive.append(references[-1]() is not None)
         return train(*arguments, **named)
 
     monkeypatch.setattr("fedelta.federation.client.train_stacked", stacked)
@@ -151,18 +158,18 @@ def test_what_a_stack_held_is_free_before_its_clients_train_one_by_one(
 
 def test_an_operation_without_a_deterministic_kernel_names_the_setting(tiny_config: Any, fails_in: Any) -> None:
     fails_in(True, no_kernel)
-    line = ended(tiny_config())
+    line = error_of(tiny_config())
     assert line.startswith("cumsum_cuda_kernel has no deterministic kernel on this device; set training.deterministic")
 
 
-def test_products_that_came_too_early_name_the_environment_variable() -> None:
+def test_a_product_before_the_deterministic_workspace_names_the_environment_variable() -> None:
     expected = pytest.raises(DeviceError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before the first")
     with expected, device_errors("client-000 trains", []):
         no_workspace()
 
 
 def test_importing_the_package_changes_nothing_in_the_environment() -> None:
-    """The variable for deterministic products is set when a model is loaded onto a GPU, before the first product."""
+    """The variable for deterministic products is set when a model is loaded onto a GPU."""
     code = (
         "import os; before = dict(os.environ)\n"
         "import fedelta, fedelta.runs.runner, fedelta.cli\n"
@@ -174,6 +181,7 @@ def test_importing_the_package_changes_nothing_in_the_environment() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("failure", [out_of_memory, out_of_cpu_memory])
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
@@ -181,17 +189,21 @@ def test_importing_the_package_changes_nothing_in_the_environment() -> None:
         ({"dtype": "bfloat16"}, "set model.quantization: 4bit"),
     ],
 )
-def test_loading_without_memory_names_smaller_types(
-    settings: dict[str, str], advice: str, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+def test_running_out_of_memory_while_loading_names_smaller_types(
+    settings: dict[str, str],
+    advice: str,
+    failure: Callable[..., Any],
+    tiny_bert: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("transformers.BertForSequenceClassification.from_pretrained", out_of_memory)
-    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", out_of_memory)
+    monkeypatch.setattr("transformers.BertForSequenceClassification.from_pretrained", failure)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", failure)
     with pytest.raises(DeviceError) as caught:
         load_base(ModelSettings(name=str(tiny_bert), **settings), 3, AutoTokenizer.from_pretrained(tiny_bert), 0)
     assert str(caught.value) == f"out of memory while model {tiny_bert} is loaded; to need less, {advice}"
 
 
-def test_another_error_stays_what_it_is() -> None:
+def test_other_errors_are_not_changed() -> None:
     error = RuntimeError("shapes cannot be multiplied")
     with pytest.raises(RuntimeError) as caught, device_errors("client-000 trains", []):
         raise error
@@ -206,7 +218,7 @@ def flags() -> tuple[bool, ...]:
 
 
 @pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
-def test_deterministic_leaves_the_flags_as_they_were(before: tuple[bool, bool]) -> None:
+def test_deterministic_restores_torchs_flags(before: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     try:
         expected = flags()
@@ -227,7 +239,7 @@ def test_deterministic_leaves_the_flags_as_they_were(before: tuple[bool, bool]) 
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_watch_waits_at_the_end_of_each_lap() -> None:
+def test_the_stopwatch_waits_at_the_end_of_each_lap() -> None:
     calls: list[int] = []
     watch = Stopwatch(lambda: calls.append(len(calls)))
     watch.lap("forward")
@@ -248,14 +260,14 @@ def test_a_timed_trainer_waits_for_its_device(tiny_config: Any, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("initialized", [False, True])
-def test_a_process_may_be_forked_until_it_uses_its_gpu(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model on the CPU of a machine with a GPU has workers too."""
+def test_a_process_can_be_forked_until_it_uses_its_gpu(initialized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the CPU can have workers even if the machine has a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     assert can_fork() == (not initialized)
 
 
-def test_a_gpu_that_is_asked_for_must_be_there(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model.torch.cuda, "is_available", lambda: False)
     with pytest.raises(FedeltaError, match="model.device is cuda, but torch finds no CUDA device"):
         load_base(ModelSettings(name=str(tiny_bert), device="cuda"), 3, AutoTokenizer.from_pretrained(tiny_bert), 0)

@@ -1,4 +1,4 @@
-"""Fifty rounds hold no more than ten."""
+"""A long run does not accumulate memory, open files or processes."""
 
 import gc
 import multiprocessing
@@ -13,7 +13,7 @@ from fedelta.runs.runner import run
 
 
 class Watch(Observer):
-    """Resident megabytes after each round, and open files."""
+    """Record resident memory (MB) and the number of open files after each round."""
 
     def __init__(self) -> None:
         self.megabytes: list[float] = []
@@ -29,7 +29,7 @@ class Watch(Observer):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_fifty_rounds_keep_nothing(workers: int, tiny_config: Any) -> None:
+def test_fifty_rounds_use_no_more_than_ten(workers: int, tiny_config: Any) -> None:
     watch = Watch()
     training = {"steps": 1, "batch_size": 4}
     run(tiny_config(rounds=50, workers=workers, training=training, evaluation={"every": 10}), observer=watch)

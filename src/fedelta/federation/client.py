@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedelta.learning.device import device_errors, synchronize
 from fedelta.learning.model.activation_cache import find_activation_cache
+from fedelta.learning.model.checkpointing import uses_checkpointing
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.shards import Shard
 from fedelta.learning.tasks import Task, evaluate
@@ -164,7 +165,7 @@ class Trainer:
         base = self.model.peft.get_base_model()
         found = [f"lower training.micro_batch_size (now {texts})"] if texts > 1 else []
         found.append("lower data.max_length")
-        if not getattr(base, "is_gradient_checkpointing", False):
+        if not uses_checkpointing(base):
             found.append("set model.gradient_checkpointing: true")
         if self.model.dtype == torch.float32:
             found.append("set model.dtype: bfloat16")

@@ -1,4 +1,4 @@
-"""What training on an accelerator needs beside the arithmetic: the same bits each time, and errors that help."""
+"""Support for accelerators: deterministic kernels, and device errors that name the setting to change."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,33 +10,33 @@ from fedelta.errors import FedeltaError
 
 
 class DeviceError(FedeltaError):
-    """The device cannot do what the configuration asks. It concerns every client that trains there."""
+    """The device can't do what the configuration asks. The error concerns every client that trains there."""
 
 
 def allow_deterministic_products() -> None:
-    """Ask cuBLAS for deterministic products; call it before the first product on a GPU.
+    """Ask cuBLAS for deterministic products. Call this before the first product on a GPU.
 
-    torch refuses deterministic products without this variable, which it reads at its first product and never again.
-    A GPU of the Hopper generation has a workspace of this size anyway.
+    torch refuses deterministic products without this environment variable, and reads it once, at its first product.
+    On a GPU of the Hopper generation this workspace size is the default.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
 def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
-    """Inside, CUDA uses only kernels that give the same bits each time; other devices do so anyway.
+    """Context in which CUDA uses only kernels that give the same bits each time. Other devices always do.
 
-    Without this, the backward pass of fused attention adds up in an order that changes from call to call, and a
-    resumed run would end with other bits.
+    Without it, the backward pass of fused attention sums in an order that changes from call to call, and a resumed
+    run would end with different bits.
     """
     if device.type != "cuda" or not wanted:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    # With warn_only, attention would silently use its non-deterministic backward pass.
+    # With warn_only, attention would silently use its nondeterministic backward pass.
     torch.use_deterministic_algorithms(True)
-    # Filling fresh memory with NaN is a debugging aid that costs a pass over it.
+    # By default, deterministic mode also fills new memory with NaN: a debugging aid that costs a pass over the memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
@@ -47,21 +47,21 @@ def deterministic(device: torch.device, wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def device_errors(doing: str, lower: Sequence[str]) -> Iterator[None]:
-    """Turn torch's errors about the device into one line that names what to change.
+    """Turn torch's errors about the device into one line that names the setting to change.
 
     Args:
         doing: the activity, such as "client-003 trains".
-        lower: settings that need less memory, the most effective first.
+        lower: changes of the settings that save memory, the most effective first.
 
     Raises:
-        DeviceError: if memory runs out, an operation has no deterministic kernel, or a product on the GPU came before
+        DeviceError: if memory runs out, an operation has no deterministic kernel, or the GPU computed a product before
             fedelta could ask for deterministic ones.
     """
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if is_out_of_memory(error):
             raise DeviceError(f"out of memory while {doing}; to need less, {' or '.join(lower)}") from error
         if "does not have a deterministic implementation" in text:
             operation = text.split(" ", 1)[0]
@@ -77,7 +77,14 @@ def device_errors(doing: str, lower: Sequence[str]) -> Iterator[None]:
         raise
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether torch ran out of memory. On a CPU it raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was queued."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Source, task and partition put together: what a federation trains and is judged on."""
+"""The data of a federation: a source, tokenized for a task and divided among clients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from fedelta.seeds import derive_seed
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One client's rows: those it trains on, and those it holds out for its own validation loss."""
+    """One client's rows: its training rows, and the rows that it holds out for its own validation loss."""
 
     train: Examples
     validation: Examples
 
     @property
     def cost(self) -> float:
-        """What a local epoch costs, in tokens."""
+        """Cost of a local epoch, in tokens."""
         return float(sum(self.train.lengths))
 
 
 @dataclass(frozen=True, eq=False)
 class FederatedData:
-    """Everything a run reads.
+    """All data of a run.
 
     Args:
         shards: client id → its rows.
-        validation, test: the server's; never seen in training.
-        classes: name of each class index; empty where the task has no classes.
+        validation, test: the server's rows, which no client trains on.
+        classes: name of each class, by index. Empty if the task has no classes.
     """
 
     shards: Mapping[str, Shard]
@@ -45,7 +45,7 @@ class FederatedData:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSplits:
-    """Tokenized splits before they are shared out: the same for every seed and method."""
+    """Tokenized splits before the partition: the same for every seed and method."""
 
     train: Examples
     validation: Examples
@@ -55,10 +55,10 @@ class TokenizedSplits:
 
 
 def read_splits(settings: DataSettings, task: Task) -> tuple[dict[str, Any], list[str]]:
-    """The splits, and the names of their classes, if the task is about classes.
+    """Load the splits, and the names of their classes (empty if the task has no classes).
 
     Raises:
-        FedeltaError: if the data are not there, or not what the task needs.
+        FedeltaError: if the data are missing, or do not fit the task.
     """
     splits = load_splits(settings, task.columns(settings), task.together)
     return splits, task.classes(settings, splits)
@@ -67,7 +67,7 @@ def read_splits(settings: DataSettings, task: Task) -> tuple[dict[str, Any], lis
 def tokenize_splits(
     settings: DataSettings, task: Task, splits: dict[str, Any], classes: list[str], tokenizer: Any
 ) -> TokenizedSplits:
-    """Tokenize each split, once."""
+    """Tokenize each split."""
     examples = {name: task.examples(split, settings, classes, tokenizer) for name, split in splits.items()}
     return TokenizedSplits(**examples, classes=classes, rows=splits["train"])
 
@@ -75,10 +75,10 @@ def tokenize_splits(
 def build_data(
     tokenized: TokenizedSplits, settings: DataSettings, sharing: PartitionSettings, seed: int
 ) -> FederatedData:
-    """Share the training rows out to clients, each with its own held-out part.
+    """Divide the training rows among clients, and hold out a part of the rows of each.
 
     Raises:
-        FedeltaError: if a client has too few rows to hold some out and train on the others.
+        FedeltaError: if a client has too few rows to hold some out and train on the rest.
     """
     shards = {}
     parts = partition(tokenized.rows, list(tokenized.train.labels), sharing, seed)
@@ -88,7 +88,7 @@ def build_data(
 
 
 def client_names(clients: int) -> list[str]:
-    """Of so many clients, in the order of the partition, which is that of the alphabet."""
+    """Names of all clients in the order of the partition, which is also alphabetical."""
     digits = max(3, len(str(clients - 1)))
     return [f"client-{i:0{digits}d}" for i in range(clients)]
 
@@ -106,7 +106,7 @@ def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, s
 def build_shard(
     settings: DataSettings, task: Task, classes: Sequence[str], tokenizer: Any, client: str, seed: int
 ) -> Shard:
-    """A site's own rows, all of them, with the classes that the server has.
+    """Load all rows of a site, labeled with the server's classes.
 
     Raises:
         FedeltaError: if the rows can't be read, or one has a label that the server does not know.

@@ -1,3 +1,5 @@
+"""Sources, splits, tokens and partitions of data."""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -32,24 +34,24 @@ def test_pydoc_has_about_six_thousand_texts_in_eight_chapters() -> None:
     assert rows == read_pydoc()
 
 
-def test_a_python_without_sources_is_refused(tmp_path: Path) -> None:
+def test_a_library_folder_without_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedeltaError, match=f"no sources of the standard library under {tmp_path}"):
         read_pydoc(tmp_path)
 
 
-def test_every_module_of_pydoc_has_one_chapter() -> None:
+def test_each_module_of_pydoc_belongs_to_one_chapter() -> None:
     modules = [module for names in CHAPTERS.values() for module in names.split()]
     assert not [module for module, count in Counter(modules).items() if count > 1]
 
 
-def test_splits_are_disjoint_and_the_same_every_time(texts: Path) -> None:
+def test_splits_are_disjoint_and_reproducible(texts: Path) -> None:
     one, two = (splits_of(DataSettings(source=str(texts))) for _ in range(2))
     assert rows_of(one) == rows_of(two)
     assert {name: split.num_rows for name, split in one.items()} == {"train": 172, "validation": 20, "test": 48}
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_every_file_format_gives_the_same_rows(ending: str, texts: Path, tmp_path: Path) -> None:
+def test_all_file_formats_give_the_same_rows(ending: str, texts: Path, tmp_path: Path) -> None:
     table = datasets.Dataset.from_csv(str(texts))
     file = tmp_path / f"x.{ending}"
     if ending == "tsv":
@@ -65,11 +67,11 @@ def test_every_file_format_gives_the_same_rows(ending: str, texts: Path, tmp_pat
     assert rows_of(splits_of(DataSettings(source=str(file)))) == rows_of(splits_of(DataSettings(source=str(texts))))
 
 
-def test_a_folders_own_test_split_is_used(texts: Path, tmp_path: Path) -> None:
+def test_the_test_split_of_a_folder_is_used(texts: Path, tmp_path: Path) -> None:
     table = datasets.Dataset.from_csv(str(texts))
     table.select(range(100)).to_parquet(tmp_path / "train-00000-of-00002.parquet")
     table.select(range(100, 200)).to_parquet(tmp_path / "train-00001-of-00002.parquet")
-    # As real folders do: the test split lacks one column of the training split.
+    # As in many real folders, the test split lacks a column of the training split.
     table.select(range(200, 240)).remove_columns("author").to_parquet(tmp_path / "test.parquet")
     (tmp_path / "README.md").write_text("# texts")
     splits = splits_of(DataSettings(source=str(tmp_path)))
@@ -77,7 +79,7 @@ def test_a_folders_own_test_split_is_used(texts: Path, tmp_path: Path) -> None:
     assert splits["train"].num_rows + splits["validation"].num_rows == 200
 
 
-def test_limits_draw_by_seed(texts: Path) -> None:
+def test_limits_set_the_number_of_rows(texts: Path) -> None:
     splits = splits_of(DataSettings(source=str(texts), limit=50, evaluation_limit=10))
     assert {name: split.num_rows for name, split in splits.items()} == {"train": 50, "validation": 10, "test": 10}
 
@@ -150,18 +152,18 @@ def label_shares(shard: list[int]) -> list[float]:
     return sorted(count / len(shard) for count in counts.values())
 
 
-def test_iid_shards_see_all_labels_although_the_source_is_sorted() -> None:
+def test_iid_shards_have_all_labels_even_if_the_source_is_sorted() -> None:
     sorted_labels = sorted(LABELS)
     for shard in partition(ROWS, sorted_labels, PartitionSettings(clients=5), seed=0):
         assert len({sorted_labels[i] for i in shard}) == 4
 
 
-def test_pathological_clients_see_as_many_labels_as_configured() -> None:
+def test_pathological_clients_have_the_configured_number_of_labels() -> None:
     for shard in partition(ROWS, LABELS, PartitionSettings(kind="pathological", clients=6, classes_per_client=2), 0):
         assert len(label_shares(shard)) == 2
 
 
-def test_natural_clients_keep_a_value_together() -> None:
+def test_a_natural_partition_keeps_the_rows_of_a_value_together() -> None:
     shards = partition(ROWS, LABELS, PartitionSettings(kind="natural", by="by", clients=4), 0)
     groups = [{ROWS["by"][i] for i in shard} for shard in shards]
     assert not set.intersection(*groups)
@@ -170,7 +172,7 @@ def test_natural_clients_keep_a_value_together() -> None:
     assert len(every) == 9
 
 
-def test_two_qualities_have_equal_sizes_and_unequal_label_mixes() -> None:
+def test_two_quality_clients_have_equal_sizes_and_unequal_label_mixes() -> None:
     settings = PartitionSettings(kind="two-quality", clients=10, share=0.2, alpha_high=100, alpha_low=0.1)
     shards = partition(ROWS, LABELS, settings, seed=3)
     assert {len(shard) for shard in shards} == {40}
@@ -189,12 +191,12 @@ def test_two_qualities_have_equal_sizes_and_unequal_label_mixes() -> None:
         ({"kind": "pathological", "clients": 5, "classes_per_client": 9}, "partition pathological"),
     ],
 )
-def test_partitions_that_cannot_be_made_are_refused(settings: dict, reason: str) -> None:
+def test_impossible_partitions_are_refused(settings: dict, reason: str) -> None:
     with pytest.raises(FedeltaError, match=reason):
         partition(ROWS, LABELS, PartitionSettings(**settings), seed=0)
 
 
-def test_a_client_too_small_to_hold_rows_out_is_named(texts: Path, tiny_bert: Path) -> None:
+def test_a_client_with_too_few_rows_to_hold_some_out_is_named(texts: Path, tiny_bert: Path) -> None:
     settings = DataSettings(source=str(texts), limit=10)
     splits, classes = read_splits(settings, Classification())
     tokenized = tokenize_splits(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
@@ -202,7 +204,7 @@ def test_a_client_too_small_to_hold_rows_out_is_named(texts: Path, tiny_bert: Pa
         build_data(tokenized, settings, PartitionSettings(clients=10), seed=0)
 
 
-def test_pairs_of_texts_are_tokenised_together(tmp_path: Path, tiny_bert: Path) -> None:
+def test_pairs_of_texts_are_tokenized_together(tmp_path: Path, tiny_bert: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("a,b,label\n" + "".join(f"the ship,old moon,{'xy'[i % 2]}\n" for i in range(10)))
     settings = DataSettings(source=str(file), text=("a", "b"))
@@ -214,7 +216,7 @@ def test_pairs_of_texts_are_tokenised_together(tmp_path: Path, tiny_bert: Path) 
     assert feature["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
 
 
-def test_batches_are_padded_to_their_own_longest_and_grouped_by_length(tiny_bert: Path) -> None:
+def test_a_batch_is_padded_to_its_longest_text_and_evaluation_sorts_texts_by_length(tiny_bert: Path) -> None:
     lengths = [3 + (7 * i) % 20 for i in range(64)]
     examples = Examples([{"input_ids": [4] * n} for n in lengths], [0] * 64)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
@@ -234,7 +236,7 @@ def test_batches_are_padded_to_their_own_longest_and_grouped_by_length(tiny_bert
     assert by_length == sorted(lengths)
 
 
-def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(texts: Path, tiny_bert: Path) -> None:
+def test_held_out_rows_and_the_servers_rows_are_disjoint_from_training_rows(texts: Path, tiny_bert: Path) -> None:
     file = texts.parent / "numbered.csv"
     file.write_text(
         "text,label\n" + "".join(f"{'the ' * (i // 60)}{'old ' * (i % 60)}sea,{'xy'[i % 2]}\n" for i in range(240))
@@ -252,21 +254,21 @@ def test_a_client_never_trains_on_what_it_holds_out_nor_on_the_servers_rows(text
         assert len(shard.validation) == round(0.25 * (len(shard.train) + len(shard.validation)))
 
 
-def test_a_limit_is_a_draw_and_not_the_first_rows(texts: Path) -> None:
+def test_a_limit_draws_random_rows_and_not_the_first_ones(texts: Path) -> None:
     full = rows_of(splits_of(DataSettings(source=str(texts))))["train"]
     drawn = rows_of(splits_of(DataSettings(source=str(texts), limit=50)))["train"]
     assert set(drawn) <= set(full)
     assert drawn != full[:50]
 
 
-def test_glues_secret_test_labels_can_be_left_out(texts: Path, tmp_path: Path) -> None:
+def test_a_split_can_be_renamed_or_omitted(texts: Path, tmp_path: Path) -> None:
     table = datasets.Dataset.from_csv(str(texts))
     table.select(range(150)).to_parquet(tmp_path / "train.parquet")
     table.select(range(150, 200)).to_parquet(tmp_path / "validation.parquet")
     table.select(range(200, 240)).remove_columns("label").to_parquet(tmp_path / "test.parquet")
     with pytest.raises(FedeltaError, match="no column 'label' in split test"):
         splits_of(DataSettings(source=str(tmp_path)))
-    with pytest.raises(FedeltaError, match="'validation' would serve twice"):
+    with pytest.raises(FedeltaError, match="'validation' is used twice"):
         splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation"}))
     splits = splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
     assert splits["test"]["text"][:] == table["text"][150:200]

@@ -1,4 +1,4 @@
-"""Activations below the lowest adapter, kept: what is learnt and scored is what was before."""
+"""The cache of activations below the lowest adapter changes neither training nor scores."""
 
 import json
 import shutil
@@ -53,41 +53,41 @@ def texts(count: int = 30) -> Examples:
 
 
 def passes_of_the_first_layer(model: LoraModel, seen: list[int]) -> None:
-    """Count rows that some module of the lowest layer sees."""
+    """Append to `seen` the number of rows in each pass of the lowest layer."""
     name = "bert.encoder.layer.0.output" if hasattr(model.peft.get_base_model(), "bert") else "transformer.h.0.mlp"
     module = model.peft.get_base_model().get_submodule(name)
     module.register_forward_hook(lambda _m, _x, output: seen.append(len(output)))
 
 
 @pytest.mark.parametrize("kind", sorted(TOP))
-def test_training_and_scores_are_those_of_the_plain_path(kind: str, folders: dict[str, Path]) -> None:
-    examples, how = texts(), TrainingSettings(steps=8, batch_size=8, learning_rate=0.01)
-    found = []
-    for keeping in (False, True):
+def test_training_and_scores_are_the_same_with_a_cache(kind: str, folders: dict[str, Path]) -> None:
+    examples, settings = texts(), TrainingSettings(steps=8, batch_size=8, learning_rate=0.01)
+    results = []
+    for cached in (False, True):
         model, tokenizer = lora_model(folders[kind], target_modules=TOP[kind], dropout=0.1)
         cache = find_activation_cache(model, tokenizer)
         assert cache
         assert not cache.drops_out
-        if keeping:
+        if cached:
             cache.fill(examples)
         seen: list[int] = []
         passes_of_the_first_layer(model, seen)
-        loss = train(model, tokenizer, examples, how, seed=3, cache=cache)
-        assert bool(seen) is not keeping
-        found.append(
+        loss = train(model, tokenizer, examples, settings, seed=3, cache=cache)
+        assert bool(seen) is not cached
+        results.append(
             (loss, model.read(), model.head_tensors(), evaluate(Classification(), model, tokenizer, examples, 8))
         )
-    (plain_loss, plain, plain_heads, plain_scores), (loss, adapter, heads, scores) = found
+    (plain_loss, plain, plain_heads, plain_scores), (loss, adapter, heads, scores) = results
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert scores["loss"] == pytest.approx(plain_scores["loss"], rel=1e-5)
     for module, pair in plain.items():
-        for mine, other in ((adapter[module].A, pair.A), (adapter[module].B, pair.B)):
-            assert float((mine - other).norm() / other.norm()) < 1e-5
+        for tensor, expected in ((adapter[module].A, pair.A), (adapter[module].B, pair.B)):
+            assert float((tensor - expected).norm() / expected.norm()) < 1e-5
     for name, tensor in plain_heads.items():
         torch.testing.assert_close(heads[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_below_leaves_training_alone(tiny_bert: Path) -> None:
+def test_with_dropout_in_the_frozen_layers_the_cache_serves_evaluation_only(tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, target_modules=TOP["bert"])
     cache = find_activation_cache(model, tokenizer)
     assert cache
@@ -98,18 +98,19 @@ def test_dropout_below_leaves_training_alone(tiny_bert: Path) -> None:
     passes_of_the_first_layer(model, seen)
     train(model, tokenizer, examples, TrainingSettings(steps=1, batch_size=8), seed=3, cache=cache)
     assert sum(seen) == 8
-    # Evaluation has no dropout, and goes without.
+    # Evaluation has no dropout, so it skips the frozen layers.
     seen.clear()
     for rows in examples.evaluation_order(8):
-        judged = [
-            Classification().judge(model, tokenizer, examples, Unit("answer", rows), using) for using in (cache, None)
+        outcomes = [
+            Classification().evaluate_batch(model, tokenizer, examples, Unit("forward", rows), using)
+            for using in (cache, None)
         ]
-        mine, plain = ([answer[0] for answer in answers] for answers in judged)
-        assert mine == pytest.approx(plain, rel=1e-5)
-    assert sum(seen) == len(examples)  # of the plain ones
+        cached, plain = ([outcome[0] for outcome in batch] for batch in outcomes)
+        assert cached == pytest.approx(plain, rel=1e-5)
+    assert sum(seen) == len(examples), "only the passes without a cache run the first layer"
 
 
-def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
+def test_replay_restores_the_model(folders: dict[str, Path]) -> None:
     model, tokenizer = lora_model(folders["bert"], target_modules=TOP["bert"])
     examples = texts()
     before = evaluate(Classification(), model, tokenizer, examples, 8)
@@ -126,7 +127,7 @@ def test_a_model_is_its_own_again(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"target_modules": "all-linear"}, {"target_modules": TOP["bert"], "modules_to_save": ("pooler",)}]
 )
-def test_no_prefix_where_something_below_may_train(settings: dict[str, Any], tiny_bert: Path) -> None:
+def test_there_is_no_cache_if_a_module_below_may_train(settings: dict[str, Any], tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, **settings)
     assert find_activation_cache(model, tokenizer) is None
 
@@ -141,8 +142,8 @@ def other_model(kind: str, adapted: str, **options: Any) -> LoraModel:
 
 
 @pytest.mark.parametrize(("rate", "skipped", "random"), [(0.1, 0.0, True), (0.0, 0.1, True), (0.0, 0.0, False)])
-def test_dropout_is_found_wherever_it_is_written(rate: float, skipped: float, random: bool, tiny_bert: Path) -> None:
-    """OPT has its rates as plain numbers."""
+def test_dropout_and_layer_drop_are_detected(rate: float, skipped: float, random: bool, tiny_bert: Path) -> None:
+    """OPT has no dropout modules, only rates as plain numbers."""
     options = {"num_hidden_layers": 2, "ffn_dim": 40, "word_embed_proj_dim": 24, "max_position_embeddings": 40}
     model = other_model("opt", r".*layers\.1\..*q_proj", **options, dropout=rate, layerdrop=skipped)
     cache = find_activation_cache(model, AutoTokenizer.from_pretrained(tiny_bert))
@@ -150,7 +151,7 @@ def test_dropout_is_found_wherever_it_is_written(rate: float, skipped: float, ra
     assert cache.drops_out is random
 
 
-def test_dropout_above_does_not_count(tiny_bert: Path) -> None:
+def test_dropout_above_the_frozen_layers_does_not_count(tiny_bert: Path) -> None:
     options = {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 40, "dropout": 0.0, "attention_dropout": 0.0}
     torch.manual_seed(0)
     config = AutoConfig.for_model("distilbert", vocab_size=60, num_labels=3, **options)
@@ -162,19 +163,19 @@ def test_dropout_above_does_not_count(tiny_bert: Path) -> None:
     assert not cache.drops_out
 
 
-def test_no_prefix_where_layers_run_more_than_once(tiny_bert: Path) -> None:
+def test_there_is_no_cache_if_layers_run_more_than_once(tiny_bert: Path) -> None:
     options = {"embedding_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2, "intermediate_size": 40}
     model = other_model("albert", r".*groups\.1\..*query", **options, initializer_range=0.5)
     assert find_activation_cache(model, AutoTokenizer.from_pretrained(tiny_bert)) is None
 
 
-def test_no_prefix_where_positions_depend_on_padding(tiny_gpt2: Path) -> None:
+def test_there_is_no_cache_if_positions_depend_on_padding(tiny_gpt2: Path) -> None:
     model, tokenizer = lora_model(tiny_gpt2, target_modules=TOP["gpt2"])
     tokenizer.padding_side = "left"
     assert find_activation_cache(model, tokenizer) is None
 
 
-def test_the_budget_is_spent_in_a_fixed_order(folders: dict[str, Path]) -> None:
+def test_the_memory_budget_is_spent_in_a_fixed_order(folders: dict[str, Path]) -> None:
     model, tokenizer = lora_model(folders["bert"], target_modules=TOP["bert"])
     cache = find_activation_cache(model, tokenizer)
     assert cache
@@ -182,15 +183,15 @@ def test_the_budget_is_spent_in_a_fixed_order(folders: dict[str, Path]) -> None:
     shards: Any = {name: type("Rows", (), {"train": examples}) for name, examples in sizes.items()}
     validation = texts(7)
 
-    def chosen(most: float) -> set[Examples]:
-        return ActivationCaches(cache, Workers(1), validation, shards, most).chosen
+    def chosen(max_bytes: float) -> set[Examples]:
+        return ActivationCaches(cache, Workers(1), validation, shards, max_bytes).chosen
 
     everything = sum(cache.bytes_of(each) for each in [validation, *sizes.values()])
     assert chosen(everything) == {validation, *sizes.values()}
     assert chosen(everything - 1) == {validation, sizes["a"], sizes["b"]}
     assert chosen(cache.bytes_of(validation) + cache.bytes_of(sizes["b"])) == {validation, sizes["b"]}
     assert chosen(0) == set()
-    # What was not chosen is not kept either.
+    # Only chosen sets are cached.
     small = ActivationCaches(cache, Workers(1), validation, shards, everything - 1)
     small.fill([sizes["b"], sizes["c"]])
     assert cache.keeps(sizes["b"])
@@ -208,25 +209,25 @@ def top_config(tiny_config: Any, folders: dict[str, Path]) -> Any:
     return make
 
 
-def end(finished: Run) -> dict[str, torch.Tensor]:
+def adapter_of(finished: Run) -> dict[str, torch.Tensor]:
     return load_file(finished.folder.adapter_folder / "adapter_model.safetensors")
 
 
-def test_a_run_with_it_is_a_run_without_it(top_config: Any) -> None:
-    with_it, without = run(top_config("with")), run(top_config("without", 0.0))
-    assert len(with_it.records) == 3
-    for mine, other in zip(with_it.records, without.records, strict=True):
-        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-        assert mine["validation"]["loss"] == pytest.approx(other["validation"]["loss"], rel=1e-4)
-    timings = [json.loads(line) for line in with_it.folder.timings_file.read_text().splitlines()]
+def test_a_run_with_a_cache_equals_a_run_without(top_config: Any) -> None:
+    cached, plain = run(top_config("with")), run(top_config("without", 0.0))
+    assert len(cached.records) == 3
+    for record, expected in zip(cached.records, plain.records, strict=True):
+        assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+        assert record["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], rel=1e-4)
+    timings = [json.loads(line) for line in cached.folder.timings_file.read_text().splitlines()]
     assert all(timing["seconds"]["activations"] > 0 for timing in timings)
 
 
-def test_workers_and_a_resume_change_no_bit(top_config: Any) -> None:
+def test_workers_and_a_resume_do_not_change_a_bit(top_config: Any) -> None:
     whole = run(top_config("whole", rounds=4))
     two = run(top_config("two", rounds=4, workers=2))
     run(top_config("parts", rounds=2))
     parts = run(top_config("parts", rounds=4), resume=True)
     for other in (two, parts):
         assert other.folder.rounds_file.read_bytes() == whole.folder.rounds_file.read_bytes()
-        assert all(torch.equal(tensor, end(other)[name]) for name, tensor in end(whole).items())
+        assert all(torch.equal(tensor, adapter_of(other)[name]) for name, tensor in adapter_of(whole).items())

@@ -1,4 +1,4 @@
-"""The last layer for the class token alone: what comes out is what came out before."""
+"""The last layer computed for the class token only gives the same result as the whole layer."""
 
 from pathlib import Path
 from typing import Any
@@ -29,42 +29,42 @@ def classifier(kind: str, attention: str, **options: Any) -> Any:
 
 def padded_batch() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    tokens, kept = torch.randint(2, 40, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    tokens, mask = torch.randint(2, 40, (3, 7)), torch.ones(3, 7, dtype=torch.long)
     for row, length in enumerate((7, 4, 1)):
         tokens[row, length:] = 0
-        kept[row, length:] = 0
-    return {"input_ids": tokens, "attention_mask": kept, "labels": torch.tensor([0, 1, 2])}
+        mask[row, length:] = 0
+    return {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])}
 
 
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("kind", sorted(LAST_LAYER))
 @pytest.mark.parametrize("padded", [True, False])
-def test_logits_and_gradients_are_those_of_the_whole_layer(kind: str, attention: str, padded: bool) -> None:
+def test_logits_and_gradients_equal_those_of_the_whole_layer(kind: str, attention: str, padded: bool) -> None:
     model = classifier(kind, attention).eval()
     batch = padded_batch()
     if not padded:
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
 
     def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found = model(**batch)
+        output = model(**batch)
         model.zero_grad()
-        found.loss.backward()
-        return found.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        output.loss.backward()
+        return output.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    logits, gradients = run()
+    whole_logits, whole_gradients = run()
     assert read_class_token_alone(model)
-    mine, my_gradients = run()
-    torch.testing.assert_close(mine, logits, rtol=1e-5, atol=1e-6)
-    assert my_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(my_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+    logits, gradients = run()
+    torch.testing.assert_close(logits, whole_logits, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == whole_gradients.keys()
+    for name, expected in whole_gradients.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("kind", sorted(LAST_LAYER))
-def test_attention_drops_out_in_training(kind: str) -> None:
+def test_attention_has_dropout_in_training(kind: str) -> None:
     name = "attention_dropout" if kind == "distilbert" else "attention_probs_dropout_prob"
-    quiet = {"dropout": 0.0} if kind == "distilbert" else {"hidden_dropout_prob": 0.0}
-    model = classifier(kind, "sdpa", **quiet, **{name: 0.5})
+    no_other = {"dropout": 0.0} if kind == "distilbert" else {"hidden_dropout_prob": 0.0}
+    model = classifier(kind, "sdpa", **no_other, **{name: 0.5})
     read_class_token_alone(model)
     layers = model.base_model.get_submodule(LAST_LAYER[kind][0])
     layers[0].eval()
@@ -76,7 +76,7 @@ def test_attention_drops_out_in_training(kind: str) -> None:
 
 
 @pytest.mark.parametrize("model", [classifier("gpt2", "sdpa"), classifier("bert", "sdpa", is_decoder=True)])
-def test_others_stay_as_they_are(model: Any) -> None:
+def test_unsupported_models_stay_unchanged(model: Any) -> None:
     with torch.no_grad():
         before = model.eval()(**padded_batch()).logits
         assert not read_class_token_alone(model)
@@ -84,7 +84,7 @@ def test_others_stay_as_they_are(model: Any) -> None:
 
 
 @pytest.mark.parametrize(("alone", "rows"), [(True, 1), (False, 7)])
-def test_a_loaded_base_does_so_unless_told(tiny_bert: Path, alone: bool, rows: int) -> None:
+def test_a_setting_decides_for_a_loaded_base(tiny_bert: Path, alone: bool, rows: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     base = load_base(ModelSettings(name=str(tiny_bert), class_token_alone=alone), 3, tokenizer, seed=1)
     model = LoraModel(base, LoraSettings(target_modules="all-linear"))

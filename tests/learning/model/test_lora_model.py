@@ -1,4 +1,4 @@
-"""The weight that a client really trains, through PEFT's own forward pass, against the dense oracle."""
+"""The weight that a client trains, read off PEFT's own forward pass, equals a dense oracle."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def random_adapter(model: LoraModel, rank: int, scale: float, seed: int = 0) -> 
 
 
 def weight_by_forward(model: LoraModel, module: str) -> torch.Tensor:
-    """out×in weight of a layer, read off PEFT's forward pass of the identity."""
+    """Weight of a layer, out×in, read off PEFT's forward pass of the identity."""
     layer = model.layers[module]
     model.peft.eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ cases = st.tuples(
 def test_the_effective_weight_is_base_plus_patches_plus_the_scaled_product(
     fixture: str, targets: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
-    """Linear and Conv1D, square and not, mixed ranks and scales one after another in the same model."""
+    """Linear and Conv1D, square and not, with mixed ranks and scales one after another in the same model."""
     model = make(request.getfixturevalue(fixture), target_modules=targets)
     originals = {module: base_weight(model, module) for module in model.shapes}
     assert any(m != n for m, n in model.shapes.values())
@@ -83,25 +83,23 @@ def test_the_effective_weight_is_base_plus_patches_plus_the_scaled_product(
     model.patch.set({})
     model.load(random_adapter(model, 2, 0.0), model.head_tensors())
     for module, original in originals.items():
-        assert torch.equal(base_weight(model, module), original), "without a patch the base is the base, to the bit"
+        assert torch.equal(base_weight(model, module), original), "without a patch the base has its original bits"
 
 
-def test_a_bf16_base_keeps_small_patches_that_folding_would_lose(tiny_bert: Path) -> None:
+def test_a_bf16_base_retains_small_patches_that_folding_would_lose(tiny_bert: Path) -> None:
     model = make(tiny_bert, "bfloat16")
     module = next(iter(model.shapes))
     before = base_weight(model, module)
     model.patch.set({m: Dense(torch.full(shape, 1e-5)) for m, shape in model.shapes.items()})
-    assert torch.equal(base_weight(model, module), before), "the bf16 weight itself is never touched"
+    assert torch.equal(base_weight(model, module), before), "the bf16 weight itself never changes"
     model.patch.set({m: Dense(torch.full(shape, 0.5)) for m, shape in model.shapes.items()})
     model.load(random_adapter(model, 2, 0.0), model.head_tensors())
     assert torch.allclose(weight_by_forward(model, module), before + 0.5, atol=1e-2)
 
 
-def test_beside_a_large_base_of_few_bits_patches_stay_factors_in_fp32(
-    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedelta.learning.model.base_patch.LARGE", 0)
-    assert make(tiny_bert, "float32").patch.factor_bytes == 0, "a sum that is written into the weight has one form"
+def test_patches_of_a_large_bf16_base_stay_factors_in_fp32(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedelta.learning.model.base_patch.MAX_DENSE_BYTES", 0)
+    assert make(tiny_bert, "float32").patch.factor_bytes == 0, "patches that are written into the weight are summed"
     model = make(tiny_bert, "bfloat16")
     assert model.patch.factor_bytes == sum(4 * m * n for m, n in model.shapes.values())
     module, (m, n) = next(iter(model.shapes.items()))
@@ -111,7 +109,7 @@ def test_beside_a_large_base_of_few_bits_patches_stay_factors_in_fp32(
     x = torch.randn(5, n, generator=generator)
     base = layer(x.bfloat16())
     model.patch.set({module: C})
-    # An fp32 input shows that no factor has been rounded to bf16.
+    # An fp32 input reveals any factor that was rounded to bf16.
     hook = next(iter(layer._forward_hooks.values()))
     assert torch.allclose(hook(layer, (x,), torch.zeros(5, m)), x @ C.V.T @ C.U.T, rtol=1e-5, atol=1e-5)
     assert torch.allclose(layer(x.bfloat16()).float(), base.float() + x @ C.V.T @ C.U.T, rtol=2e-2, atol=2e-2)
@@ -128,7 +126,7 @@ def test_adapters_and_heads_are_fp32_on_a_bf16_base(tiny_bert: Path) -> None:
     output.loss.backward()
 
 
-def test_a_frozen_factor_gets_no_gradient_and_no_optimizer(tiny_bert: Path) -> None:
+def test_a_frozen_factor_has_no_gradient_and_is_not_optimized(tiny_bert: Path) -> None:
     model = make(tiny_bert)
     model.load(random_adapter(model, 3, 1.0), model.head_tensors(), train={"B"})
     model.peft(input_ids=torch.tensor([[2, 5, 3]]), labels=torch.tensor([1])).loss.backward()
@@ -138,7 +136,7 @@ def test_a_frozen_factor_gets_no_gradient_and_no_optimizer(tiny_bert: Path) -> N
         assert not any(layer.lora_A[model.active].weight is p for p in model.parameters)
 
 
-def test_only_the_loaded_clients_parameters_train(tiny_bert: Path) -> None:
+def test_only_the_parameters_of_the_loaded_client_train(tiny_bert: Path) -> None:
     model = make(tiny_bert)
     for rank in (2, 5, 2):
         model.load(random_adapter(model, rank, 1.0), model.head_tensors())
@@ -147,7 +145,7 @@ def test_only_the_loaded_clients_parameters_train(tiny_bert: Path) -> None:
         assert sum(p.numel() for p in model.parameters) == lora + heads
 
 
-def test_swapping_ranks_keeps_each_adapter_apart(tiny_bert: Path) -> None:
+def test_loading_another_rank_does_not_change_an_adapter(tiny_bert: Path) -> None:
     model = make(tiny_bert)
     low, high = random_adapter(model, 2, 0.5), random_adapter(model, 4, 3.0, seed=1)
     heads = model.head_tensors()
@@ -200,8 +198,8 @@ def test_heads_are_found_in_other_architectures(architecture: str, settings_: di
     assert find_heads(model) == expected
 
 
-def test_distilberts_lora_on_q_k_v_has_the_papers_parameters() -> None:
-    """552,960 at rank 20 (Byun & Lee), from a DistilBERT built from its configuration."""
+def test_distilberts_lora_on_q_k_v_has_the_papers_number_of_parameters() -> None:
+    """Byun & Lee report 552,960 at rank 20. The DistilBERT here is built from its configuration."""
     import transformers
 
     config = transformers.DistilBertConfig(num_labels=4)
@@ -212,7 +210,7 @@ def test_distilberts_lora_on_q_k_v_has_the_papers_parameters() -> None:
     assert random_adapter(model, 20, 1.0).parameters == 552_960
 
 
-def test_what_does_not_fit_is_refused(tiny_bert: Path) -> None:
+def test_adapters_and_heads_that_do_not_fit_are_refused(tiny_bert: Path) -> None:
     model = make(tiny_bert)
     adapter, heads = random_adapter(model, 2, 1.0), model.head_tensors()
     first = next(iter(adapter))
@@ -226,7 +224,7 @@ def test_what_does_not_fit_is_refused(tiny_bert: Path) -> None:
         model.load(adapter, heads | {"classifier.bias": torch.ones(2)})
 
 
-def test_the_new_head_depends_on_the_seed_alone(tiny_bert: Path) -> None:
+def test_a_new_head_depends_only_on_the_seed(tiny_bert: Path) -> None:
     settings_ = ModelSettings(name=str(tiny_bert))
     tokenizer = load_tokenizer(settings_)
     torch.manual_seed(5)
@@ -242,7 +240,7 @@ def test_the_built_in_model_is_found_in_its_installed_distribution() -> None:
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_a_model_that_is_not_there_is_refused() -> None:
+def test_a_missing_model_is_refused() -> None:
     with pytest.raises(FedeltaError, match=r"model \./nowhere: no config.json in that folder"):
         locate_model("./nowhere")
 
@@ -252,21 +250,21 @@ def test_unknown_target_modules_are_refused(tiny_bert: Path) -> None:
         make(tiny_bert, target_modules=("no_such_layer",))
 
 
-def test_a_target_without_a_layer_is_refused_beside_one_that_has_some(tiny_bert: Path) -> None:
+def test_a_target_without_a_layer_is_refused_even_if_another_has_one(tiny_bert: Path) -> None:
     with pytest.raises(FedeltaError, match=r"lora\.target_modules: no layer's name is or ends with 'vlaue'"):
         make(tiny_bert, target_modules=("query", "vlaue"))
     assert len(make(tiny_bert, target_modules=("query", "layer.0.attention.self.value")).shapes) == 3
 
 
 @pytest.mark.parametrize("pattern", ["(", "a[", "*"])
-def test_a_pattern_that_is_none_is_refused(pattern: str, tiny_bert: Path) -> None:
-    with pytest.raises(FedeltaError, match=r"lora\.target_modules: .* is no pattern"):
+def test_an_invalid_pattern_is_refused(pattern: str, tiny_bert: Path) -> None:
+    with pytest.raises(FedeltaError, match=r"lora\.target_modules: .* is not a valid pattern"):
         make(tiny_bert, target_modules=pattern)
 
 
 @pytest.mark.parametrize("named", [("bert.pooler",), ("pooler",), ()])
-def test_whatever_peft_trains_is_a_head_in_the_messages(named: tuple[str, ...], tiny_bert: Path) -> None:
-    """PEFT adds the classifier to what it is asked for: a head outside the messages would leak between clients."""
+def test_every_module_that_peft_trains_is_a_head(named: tuple[str, ...], tiny_bert: Path) -> None:
+    """PEFT also trains the classifier. A trained module outside the messages would leak from client to client."""
     model = make(tiny_bert, modules_to_save=named)
     expected = BERT_HEADS if named else ["classifier"]
     assert model.head_modules == expected

@@ -1,4 +1,4 @@
-"""What of a generated text is compared, and with which scores."""
+"""Extraction of answers from generated texts, and scores of generated texts."""
 
 from shutil import which
 
@@ -44,7 +44,7 @@ from fedelta.learning.tasks.text_scores import check_installed, text_scores
         ("option", "I do not know", None),
     ],
 )
-def test_the_answer_in_a_text(form: str, text: str, answer: str | None) -> None:
+def test_the_answer_is_extracted_from_a_text(form: str, text: str, answer: str | None) -> None:
     assert ANSWERS[form](text) == answer  # type: ignore[index]
 
 
@@ -87,12 +87,12 @@ def test_the_answer_in_a_text(form: str, text: str, answer: str | None) -> None:
     ],
 )
 def test_spellings_of_one_answer_are_equal(spellings: tuple[str, ...]) -> None:
-    found = {ANSWERS["boxed"](text) for text in spellings}
-    assert len(found) == 1
-    assert None not in found
+    answers = {ANSWERS["boxed"](text) for text in spellings}
+    assert len(answers) == 1
+    assert None not in answers
 
 
-def test_other_answers_stay_different() -> None:
+def test_different_answers_stay_different() -> None:
     texts = [
         "(2,100)",
         "(2100)",
@@ -117,27 +117,27 @@ SENTENCES = [
 ]
 
 
-def test_a_text_that_is_one_of_its_references_has_full_scores() -> None:
-    found = text_scores([(text, ["something else entirely", text]) for text in SENTENCES], SCORES)
-    assert found["bleu"] == pytest.approx(1)
-    assert found["rouge_l"] == pytest.approx(1)
-    assert found["nist"] > 3
-    assert found["cider"] > 1
+def test_a_text_that_equals_one_of_its_references_has_full_scores() -> None:
+    scores = text_scores([(text, ["something else entirely", text]) for text in SENTENCES], SCORES)
+    assert scores["bleu"] == pytest.approx(1)
+    assert scores["rouge_l"] == pytest.approx(1)
+    assert scores["nist"] > 3
+    assert scores["cider"] > 1
 
 
 def test_a_worse_text_has_lower_scores() -> None:
     good = text_scores([(text, [text]) for text in SENTENCES], SCORES)
-    words = text_scores([(" ".join(text.split()[::-1]), [text]) for text in SENTENCES], SCORES)
-    nothing = text_scores([("", [text]) for text in SENTENCES], SCORES)
+    shuffled = text_scores([(" ".join(text.split()[::-1]), [text]) for text in SENTENCES], SCORES)
+    empty = text_scores([("", [text]) for text in SENTENCES], SCORES)
     for name in SCORES:
-        assert good[name] > words[name] >= nothing[name] == 0
+        assert good[name] > shuffled[name] >= empty[name] == 0
 
 
-def test_nist_of_short_texts_is_of_shorter_n_grams() -> None:
+def test_nist_of_short_texts_uses_shorter_n_grams() -> None:
     assert text_scores([("red .", ["red ."]), ("blue .", ["blue ."])], ("nist",))["nist"] > 0
 
 
-def test_bleu_takes_texts_with_different_numbers_of_references() -> None:
+def test_bleu_accepts_texts_with_different_numbers_of_references() -> None:
     pairs = [(SENTENCES[0], [SENTENCES[0]]), (SENTENCES[1], ["no", SENTENCES[1], "neither"])]
     assert text_scores(pairs, ("bleu",))["bleu"] == pytest.approx(1)
 
@@ -158,7 +158,7 @@ def test_meteor_needs_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(which("java") is None, reason="METEOR is a program in Java")
-def test_meteor_knows_words_that_are_nearly_the_same() -> None:
+def test_meteor_recognizes_similar_words() -> None:
     def meteor(text: str, *references: str) -> float:
         return text_scores([(text, references)], ("meteor",))["meteor"]
 
@@ -166,6 +166,6 @@ def test_meteor_knows_words_that_are_nearly_the_same() -> None:
     assert 1 > meteor("cheap pubs by a river", "a cheap pub by the river") > meteor("", "a cheap pub") == 0
 
 
-def test_case_is_no_difference() -> None:
-    found = text_scores([(text.upper(), [text]) for text in SENTENCES], ("bleu", "nist"))
-    assert found == text_scores([(text, [text]) for text in SENTENCES], ("bleu", "nist"))
+def test_scores_ignore_case() -> None:
+    upper = text_scores([(text.upper(), [text]) for text in SENTENCES], ("bleu", "nist"))
+    assert upper == text_scores([(text, [text]) for text in SENTENCES], ("bleu", "nist"))

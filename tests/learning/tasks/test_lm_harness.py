@@ -1,4 +1,4 @@
-"""A run judged by lm-evaluation-harness, on tasks of a folder: no hub."""
+"""Evaluation of runs by lm-evaluation-harness, on tasks from a local folder instead of a hub."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
+def test_the_final_model_is_scored_by_generated_answers_and_by_multiple_choice(
     causal_config: Any, things: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "tasks"
@@ -59,15 +59,15 @@ def test_the_final_model_is_judged_by_generated_and_by_likely_answers(
     )
     with pytest.raises(FedeltaError, match=r"evaluation\.harness: .*nowhere\.jsonl"):
         run(causal_config(name="y", rounds=1, evaluation={"harness": {"tasks": ["broken"], "include": str(folder)}}))
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tint'"):
-        run(causal_config(name="x", evaluation={"harness": {"tasks": ["tint"], "include": str(folder)}}))
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'shades'"):
+        run(causal_config(name="x", evaluation={"harness": {"tasks": ["shades"], "include": str(folder)}}))
 
 
 MATH = ROOT / "experiments" / "exact_aggregation" / "harness"
 
 
-def test_math_is_read_as_metamath_answers(tmp_path: Path) -> None:
-    """The papers' task file, on rows of ours in the place of the hub's."""
+def test_the_math_task_reads_answers_as_metamath_writes_them(tmp_path: Path) -> None:
+    """The task file of the experiments, on a local row instead of the hub's rows."""
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path / "tasks"
@@ -77,29 +77,29 @@ def test_math_is_read_as_metamath_answers(tmp_path: Path) -> None:
     file = folder / "metamath_math.yaml"
     path = "dataset_path: EleutherAI/hendrycks_math"
     assert path in file.read_text()
-    ours = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}"
-    file.write_text(file.read_text().replace(path, ours))
+    local_path = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}"
+    file.write_text(file.read_text().replace(path, local_path))
     check_harness(HarnessSettings(tasks=("metamath_math",), include=str(folder)))
     tasks = TaskManager(include_path=str(folder)).load(["metamath_math"])["tasks"]
     assert len(tasks) == 7
     task = tasks["metamath_math::algebra"]
     (row,) = task.test_docs()
     assert task.doc_to_text(row) == "Question: What is 2+4?\nAnswer:"
-    for text, right in {
+    for text, score in {
         "2+4 is $6$ and not $7$.\nThe answer is: 6": 1.0,
         r"Therefore, the answer is $\boxed{6}$.": 1.0,
         "6 seems near.\nThe answer is: 7": 0.0,
         "Six.": 0.0,
     }.items():
-        assert task.process_results(row, [text]) == {"exact_match": right}
+        assert task.process_results(row, [text]) == {"exact_match": score}
 
 
-def test_a_task_that_the_harness_lacks_is_told_before_a_grid(causal_config: Any) -> None:
-    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'tint'"):
-        warm(causal_config(evaluation={"harness": {"tasks": ["tints"]}}))
+def test_a_task_that_the_harness_lacks_is_refused_before_a_grid(causal_config: Any) -> None:
+    with pytest.raises(FedeltaError, match="lm-evaluation-harness has no task 'shades'"):
+        warm(causal_config(evaluation={"harness": {"tasks": ["shades"]}}))
 
 
-def test_the_harness_is_of_language_models(
+def test_the_harness_requires_a_language_model_and_its_package(
     tiny_config: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(FedeltaError, match=r"evaluation.harness is of language models, expected task: completion"):

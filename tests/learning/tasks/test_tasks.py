@@ -1,4 +1,4 @@
-"""Tasks: which tokens count, what is scored, and what is refused."""
+"""Tasks: tokens that count in the loss, scores, and refused settings."""
 
 import json
 import math
@@ -32,30 +32,30 @@ BEGIN, END = 1, 2
 
 
 def colors(things: Path, tokenizer: Any, length: int = 32, **task: Any) -> Completions:
-    settings, asked = DataSettings(source=str(things), max_length=length), Completion(**(TASK | task))
-    splits = load_splits(settings, asked.columns(settings))
-    return asked.examples(splits["train"], settings, [], tokenizer)
+    settings, completion = DataSettings(source=str(things), max_length=length), Completion(**(TASK | task))
+    splits = load_splits(settings, completion.columns(settings))
+    return completion.examples(splits["train"], settings, [], tokenizer)
 
 
 def model_of(folder: Path, **lora: Any) -> tuple[LoraModel, Any]:
     settings = ModelSettings(name=str(folder))
     tokenizer = load_tokenizer(settings)
     base = load_base(settings, 0, tokenizer, 0, "completion")
-    torch.manual_seed(0)  # of A
+    torch.manual_seed(0)  # PEFT draws A.
     return LoraModel(base, LoraSettings(**({"target_modules": "all-linear"} | lora))), tokenizer
 
 
-def test_the_loss_counts_the_completion_and_its_end_alone(things: Path) -> None:
+def test_the_loss_counts_only_the_completion_and_its_end(things: Path) -> None:
     tokenizer = build_tokenizer()
     examples = colors(things, tokenizer)
     for i in range(len(examples)):
         tokens, labels = examples.features[i]["input_ids"], examples.labels[i]
-        asked = examples.prompts[i]
+        prompt = examples.prompts[i]
         assert tokens[0] == BEGIN
-        assert tokenizer.decode(asked, skip_special_tokens=True).startswith("the color of")
-        assert tokenizer.decode(asked).endswith(":")
-        assert tokenizer.decode(tokens[len(asked) :]) == examples.references[i] + " </s>"
-        assert labels == [IGNORED] * len(asked) + tokens[len(asked) :]
+        assert tokenizer.decode(prompt, skip_special_tokens=True).startswith("the color of")
+        assert tokenizer.decode(prompt).endswith(":")
+        assert tokenizer.decode(tokens[len(prompt) :]) == examples.references[i] + " </s>"
+        assert labels == [IGNORED] * len(prompt) + tokens[len(prompt) :]
     assert examples.weight([0, 1, 2]) == 9
 
 
@@ -64,33 +64,33 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(things: Path) -> None:
     with pytest.warns(CutWarning, match=f"{len(whole)} of {len(whole)} texts are longer than data.max_length"):
         cut = colors(things, build_tokenizer(), 6)
     for i in range(len(whole)):
-        # What begins a text stays.
+        # The token that begins a text stays.
         assert cut.features[i]["input_ids"] == [BEGIN, *whole.features[i]["input_ids"][-5:]]
         assert cut.weight([i]) == 3
         assert cut.prompts[i] == [BEGIN, *whole.prompts[i][-5:]]
 
 
-def test_a_completion_that_is_too_long_leaves_the_prompt_half_of_the_room(things: Path) -> None:
+def test_a_completion_that_is_too_long_leaves_the_prompt_half_of_the_length(things: Path) -> None:
     long = {"prompt": "{thing} is :", "completion": " the color of {thing} is {answer} ."}
     with pytest.warns(CutWarning):
         cut = colors(things, build_tokenizer(), 7, **long)
     assert all(label[:4] == [IGNORED] * 4 and IGNORED not in label[4:] for label in cut.labels)
 
 
-def test_answers_that_may_not_be_long_enough_are_told(things: Path) -> None:
+def test_completions_longer_than_generated_answers_raise_a_warning(things: Path) -> None:
     generate = {"max_new_tokens": 2}
     with pytest.warns(CutWarning, match=r"(\d+) of \1 completions are longer than task\.generate\.max_new_tokens 2"):
         colors(things, build_tokenizer(), generate=generate)
 
 
-def test_what_a_model_is_asked_does_not_depend_on_the_answer(things: Path) -> None:
+def test_a_truncated_prompt_does_not_depend_on_the_answer(things: Path) -> None:
     with pytest.warns(CutWarning):
         short, long = (colors(things, build_tokenizer(), 6, completion=c) for c in (" {answer}", " {answer} . . . . ."))
     assert short.prompts == long.prompts
 
 
-def test_a_token_across_the_seam_is_the_completions(things: Path) -> None:
-    """Where a token holds the space before its word, as in Llama's vocabulary, a prompt may end within one."""
+def test_a_token_that_spans_prompt_and_completion_belongs_to_the_completion(things: Path) -> None:
+    """If a token includes the space before its word, as in Llama's vocabulary, a prompt may end within a token."""
     words = sorted({f"▁{word}" for word in WORDS} | {*WORDS, "▁"})
     joined = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
     joined.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -99,13 +99,13 @@ def test_a_token_across_the_seam_is_the_completions(things: Path) -> None:
     clean = colors(things, tokenizer)
     for i in range(len(seam)):
         tokens, labels = seam.features[i]["input_ids"], seam.labels[i]
-        assert tokens == clean.features[i]["input_ids"], "as the one text that it is"
+        assert tokens == clean.features[i]["input_ids"], "both are tokenized as one text"
         learned = tokenizer.convert_ids_to_tokens([token for token in labels if token != IGNORED])
         assert learned == [f"▁{seam.references[i].split()[0]}", "▁.", "</s>"]
         assert seam.prompts[i] == tokens[: len(tokens) - 3]
 
 
-def test_a_chat_template_makes_turns(things: Path) -> None:
+def test_a_chat_template_turns_prompt_and_completion_into_turns(things: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }} : {{ m.content }} "
@@ -114,16 +114,16 @@ def test_a_chat_template_makes_turns(things: Path) -> None:
     )
     with_turns, plain = (colors(things, tokenizer, chat=chat) for chat in (None, False))
     assert tokenizer.decode(with_turns.prompts[0]).endswith("<unk> :"), "the assistant's turn has begun"
-    told = with_turns.features[0]["input_ids"][len(with_turns.prompts[0]) :]
-    assert tokenizer.decode(told).split() == [*with_turns.references[0].split(), "</s>"]
+    answer = with_turns.features[0]["input_ids"][len(with_turns.prompts[0]) :]
+    assert tokenizer.decode(answer).split() == [*with_turns.references[0].split(), "</s>"]
     assert plain.prompts[0][0] == BEGIN
     with pytest.warns(CutWarning):
         cut = colors(things, tokenizer, 10)
     assert {text["input_ids"][0] for text in cut.features} == {with_turns.prompts[0][0]}
     for short, long in zip(cut.prompts, with_turns.prompts, strict=True):
-        header = 2  # «user :», which is not cut
+        header = 2  # «user :», which is never truncated
         assert short == [*long[:header], *long[header:][-(10 - header) :]]
-    with pytest.raises(FedeltaError, match=r"data\.max_length 3 leaves no room beside 2 tokens before every prompt"):
+    with pytest.raises(FedeltaError, match=r"data\.max_length 3 leaves no space after the 2 tokens before each prompt"):
         colors(things, tokenizer, 3)
     for template, reason in (
         ("{{ messages[0].content }}", "puts no special token after an answer"),
@@ -137,35 +137,36 @@ def test_a_chat_template_makes_turns(things: Path) -> None:
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_losses_are_those_of_each_text_alone(padding: str, causal: Any, things: Path) -> None:
+def test_losses_of_a_batch_equal_those_of_each_text_alone(padding: str, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
     examples = colors(things, tokenizer)
     tokenizer.padding_side = padding
     rows = [0, 1, 2, 3, 4, 5]
-    found = Completion(**TASK).judge(model, tokenizer, examples, Unit("answer", rows))
-    for row, (loss, count, _) in zip(rows, found, strict=True):
+    outcomes = Completion(**TASK).evaluate_batch(model, tokenizer, examples, Unit("forward", rows))
+    for row, (loss, count, _) in zip(rows, outcomes, strict=True):
         tokens = torch.tensor([examples.features[row]["input_ids"]])
-        asked = len(examples.prompts[row])
+        known = len(examples.prompts[row])
         logits = model.peft(input_ids=tokens).logits[0]
-        assert count == tokens.shape[1] - asked
+        assert count == tokens.shape[1] - known
         assert loss == pytest.approx(
-            float(cross_entropy(logits[asked - 1 : -1], tokens[0, asked:], reduction="sum")), rel=1e-4
+            float(cross_entropy(logits[known - 1 : -1], tokens[0, known:], reduction="sum")), rel=1e-4
         )
 
 
-def test_the_score_is_a_mean_over_tokens(causal: Any, things: Path) -> None:
+def test_the_loss_is_a_mean_over_tokens(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
     examples = colors(things, tokenizer, completion=" {answer} {article} .")
     task = Completion(**TASK)
-    answers = [task.judge(model, tokenizer, examples, Unit("answer", [row]))[0] for row in range(len(examples))]
-    assert len({count for _, count, _ in answers}) > 1
+    units = [Unit("forward", [row]) for row in range(len(examples))]
+    outcomes = [task.evaluate_batch(model, tokenizer, examples, unit)[0] for unit in units]
+    assert len({count for _, count, _ in outcomes}) > 1
     scores = evaluate(task, model, tokenizer, examples, 7)
-    mean = sum(loss for loss, *_ in answers) / sum(count for _, count, _ in answers)
+    mean = sum(loss for loss, *_ in outcomes) / sum(count for _, count, _ in outcomes)
     assert scores["loss"] == pytest.approx(mean, rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
-def test_a_step_in_parts_is_the_step_of_the_whole_batch(
+def test_a_step_in_parts_equals_a_step_of_the_whole_batch(
     causal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"thing": "ship", "article": "a", "answer": "red", "filler": " old" * (i % 17)} for i in range(60)]
@@ -193,19 +194,19 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
     assert any(bool(pair.B.abs().max() > 0) for pair in whole.values())
 
 
-def test_the_models_own_loss_is_ours(causal: Any, things: Path) -> None:
+def test_the_loss_equals_the_models_own(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
     examples = colors(things, tokenizer, completion=" {answer} {article} .")
     batch = examples.batch(list(range(9)), tokenizer)
-    found = model.peft(**batch)
-    assert float(found.loss) == pytest.approx(float(mean_loss(found.logits, batch["labels"])), rel=1e-5)
-    losses, counts = row_losses(found.logits, batch["labels"])
+    output = model.peft(**batch)
+    assert float(output.loss) == pytest.approx(float(mean_loss(output.logits, batch["labels"])), rel=1e-5)
+    losses, counts = row_losses(output.logits, batch["labels"])
     assert int(counts.sum()) == examples.weight(list(range(9)))
-    assert float(found.loss) == pytest.approx(float(losses.sum() / counts.sum()), rel=1e-5)
+    assert float(output.loss) == pytest.approx(float(losses.sum() / counts.sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_clients_in_one_pass_are_clients_alone(architecture: str, causal: Any, things: Path) -> None:
+def test_clients_in_one_pass_train_as_they_do_alone(architecture: str, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal(architecture))
     examples = colors(things, tokenizer, completion=" {answer} {article} .")
     settings = TrainingSettings(steps=3, batch_size=4, optimizer="sgd")
@@ -224,7 +225,7 @@ def test_clients_in_one_pass_are_clients_alone(architecture: str, causal: Any, t
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_prompts_are_answered_together_as_alone(beams: int, causal: Any, things: Path) -> None:
+def test_a_batch_of_prompts_has_the_answers_of_each_prompt_alone(beams: int, causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
     examples = colors(things, tokenizer)
     train(model, tokenizer, examples, TrainingSettings(epochs=12, learning_rate=0.02), seed=0)
@@ -236,7 +237,7 @@ def test_prompts_are_answered_together_as_alone(beams: int, causal: Any, things:
     assert sum(text == reference for text, reference in zip(together, examples.references, strict=False)) >= 10
 
 
-def test_a_run_learns_to_complete_and_is_judged_by_what_it_generates(causal_config: Any) -> None:
+def test_a_run_learns_to_complete_and_is_scored_by_generated_text(causal_config: Any) -> None:
     task = TASK | {"generate": {"max_new_tokens": 4}, "answer": "text", "metric": "exact"}
     finished = run(causal_config(rounds=6, task=task, training={"epochs": 2, "batch_size": 8, "learning_rate": 0.02}))
     scores = [record["validation"]["exact"] for record in finished.records]
@@ -245,14 +246,14 @@ def test_a_run_learns_to_complete_and_is_judged_by_what_it_generates(causal_conf
     assert finished.result["test"]["loss"] < finished.records[0]["validation"]["loss"]
 
 
-def test_what_is_generated_is_scored_in_the_end_alone_where_runs_are_judged_by_the_loss(causal_config: Any) -> None:
+def test_a_run_whose_metric_is_the_loss_generates_text_only_for_the_final_test(causal_config: Any) -> None:
     task = TASK | {"generate": {"max_new_tokens": 4, "limit": 5}, "answer": "text"}
     finished = run(causal_config(task=task))
     assert all(set(record["validation"]) == {"loss", "perplexity"} for record in finished.records)
     assert set(finished.result["test"]) == {"loss", "perplexity", "exact"}
 
 
-def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Path) -> None:
+def test_equal_prompts_are_answered_once_and_compared_with_all_references(tmp_path: Path) -> None:
     rows = [{"mr": f"color {i // 2}", "ref": word, "key": i // 2} for i, word in enumerate(["red", "blue", "green"])]
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
@@ -263,20 +264,18 @@ def test_equal_prompts_are_answered_once_with_all_their_references(tmp_path: Pat
         task = Completion(**shared, group=group)
         rows = load_splits(settings, task.columns(settings))["train"]
         examples = task.examples(rows, settings, [], build_tokenizer())
-        units = [unit for unit in task.units(examples, 4, final=True) if unit.what == "generate"]
-        asked = [row for unit in units for row in unit.rows]
-        assert len(asked) == len(examples.by_group) == 2
-        assert not [unit for unit in task.units(examples, 4, final=False) if unit.what == "generate"]
-        answers = [
-            [["red"] if examples.references[row] in ("red", "blue") else ["no"] for row in u.rows] for u in units
-        ]
-        passes = [Unit("answer", list(range(len(examples))))]
-        found = task.score(examples, [*passes, *units], [[[1.0, 1, None]] * len(examples), *answers])
-        assert found["exact"] == 0.5
-        assert (found["exact/color 0"], found["exact/color 1"]) == (1, 0)
+        units = [unit for unit in task.units(examples, 4, final=True) if unit.kind == "generate"]
+        prompt_rows = [row for unit in units for row in unit.rows]
+        assert len(prompt_rows) == len(examples.by_group) == 2
+        assert not [unit for unit in task.units(examples, 4, final=False) if unit.kind == "generate"]
+        texts = [[["red"] if examples.references[row] in ("red", "blue") else ["no"] for row in u.rows] for u in units]
+        passes = [Unit("forward", list(range(len(examples))))]
+        scores = task.score(examples, [*passes, *units], [[[1.0, 1, None]] * len(examples), *texts])
+        assert scores["exact"] == 0.5
+        assert (scores["exact/color 0"], scores["exact/color 1"]) == (1, 0)
 
 
-def test_every_kind_of_question_counts_alike_in_the_macro_mean(tmp_path: Path) -> None:
+def test_every_kind_of_question_has_the_same_weight_in_the_macro_mean(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": "red", "task": "many" if i else "one"} for i in range(16)]
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -285,26 +284,26 @@ def test_every_kind_of_question_counts_alike_in_the_macro_mean(tmp_path: Path) -
     task = Completion(**shared, metric="exact_macro", generate=Generation(max_new_tokens=3))
     examples = task.examples(load_splits(settings, task.columns(settings))["train"], settings, [], build_tokenizer())
     units = task.units(examples, 4, final=False)
-    found = task.score(
+    scores = task.score(
         examples,
         units,
         [
             [
-                [1.0, 1, None] if unit.what == "answer" else ["red" if examples.kinds[row] == "many" else "no"]
+                [1.0, 1, None] if unit.kind == "forward" else ["red" if examples.kinds[row] == "many" else "no"]
                 for row in unit.rows
             ]
             for unit in units
         ],
     )
-    many, one = found["exact/many"], found["exact/one"]
+    many, one = scores["exact/many"], scores["exact/one"]
     assert (many, one) == (1, 0)
-    assert found["exact_macro"] == 0.5
-    assert found["exact"] == (len(examples) - 1) / len(examples)
+    assert scores["exact_macro"] == 0.5
+    assert scores["exact"] == (len(examples) - 1) / len(examples)
     with pytest.raises(ValueError, match="metric exact_macro is not computed, found loss, perplexity, exact"):
         Completion(**shared | {"by": None}, metric="exact_macro", generate=Generation())
 
 
-def test_a_number_is_learned_and_judged_by_correlation(tiny_config: Any, texts: Path, tmp_path: Path) -> None:
+def test_a_regression_learns_and_is_scored_by_correlation(tiny_config: Any, texts: Path, tmp_path: Path) -> None:
     lines = texts.read_text().splitlines()
     value = {"sea": "0.5", "sky": "2.5", "land": "4.5"}
     file = tmp_path / "numbers.csv"
@@ -326,20 +325,20 @@ def test_a_number_is_learned_and_judged_by_correlation(tiny_config: Any, texts: 
     assert finished.result["constant_score"] is None
 
 
-def test_the_loss_of_a_number_is_its_squared_error() -> None:
+def test_the_loss_of_a_regression_is_the_squared_error() -> None:
     logits, labels = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])
     assert row_losses(logits, labels)[0].tolist() == [1.0, 4.0]
     assert Regression().own_scores([1.0, 1.0], [2.0, 3.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
-def test_labels_that_are_no_numbers_are_refused(texts: Path) -> None:
+def test_a_regression_refuses_labels_that_are_not_numbers(texts: Path) -> None:
     settings = DataSettings(source=str(texts))
     splits, _ = read_splits(settings, Regression())
     with pytest.raises(FedeltaError, match="column 'label' holds .*, expected numbers"):
         Regression().examples(splits["train"], settings, [], build_tokenizer())
 
 
-def test_weights_are_texts_or_predicted_tokens() -> None:
+def test_the_weight_of_a_part_is_its_number_of_texts_or_predicted_tokens() -> None:
     assert Examples([{"input_ids": [1]}] * 3, [0, 1, 2]).weight([0, 2]) == 2
     assert Examples([{"input_ids": [1, 2, 3]}], [[1, IGNORED, 3]]).weight([0]) == 1
 
@@ -349,23 +348,23 @@ def test_weights_are_texts_or_predicted_tokens() -> None:
     [
         ({"kind": "completion", "prompt": "no column"}, "task.completion.prompt: expected a column in braces"),
         ({"kind": "completion", "metric": "bleu"}, "metric bleu is not computed, found loss, perplexity"),
-        ({"kind": "completion", "answer": "number"}, "scores and answer are of what is generated"),
+        ({"kind": "completion", "answer": "number"}, "scores and answer need generated text"),
         ({"metric": "pearson"}, "task.classification.metric: input should be 'accuracy'"),
         ({"kind": "summary"}, "task: input tag 'summary'"),
     ],
 )
-def test_settings_that_make_no_task_are_refused(task: dict, reason: str, tiny_config: Any) -> None:
+def test_invalid_settings_of_a_task_are_refused(task: dict, reason: str, tiny_config: Any) -> None:
     with pytest.raises(FedeltaError, match=reason):
         tiny_config(task=task)
 
 
-def test_an_encoder_is_no_causal_language_model(tiny_bert: Path) -> None:
+def test_an_encoder_is_refused_as_a_causal_language_model(tiny_bert: Path) -> None:
     settings = ModelSettings(name=str(tiny_bert))
-    with pytest.raises(FedeltaError, match="a bert sees later tokens, expected a causal model"):
+    with pytest.raises(FedeltaError, match="a bert model sees later tokens, expected a causal model"):
         load_base(settings, 0, load_tokenizer(settings), 0, "completion")
 
 
-def test_a_column_that_is_not_there_is_named(causal_config: Any) -> None:
+def test_a_missing_column_is_named(causal_config: Any) -> None:
     with pytest.raises(FedeltaError, match="no column 'question' in split train"):
         run(causal_config(task=TASK | {"prompt": "{question}"}))
 
@@ -378,21 +377,21 @@ def test_a_draw_takes_whole_groups(tmp_path: Path) -> None:
     task = Completion(prompt="{mr}", completion="{ref}", group="key")
     splits, _ = read_splits(settings, task)
     keys = {name: split["key"][:] for name, split in splits.items()}
-    assert {name: len(found) for name, found in keys.items()} == {"train": 48, "validation": 12, "test": 12}
-    for found in keys.values():
-        assert all(found.count(key) == 4 for key in found)
+    assert {name: len(column) for name, column in keys.items()} == {"train": 48, "validation": 12, "test": 12}
+    for column in keys.values():
+        assert all(column.count(key) == 4 for key in column)
     assert not set(keys["train"]) & set(keys["test"]) | set(keys["validation"]) & set(keys["test"])
     again, _ = read_splits(settings, task)
     assert {name: split["ref"][:] for name, split in again.items()} == {n: s["ref"][:] for n, s in splits.items()}
 
 
-def test_answers_that_may_leave_the_models_positions_are_refused_before_the_run(causal_config: Any) -> None:
+def test_answers_that_may_exceed_the_models_positions_are_refused_before_the_run(causal_config: Any) -> None:
     task = TASK | {"generate": {"max_new_tokens": 33}}
     with pytest.raises(FedeltaError, match="max_length 32 and task.generate.max_new_tokens 33 are together more than"):
         run(causal_config("gpt2", task=task))
 
 
-def test_a_models_own_generation_settings_have_no_part_in_it(causal: Any, things: Path) -> None:
+def test_a_models_own_generation_settings_have_no_effect(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"))
     prompts = colors(things, tokenizer).prompts[:4]
     settings = Generation(max_new_tokens=12)
@@ -403,7 +402,7 @@ def test_a_models_own_generation_settings_have_no_part_in_it(causal: Any, things
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_an_answer_repeats_what_its_prompt_says_and_not_itself(beams: int, causal: Any) -> None:
+def test_an_answer_may_repeat_n_grams_of_its_prompt_but_not_its_own(beams: int, causal: Any) -> None:
     model, tokenizer = model_of(causal("llama"))
     prompts = [list(range(3, len(tokenizer)))]
     free = Generation(max_new_tokens=1, beams=beams)
@@ -413,21 +412,21 @@ def test_an_answer_repeats_what_its_prompt_says_and_not_itself(beams: int, causa
     assert len(words) == len(set(words)) > 3
 
 
-def test_partitions_by_class_are_for_classes(causal_config: Any) -> None:
+def test_partitions_by_class_are_refused_for_tasks_without_classes(causal_config: Any) -> None:
     for kind in ("dirichlet", "two-quality", "pathological", "shards"):
         with pytest.raises(FedeltaError, match=f"partition.kind: {kind} is by classes, which task completion has not"):
             causal_config(partition={"kind": kind, "clients": 3})
 
 
-def test_a_template_that_does_not_take_a_row_is_named(causal_config: Any) -> None:
-    with pytest.raises(FedeltaError, match="expected names of columns alone in braces"):
+def test_a_template_that_a_row_cannot_fill_is_named(causal_config: Any) -> None:
+    with pytest.raises(FedeltaError, match="expected only names of columns in braces"):
         causal_config(task=TASK | {"prompt": "{} {thing}"})
     thing = "|".join(COLORS)
-    with pytest.raises(FedeltaError, match=rf"template '\{{thing:\.2f\}}' does not take .*({thing})"):
+    with pytest.raises(FedeltaError, match=rf"template '\{{thing:\.2f\}}' can't be filled with .*({thing})"):
         run(causal_config(task=TASK | {"prompt": "{thing:.2f}"}))
 
 
-def test_stacks_with_dropout_and_checkpointing_go_one_by_one(causal: Any) -> None:
+def test_models_with_dropout_and_checkpointing_are_not_stacked(causal: Any) -> None:
     settings = ModelSettings(name=str(causal("llama")), gradient_checkpointing=True)
     tokenizer = load_tokenizer(settings)
     for dropout, reason in ((0.0, None), (0.3, "other dropout than the forward pass")):
@@ -436,13 +435,13 @@ def test_stacks_with_dropout_and_checkpointing_go_one_by_one(causal: Any) -> Non
         assert reason in can_stack(model) if reason else can_stack(model) is None
 
 
-def test_a_language_models_frozen_prefix_is_found(causal: Any, things: Path) -> None:
+def test_the_activations_of_a_language_models_frozen_layers_are_cached(causal: Any, things: Path) -> None:
     model, tokenizer = model_of(causal("llama"), target_modules=r".*layers\.1\..*_proj")
     cache = find_activation_cache(model, tokenizer)
     assert cache
     examples = colors(things, tokenizer)
     plain = evaluate(Completion(**TASK), model, tokenizer, examples, 8)
     cache.fill(examples)
-    units = [Unit("answer", rows) for rows in examples.evaluation_order(8)]
-    kept = [Completion(**TASK).judge(model, tokenizer, examples, unit, cache) for unit in units]
-    assert Completion(**TASK).score(examples, units, kept)["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    units = [Unit("forward", rows) for rows in examples.evaluation_order(8)]
+    cached = [Completion(**TASK).evaluate_batch(model, tokenizer, examples, unit, cache) for unit in units]
+    assert Completion(**TASK).score(examples, units, cached)["loss"] == pytest.approx(plain["loss"], rel=1e-5)

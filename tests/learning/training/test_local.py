@@ -1,4 +1,4 @@
-"""Local training and evaluation against loops written out by hand."""
+"""Local training and evaluation equal loops written by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ SETTINGS = TrainingSettings(
 )
 
 
-def test_training_is_the_loop_it_says(tiny_bert: Path, tokenizer: Any, examples: Examples) -> None:
-    """AdamW, gradients cleared every step and clipped, linear warm-up and decay over two epochs of three batches."""
+def test_training_equals_a_loop_written_by_hand(tiny_bert: Path, tokenizer: Any, examples: Examples) -> None:
+    """AdamW with clipped gradients, and linear warm-up and decay, over two epochs of three batches."""
     ours, by_hand = fresh(tiny_bert, tokenizer), fresh(tiny_bert, tokenizer)
     loss = train(ours, tokenizer, examples, SETTINGS, seed=5)
     parameters = by_hand.parameters
@@ -86,7 +86,7 @@ def _without_dropout(attention: Any) -> Any:
     return plain
 
 
-def test_steps_end_a_training_within_an_epoch(tiny_bert: Path, tokenizer: Any, examples: Examples) -> None:
+def test_training_can_end_within_an_epoch(tiny_bert: Path, tokenizer: Any, examples: Examples) -> None:
     counted = []
     model = fresh(tiny_bert, tokenizer)
     model.peft.register_forward_hook(lambda *_: counted.append(1))
@@ -94,36 +94,36 @@ def test_steps_end_a_training_within_an_epoch(tiny_bert: Path, tokenizer: Any, e
     assert len(counted) == 5
 
 
-def test_dropout_depends_on_the_seed_alone(tiny_bert: Path, tokenizer: Any, examples: Examples) -> None:
+def test_dropout_depends_only_on_the_seed(tiny_bert: Path, tokenizer: Any, examples: Examples) -> None:
     results = []
     for noise, seed in ((1, 5), (2, 5), (3, 6)):
         torch.manual_seed(noise)
         model = fresh(tiny_bert, tokenizer, dropout=0.3)
         state = torch.get_rng_state()
         train(model, tokenizer, examples, TrainingSettings(steps=3), seed=seed)
-        assert torch.equal(torch.get_rng_state(), state), "the global generator is left as it was"
+        assert torch.equal(torch.get_rng_state(), state), "the state of the global generator is restored"
         results.append(next(iter(model.read().values())).A)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
 
-def test_evaluation_is_the_mean_over_texts_whatever_the_batches(
+def test_evaluation_is_the_mean_over_texts_for_every_batch_size(
     tiny_bert: Path, tokenizer: Any, examples: Examples
 ) -> None:
     model = fresh(tiny_bert, tokenizer)
-    losses, right = [], 0
+    losses, correct = [], 0
     with torch.no_grad():
         for i in range(len(examples)):
             batch = examples.batch([i], tokenizer)
             logits = model.peft.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             losses.append(float(cross_entropy(logits, batch["labels"])))
-            right += int(logits.argmax() == batch["labels"])
+            correct += int(logits.argmax() == batch["labels"])
     for size in (1, 4, 21):
         scores = evaluate(Classification(), model, tokenizer, examples, size)
         assert scores["loss"] == pytest.approx(sum(losses) / 21, rel=1e-5)
-        assert scores["accuracy"] == pytest.approx(right / 21)
+        assert scores["accuracy"] == pytest.approx(correct / 21)
 
 
-def test_nothing_to_train_on_is_refused(tiny_bert: Path, tokenizer: Any) -> None:
+def test_training_without_examples_is_refused(tiny_bert: Path, tokenizer: Any) -> None:
     with pytest.raises(FedeltaError, match="no training examples"):
         train(fresh(tiny_bert, tokenizer), tokenizer, Examples([], []), TrainingSettings(), seed=0)

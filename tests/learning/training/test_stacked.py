@@ -1,4 +1,4 @@
-"""Several clients in one pass against each of them alone."""
+"""Training several clients in one pass gives the same results as training each one alone."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def lora_model(folder: Path, dropout: float, targets: tuple[str, ...]) -> tuple[
     base = load_base(ModelSettings(name=str(folder)), 3, tokenizer, seed=1)
     for name, module in base.named_modules():
         if isinstance(module, nn.Dropout):
-            # A fused attention kernel draws for all clients from one generator.
+            # Fused attention draws from one generator for all clients.
             module.p = 0.0 if "attention.self" in name or "attn_dropout" in name else dropout
     return LoraModel(base, LoraSettings(dropout=dropout, target_modules=targets)), tokenizer
 
@@ -50,29 +50,30 @@ def client(model: LoraModel, rank: int, scale: float, rows: int, seed: int, **ch
     return StackedClient(adapter, heads, texts(rows, seed), seed, **changes)
 
 
-def alone(model: LoraModel, tokenizer: Any, each: StackedClient, how: TrainingSettings) -> Any:
+def train_alone(model: LoraModel, tokenizer: Any, each: StackedClient, training: TrainingSettings) -> Any:
     model.load(each.adapter, each.heads, each.factors)
-    loss = train(model, tokenizer, each.examples, how, each.seed, lambda: each.penalty(model.live()))
+    loss = train(model, tokenizer, each.examples, training, each.seed, lambda: each.penalty(model.live()))
     return model.read(), model.head_tensors(), loss
 
 
-def far(mine: torch.Tensor, other: torch.Tensor) -> float:
-    return float((mine - other).norm() / other.norm().clamp(min=1e-12))
+def distance(tensor: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((tensor - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def check(model: LoraModel, tokenizer: Any, clients: list[StackedClient], how: TrainingSettings) -> None:
-    together = train_stacked(model, tokenizer, clients, how)
-    for each, found in zip(clients, together, strict=True):
-        adapter, heads, loss = alone(model, tokenizer, each, how)
-        assert found.loss == pytest.approx(loss, rel=1e-5)
-        assert found.adapter.rank == each.adapter.rank
+def check(model: LoraModel, tokenizer: Any, clients: list[StackedClient], training: TrainingSettings) -> None:
+    """Assert that a stack trains each client as `train` does."""
+    together = train_stacked(model, tokenizer, clients, training)
+    for each, trained in zip(clients, together, strict=True):
+        adapter, heads, loss = train_alone(model, tokenizer, each, training)
+        assert trained.loss == pytest.approx(loss, rel=1e-5)
+        assert trained.adapter.rank == each.adapter.rank
         for module, pair in adapter.items():
-            assert found.adapter[module].scale == pair.scale
-            assert far(found.adapter[module].A, pair.A) < 1e-5
-            assert far(found.adapter[module].B, pair.B) < 1e-5
-        assert set(found.heads) == set(heads)
+            assert trained.adapter[module].scale == pair.scale
+            assert distance(trained.adapter[module].A, pair.A) < 1e-5
+            assert distance(trained.adapter[module].B, pair.B) < 1e-5
+        assert set(trained.heads) == set(heads)
         for name, tensor in heads.items():
-            assert far(found.heads[name], tensor) < 1e-5
+            assert distance(trained.heads[name], tensor) < 1e-5
 
 
 BERT = ("query", "intermediate.dense")
@@ -81,7 +82,7 @@ BERT = ("query", "intermediate.dense")
 @settings(max_examples=12)
 @given(st.data())
 def test_a_stack_trains_each_client_as_it_would_alone(tiny_bert: Path, data: Any) -> None:
-    """Mixed ranks and scales, shards of unequal size, so that some stop early; clipping, schedule, dropout."""
+    """Mixed ranks and scales, clipping, schedules and dropout. Shards of unequal size make some clients stop early."""
     dropout = data.draw(st.sampled_from([0.0, 0.1]))
     model, tokenizer = lora_model(tiny_bert, dropout, BERT)
     clients = [
@@ -94,7 +95,7 @@ def test_a_stack_trains_each_client_as_it_would_alone(tiny_bert: Path, data: Any
         )
         for seed in range(data.draw(st.integers(1, 4)))
     ]
-    how = TrainingSettings(
+    training = TrainingSettings(
         epochs=2,
         batch_size=data.draw(st.sampled_from([2, 8])),
         learning_rate=1e-3,
@@ -105,24 +106,24 @@ def test_a_stack_trains_each_client_as_it_would_alone(tiny_bert: Path, data: Any
         max_grad_norm=data.draw(st.sampled_from([None, 0.05])),
         micro_batches=False,
     )
-    check(model, tokenizer, clients, how)
+    check(model, tokenizer, clients, training)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_twenty_steps_of_an_encoder(tiny_bert: Path, dropout: float) -> None:
+def test_twenty_steps_of_an_encoder_equal_those_of_each_client_alone(tiny_bert: Path, dropout: float) -> None:
     model, tokenizer = lora_model(tiny_bert, dropout, BERT)
     clients = [client(model, rank, 2.0, 5 + 9 * i, i) for i, rank in enumerate((1, 4, 32))]
     check(model, tokenizer, clients, TrainingSettings(steps=20, batch_size=8, micro_batches=False))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_twenty_steps_of_a_causal_model_of_conv1d(tiny_gpt2: Path, dropout: float) -> None:
+def test_twenty_steps_of_a_model_with_conv1d_equal_those_of_each_client_alone(tiny_gpt2: Path, dropout: float) -> None:
     model, tokenizer = lora_model(tiny_gpt2, dropout, ("c_attn", "c_fc"))
     clients = [client(model, rank, 0.5, 6 + 5 * i, i) for i, rank in enumerate((2, 7))]
     check(model, tokenizer, clients, TrainingSettings(steps=20, batch_size=4, micro_batches=False))
 
 
-def test_frozen_factors_penalties_and_patches(tiny_bert: Path) -> None:
+def test_a_stack_supports_frozen_factors_penalties_and_patches(tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, 0.0, BERT)
     model.patch.set({module: Dense(0.05 * torch.randn(shape)) for module, shape in model.shapes.items()})
 
@@ -135,27 +136,27 @@ def test_frozen_factors_penalties_and_patches(tiny_bert: Path) -> None:
         client(model, 2, 2.0, 12, 2, penalty=penalty),
     ]
     check(model, tokenizer, clients, TrainingSettings(steps=6, batch_size=4, micro_batches=False))
-    kept = train_stacked(model, tokenizer, clients, TrainingSettings(steps=2, batch_size=4))
+    trained = train_stacked(model, tokenizer, clients, TrainingSettings(steps=2, batch_size=4))
     for module, pair in clients[0].adapter.items():
-        assert torch.equal(kept[0].adapter[module].A, pair.A)
-        assert not torch.equal(kept[0].adapter[module].B, pair.B)
+        assert torch.equal(trained[0].adapter[module].A, pair.A)
+        assert not torch.equal(trained[0].adapter[module].B, pair.B)
 
 
-def test_the_model_is_its_own_again_afterwards(tiny_bert: Path) -> None:
+def test_training_a_stack_restores_the_model(tiny_bert: Path) -> None:
     model, tokenizer = lora_model(tiny_bert, 0.1, BERT)
     each = client(model, 4, 1.0, 8, 0)
-    how = TrainingSettings(steps=2, batch_size=4)
-    before = alone(model, tokenizer, each, how)
+    training = TrainingSettings(steps=2, batch_size=4)
+    before = train_alone(model, tokenizer, each, training)
     replaced = {name for name, module in model.peft.named_modules() if "forward" in vars(module)}
-    train_stacked(model, tokenizer, [each, each], how)
-    after = alone(model, tokenizer, each, how)
+    train_stacked(model, tokenizer, [each, each], training)
+    after = train_alone(model, tokenizer, each, training)
     assert before[2] == after[2]
     assert {name for name, module in model.peft.named_modules() if "forward" in vars(module)} == replaced
 
 
 @pytest.mark.parametrize(("shared", "reason"), [(True, "saw batches of"), (False, None)])
-def test_a_layer_that_sees_other_rows_is_not_stacked(shared: bool, reason: str | None) -> None:
-    """DeBERTa sends its table of relative positions, too, through the query layer if that is shared."""
+def test_a_layer_that_sees_other_rows_than_the_batch_is_not_stacked(shared: bool, reason: str | None) -> None:
+    """If it is shared, DeBERTa's query layer also gets the table of relative positions."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "deberta-v2",
@@ -173,15 +174,15 @@ def test_a_layer_that_sees_other_rows_is_not_stacked(shared: bool, reason: str |
     model = LoraModel(
         AutoModelForSequenceClassification.from_config(config), LoraSettings(target_modules=("query_proj",))
     )
-    found = can_stack(model)
-    assert found is None if reason is None else reason in str(found)
+    obstacle = can_stack(model)
+    assert obstacle is None if reason is None else reason in str(obstacle)
 
 
-def test_a_head_of_other_layers_is_not_stacked(tiny_bert: Path) -> None:
+def test_a_head_with_layers_other_than_linear_is_not_stacked(tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     base = load_base(ModelSettings(name=str(tiny_bert)), 3, tokenizer, seed=1)
     base.classifier = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 3))
     model = LoraModel(base, LoraSettings(modules_to_save=("classifier",)))
     assert "LayerNorm" in str(can_stack(model))
-    with pytest.raises(ValueError, match="only Linear is stacked"):
+    with pytest.raises(ValueError, match="only Linear can be stacked"):
         train_stacked(model, tokenizer, [], TrainingSettings())

@@ -13,7 +13,7 @@ from fedelta.federation.engines.workers import Result, Workers
 from fedelta.federation.server import Server, ServerState
 from fedelta.learning.data import Examples
 from fedelta.learning.device import device_errors
-from fedelta.learning.tasks import Answer
+from fedelta.learning.tasks import Outcome
 from fedelta.learning.training.flops import count_texts
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.lora.adapter import Adapter
@@ -91,23 +91,23 @@ class Evaluator:
             if which != loaded[0]:
                 model.load(adapters[which], heads)
                 loaded[0] = which
-            lower = "task.generate.batch_size" if unit.what == "generate" else "evaluation.batch_size"
+            lower = "task.generate.batch_size" if unit.kind == "generate" else "evaluation.batch_size"
             with device_errors(f"the model is evaluated ({split})", [f"lower {lower} (now {len(unit.rows)})"]):
-                answers = task.judge(model, tokenizer, examples, unit, self.trainer.activation_cache)
+                outcomes = task.evaluate_batch(model, tokenizer, examples, unit, self.trainer.activation_cache)
             counted = count_texts([examples.length(row) for row in unit.rows])
             counts = {f"evaluated_{name}": count for name, count in counted.items()}
-            return Result({"answers": answers, "counts": counts})
+            return Result({"outcomes": outcomes, "counts": counts})
 
         # Workers inherit what is loaded; with one adapter a side, nothing is left to load.
         model.load(adapters[0], heads)
         costs = [float(len(unit.rows) * max(map(examples.length, unit.rows))) for unit in units] * len(adapters)
-        found: list[list[Answer]] = []
+        outcomes: list[list[Outcome]] = []
         for result in self.workers.map(judge, costs):
-            found.append(result.facts["answers"])
+            outcomes.append(result.facts["outcomes"])
             if watch is not None:
                 watch.add({}, result.facts["counts"])
-            self.observer.evaluation_advanced(len(result.facts["answers"]))
+            self.observer.evaluation_advanced(len(result.facts["outcomes"]))
         scores: Counter[str] = Counter()
-        for begin in range(0, len(found), len(units)):
-            scores.update(task.score(examples, units, found[begin : begin + len(units)]))
+        for begin in range(0, len(outcomes), len(units)):
+            scores.update(task.score(examples, units, outcomes[begin : begin + len(units)]))
         return {name: total / len(adapters) for name, total in scores.items()}

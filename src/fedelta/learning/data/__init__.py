@@ -1,4 +1,4 @@
-"""Texts, their tokens, and who holds which: `sources`, `pydoc`, `examples`, `partition`."""
+"""Data: `sources` and `pydoc` read texts, `examples` holds their tokens, `partition` assigns rows to clients."""
 
 from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.partition import PartitionSettings

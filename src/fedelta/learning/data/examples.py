@@ -1,4 +1,4 @@
-"""Tokenized texts with labels, and batches of them padded to their longest text."""
+"""Tokenized texts with labels, and their batches, padded to the longest text in each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 IGNORED = -100
-"""Label of a token that has no part in the loss."""
+"""Label of a token that does not count in the loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +17,8 @@ class Examples:
     """Texts as token ids, tokenized once.
 
     Args:
-        features: one dict for each text with `input_ids` and, where the model uses them, `token_type_ids`.
-        labels: of each text: a class index, a number, or a label for each of its tokens.
+        features: one dict per text with `input_ids` and, if the model uses them, `token_type_ids`.
+        labels: one label per text: a class index, a number, or a list with one label per token.
     """
 
     features: Sequence[dict[str, list[int]]]
@@ -31,7 +31,7 @@ class Examples:
         return Examples([self.features[i] for i in indices], [self.labels[i] for i in indices])
 
     def length(self, index: int) -> int:
-        """Tokens of a text."""
+        """Number of tokens in one text."""
         return len(self.features[index]["input_ids"])
 
     @property
@@ -39,27 +39,27 @@ class Examples:
         return [self.length(i) for i in range(len(self))]
 
     def weight(self, indices: Sequence[int]) -> int:
-        """What the loss of these texts is a mean over: texts, or those tokens that are predicted."""
+        """Number of terms in the mean loss of these texts: the texts, or the tokens that are predicted."""
         if not indices or not isinstance(self.labels[indices[0]], list):
             return len(indices)
-        # The first token of a text is predicted from nothing.
+        # No token precedes the first one, so it is not predicted.
         return sum(label != IGNORED for i in indices for label in self.labels[i][1:])
 
     def batch(self, indices: Sequence[int], tokenizer: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """These texts, padded to the longest of them."""
+        """Collate these texts into tensors, padded to the longest of them."""
         rows = [{**self.features[i], "labels": self.labels[i]} for i in indices]
         by_token = bool(rows) and isinstance(rows[0]["labels"], list)
         collate = DataCollatorForSeq2Seq(tokenizer) if by_token else DataCollatorWithPadding(tokenizer)
         return {key: tensor.to(device) for key, tensor in collate(rows).items()}
 
     def training_order(self, batch_size: int, seed: int) -> Iterator[list[int]]:
-        """One epoch of batches, shuffled."""
+        """Yield the row indices of each batch of one shuffled epoch."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 
     def evaluation_order(self, batch_size: int) -> Iterator[list[int]]:
-        """All texts once, sorted by length: the fewest padding tokens."""
+        """Yield the row indices of each batch, every text once, sorted by length to save padding."""
         order = sorted(range(len(self)), key=self.length)
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
@@ -67,14 +67,15 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Completions(Examples):
-    """Prompts that are to be completed.
+    """Prompts with their completions.
 
     Args:
-        labels: for each token itself where it is of the completion, else `IGNORED`.
-        prompts: the tokens that an answer is generated from.
-        references: the completion of each text, as text.
-        groups: texts of one group share their prompt: one answer to it is compared with all their references.
-        kinds: of which each text is, where answers are counted by kind; else empty.
+        labels: for each token, its own id if it belongs to the completion, else `IGNORED`.
+        prompts: tokens from which an answer is generated, one list per text.
+        references: completion of each text, as a string.
+        groups: group of each text. Texts in a group share a prompt, and its one answer is compared with the
+            references of all of them.
+        kinds: kind of each text if answers are counted by kind, else empty.
     """
 
     prompts: Sequence[list[int]]
@@ -91,20 +92,20 @@ class Completions(Examples):
 
     @property
     def by_group(self) -> list[list[int]]:
-        """The rows of each group, in the order in which groups first come."""
+        """Rows of each group, in the order in which the groups first occur."""
         return rows_by_value(self.groups)
 
 
 def rows_by_value(values: Sequence[Any]) -> list[list[int]]:
-    """The rows of each value, in the order in which values first come; values are told apart as text."""
-    found: dict[str, list[int]] = {}
+    """Rows of each value, in the order in which the values first occur. Values are compared as strings."""
+    rows: dict[str, list[int]] = {}
     for row, value in enumerate(values):
-        found.setdefault(str(value), []).append(row)
-    return list(found.values())
+        rows.setdefault(str(value), []).append(row)
+    return list(rows.values())
 
 
 def tokenize(split: Any, columns: Sequence[str], tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
-    """The texts, or pairs of texts, of a `datasets.Dataset` as features, cut to a length."""
+    """Tokenize the texts, or pairs of texts, of a `datasets.Dataset`, truncated to `length` tokens."""
     texts = [split[column][:] for column in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=False)
     return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""Which client holds which training rows: flwr-datasets' partitioners, and the two-quality mix of Byun & Lee."""
+"""Assignment of training rows to clients: flwr-datasets' partitioners, and the two-quality mix of Byun & Lee."""
 
 import contextlib
 import io
@@ -15,16 +15,16 @@ from fedelta.settings import Settings, quota
 
 
 class PartitionSettings(Settings):
-    """How rows are shared out.
+    """Partition of the training rows among clients.
 
     Args:
-        kind: `iid`; `dirichlet` (each label's rows over clients by Dir(alpha)); `pathological` (each client sees
-            `classes_per_client` labels); `shards` (rows sorted by label and dealt in `shards_per_client`
-            pieces); `natural` (all rows with one value of the column `by` stay together); `two-quality` (clients
-            of equal size; the first `share` of them draw their label mix from Dir(alpha_high), the others from
-            Dir(alpha_low): balanced and imbalanced clients).
-        clients: their number. `natural` may leave it out: each value is then a client of its own.
-        alpha: Dirichlet concentration; small is uneven.
+        kind: `iid`; `dirichlet` (the rows of each label are divided among clients by Dir(alpha)); `pathological`
+            (each client sees `classes_per_client` labels); `shards` (rows are sorted by label, and each client
+            gets `shards_per_client` pieces); `natural` (all rows with the same value in the column `by` stay
+            together); `two-quality` (all clients have the same size; the first `share` of them draw their label
+            mix from Dir(alpha_high), the others from Dir(alpha_low), so some are balanced and some are not).
+        clients: number of clients. `natural` may omit it, so that each value becomes a client.
+        alpha: Dirichlet concentration. Smaller values give more uneven clients.
     """
 
     kind: Literal["iid", "dirichlet", "pathological", "shards", "natural", "two-quality"] = "iid"
@@ -46,28 +46,31 @@ class PartitionSettings(Settings):
         return self
 
 
-ROW = "__row__"
+ROW_COLUMN = "__row__"
 
 
 def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: int) -> list[list[int]]:
-    """Row indices of each client, disjoint.
+    """Assign rows to clients. No row goes to two clients.
 
     Args:
         rows: `datasets.Dataset` with the columns that the partition reads.
         labels: class index of each row.
-        seed: of the run; equal seeds give equal shards, whatever the method.
+        seed: seed of the run. Equal seeds give equal shards for every method.
+
+    Returns:
+        Row indices of each client.
 
     Raises:
-        FedeltaError: if a client would get no rows, or the partition can't be made.
+        FedeltaError: if a client would get no rows, or the partition is impossible.
     """
     import datasets
 
     if settings.kind != "natural" and (settings.clients or 0) > len(labels):
         raise FedeltaError(f"partition {settings.kind}: {settings.clients} clients, but only {len(labels)} rows")
     draw = derive_seed(seed, "partition") % 2**32
-    # Shuffled, because a source may come sorted by label and the IID partitioner cuts it in order.
+    # A source may be sorted by label, and the IID partitioner cuts rows in order, so shuffle them first.
     order = np.random.default_rng(draw).permutation(len(labels)).tolist()
-    columns: dict[str, Any] = {ROW: order, "label": [labels[i] for i in order]}
+    columns: dict[str, Any] = {ROW_COLUMN: order, "label": [labels[i] for i in order]}
     if settings.kind == "natural":
         if settings.by not in rows.column_names:
             raise FedeltaError(f"partition.by: no column {settings.by!r}, found {', '.join(rows.column_names)}")
@@ -97,7 +100,7 @@ def _partitioner(settings: PartitionSettings, seed: int) -> Any:
     if settings.kind == "iid":
         return flwr.IidPartitioner(clients)
     if settings.kind == "dirichlet":
-        # The partitioner draws again until every client has a row, ten times at most.
+        # The partitioner draws up to ten times, until every client has a row.
         return flwr.DirichletPartitioner(clients, "label", settings.alpha, min_partition_size=1, seed=seed)
     if settings.kind == "pathological":
         return flwr.PathologicalPartitioner(
@@ -110,14 +113,14 @@ def _partitioner(settings: PartitionSettings, seed: int) -> Any:
 
 def _shards(partitioner: Any, table: Any) -> list[list[int]]:
     partitioner.dataset = table
-    # Some partitioners draw a progress bar of their own for what takes milliseconds, or warn of rows that nobody gets.
+    # Some partitioners print a progress bar for a task of milliseconds, or warn about rows that no client gets.
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [sorted(partitioner.load_partition(i)[ROW][:]) for i in range(partitioner.num_partitions)]
+        return [sorted(partitioner.load_partition(i)[ROW_COLUMN][:]) for i in range(partitioner.num_partitions)]
 
 
 def _groups(values: list[Any], clients: int | None) -> list[int]:
-    """Client of each row: values stay together; the largest value next to the client with the fewest rows."""
+    """Client of each row. Rows of a value stay together; the largest value goes first to the smallest client."""
     names, sizes = np.unique(np.asarray(values, dtype=str), return_counts=True)
     client_of: dict[str, int] = {}
     load = np.zeros(clients or len(names))
@@ -131,7 +134,7 @@ def _groups(values: list[Any], clients: int | None) -> list[int]:
 
 
 def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[list[int]]:
-    """Byun & Lee: every client holds equally many rows; only the label mix of the first share is balanced."""
+    """Two-quality partition of Byun & Lee: clients of equal size; the first share has balanced labels."""
     flwr = _partitioners()
 
     clients = settings.clients or 1
@@ -149,8 +152,8 @@ def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[lis
 
 
 def _partitioners() -> Any:
-    """Flower's partitioners, imported without their usage reports."""
-    # A tool for private data makes no such calls.
+    """Import Flower's partitioners with their usage reports turned off."""
+    # A tool for private data must not report its use to a third party.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr_datasets import partitioner
 

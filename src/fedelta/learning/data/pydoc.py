@@ -1,9 +1,9 @@
-"""The built-in data set: docstrings of Python's own standard library, labelled with their chapter.
+"""The built-in data set: docstrings of Python's standard library, labeled with their chapter.
 
-Real text that every machine has. Source files are parsed and never imported, so nothing runs, and the same
-Python version gives the same rows in the same order. The task: tell the chapter of the library reference
-(eight of them, its many small chapters put together) from the docstring alone. The column `module` makes it
-federated by nature: a client is a group of modules.
+It is real text that every machine has. Source files are parsed and never imported, so no code runs, and the same
+Python version gives the same rows in the same order. The task is to predict the chapter of the library reference
+from the docstring alone; small chapters are merged, which leaves eight. The column `module` gives a natural
+partition, in which a client is a group of modules.
 """
 
 import ast
@@ -48,24 +48,27 @@ CHAPTERS = {
         zipapp logging tabnanny _pyrepl
         """,
 }
-"""Chapter → top-level modules. The rest (GUI, tests, packaging of old) is left out."""
+"""Chapter → top-level modules. Other modules (GUI, tests, obsolete packaging) are omitted."""
 
-SHORTEST = 20
-"""Characters: below that a docstring says nothing ("See above.")."""
+MIN_CHARACTERS = 20
+"""Length below which a docstring has no content of its own ("See above.")."""
 
 
 def read_pydoc(library: Path | None = None) -> list[dict[str, str]]:
-    """Rows with `text`, `label` (chapter) and `module`, sorted by module; each text once.
+    """Read the data set: rows with `text`, `label` (the chapter) and `module`, sorted by module, without duplicates.
 
     Args:
-        library: folder of the standard library; None is that of the running Python.
+        library: folder of the standard library. None means that of the running Python.
+
+    Raises:
+        FedeltaError: if the folder holds no source files.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
     chapter_of = {module: chapter for chapter, modules in CHAPTERS.items() for module in modules.split()}
     rows, seen = [], set()
     for module in sorted(chapter_of):
         for text in _docstrings(library, module):
-            if len(text) >= SHORTEST and text not in seen:
+            if len(text) >= MIN_CHARACTERS and text not in seen:
                 seen.add(text)
                 rows.append({"text": text, "label": chapter_of[module], "module": module})
     if not rows:

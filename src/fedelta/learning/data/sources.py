@@ -1,7 +1,7 @@
-"""Where texts and labels come from: the built-in set, local files and folders, or a hub.
+"""Sources of texts and labels: the built-in data set, local files and folders, or a hub.
 
-Everything goes through `datasets.load_dataset`, which knows CSV, JSONL and Parquet and the hub. The files of a
-local folder are loaded split by split, because real folders hold splits with different columns.
+`datasets.load_dataset` reads all of them except the built-in one: CSV, JSONL, Parquet and the hub. The splits of a
+local folder are loaded one at a time, because they often have different columns.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,16 @@ from fedelta.settings import Settings
 BUILT_IN = "pydoc"
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SplitName = Literal["train", "validation", "test"]
-TEXT = ("string", "large_string", "null")
+TEXT_DTYPES = ("string", "large_string", "null")
 Columns = Mapping[str, bool]
-"""Column → whether it must hold text."""
+"""Column → True if it must hold text."""
 
-SPLITS: dict[SplitName, tuple[str, ...]] = {
+SPLIT_PREFIXES: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("valid", "val", "dev"),
     "test": ("test",),
 }
+"""Split → the prefixes of the names of its files."""
 
 
 class DataSettings(Settings):
@@ -40,17 +41,17 @@ class DataSettings(Settings):
     Args:
         source: `pydoc`, a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or a hub name. A path may
             name an environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
-        configuration: of a hub data set, e.g. `mrpc` of `glue`.
-        text: column of the text, or two columns for pairs.
+        configuration: configuration of a hub data set, for example `mrpc` of `glue`.
+        text: column of the text, or two columns for pairs of texts.
         label: column of the label.
-        max_length: tokens; longer texts are cut.
-        validation, test: shares taken from the training rows where the source has no such split.
-        limit: at most so many training rows, a seeded draw.
-        evaluation_limit: at most so many rows in each of validation and test, a seeded draw.
-        client_validation: share of each client's rows that it holds out for its own validation loss.
-        splits: the source's names for `train`, `validation` and `test` where they differ; null leaves a split out.
-            GLUE, whose test labels are secret: {test: validation, validation: null}.
-        split_seed: of the splits; apart from the run's seed, so that all seeds share one test set.
+        max_length: maximum number of tokens. Longer texts are truncated.
+        validation, test: share of the training rows to hold out if the source lacks this split.
+        limit: maximum number of training rows, drawn at random by `split_seed`.
+        evaluation_limit: maximum number of rows in each of validation and test, drawn at random by `split_seed`.
+        client_validation: share of its rows that each client holds out for its own validation loss.
+        splits: names of `train`, `validation` and `test` in the source if they differ; null omits a split. GLUE
+            keeps its test labels secret, so use {test: validation, validation: null}.
+        split_seed: seed of the splits. It is separate from the run's seed, so that all seeds share one test set.
     """
 
     source: str = BUILT_IN
@@ -72,14 +73,14 @@ class DataSettings(Settings):
 
 
 def load_splits(settings: DataSettings, columns: Columns, together: str | None = None) -> dict[str, Any]:
-    """`train`, `validation` and `test` as `datasets.Dataset`, disjoint, the same in every run.
+    """Load `train`, `validation` and `test` as `datasets.Dataset`: disjoint, and the same in every run.
 
     Args:
-        columns: that are read.
-        together: column whose rows of one value stay together in whatever is drawn.
+        columns: columns to read.
+        together: column that defines groups: no draw separates rows with the same value.
 
     Raises:
-        FedeltaError: for a source that does not exist or can't be read, or a column that it lacks.
+        FedeltaError: if the source does not exist, can't be read, or lacks a column.
     """
     splits = _named_splits(settings, columns)
     train = splits["train"]
@@ -107,31 +108,36 @@ def load_splits(settings: DataSettings, columns: Columns, together: str | None =
 
 
 def load_rows(settings: DataSettings, columns: Columns) -> Any:
-    """All rows of a source for training alone: nothing is cut out of them; splits of other names are left aside.
+    """Load the training rows of a source without holding any out. Its other splits are not used.
 
     Raises:
-        FedeltaError: as `load_splits`.
+        FedeltaError: for the same reasons as `load_splits`.
     """
     rows = _named_splits(settings, columns)["train"]
     return _draw(rows, settings.limit, settings, "train")
 
 
 def _named_splits(settings: DataSettings, columns: Columns) -> dict[SplitName, Any]:
-    """Those splits that the source has, by our names, with the columns that are read."""
-    found = _load(settings)
+    """The splits that the source has, under our names, after a check of the columns to read."""
+    loaded = _load(settings)
     splits: dict[SplitName, Any] = {}
     taken: list[str] = []
-    for name in SPLITS:
-        theirs = settings.splits.get(name, name if name in found else None)
-        if theirs is not None and theirs not in found:
-            raise FedeltaError(f"data.splits: {settings.source} has no split {theirs!r}, found {', '.join(found)}")
-        if theirs is not None and theirs in taken:
-            raise FedeltaError(f"data.splits: {theirs!r} would serve twice, expected disjoint splits; set one to null")
-        if theirs is not None:
-            taken.append(theirs)
-            splits[name] = found[theirs]
+    for name in SPLIT_PREFIXES:
+        source_name = settings.splits.get(name, name if name in loaded else None)
+        if source_name is None:
+            continue
+        if source_name not in loaded:
+            raise FedeltaError(
+                f"data.splits: {settings.source} has no split {source_name!r}, found {', '.join(loaded)}"
+            )
+        if source_name in taken:
+            raise FedeltaError(
+                f"data.splits: {source_name!r} is used twice, expected disjoint splits; set one of them to null"
+            )
+        taken.append(source_name)
+        splits[name] = loaded[source_name]
     if "train" not in splits:
-        raise FedeltaError(f"data source {settings.source} has splits {sorted(found)}, expected one named train")
+        raise FedeltaError(f"data source {settings.source} has splits {sorted(loaded)}, expected one named train")
     for name, split in splits.items():
         for column, is_text in columns.items():
             if column not in split.column_names:
@@ -140,7 +146,7 @@ def _named_splits(settings: DataSettings, columns: Columns) -> dict[SplitName, A
                     f"found {', '.join(split.column_names)}"
                 )
             kind = str(getattr(split.features[column], "dtype", "list"))
-            if is_text and kind not in TEXT:
+            if is_text and kind not in TEXT_DTYPES:
                 raise FedeltaError(f"data source {settings.source}: column {column!r} holds {kind}, expected text")
             if split.num_rows and split.data.column(column).null_count:
                 raise FedeltaError(f"data source {settings.source}: empty cells in column {column!r} of {name}")
@@ -158,32 +164,32 @@ def _draw(split: Any, limit: int | None, settings: DataSettings, name: str, toge
 
 
 def _grouped(split: Any, column: str, seed: int) -> list[int]:
-    """The rows in the random order of their groups, each whole."""
+    """All rows, with the groups in random order and the rows of each group next to each other."""
     groups = rows_by_value(split[column][:])
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     return [row for i in order for row in groups[i]]
 
 
 def _whole_groups(split: Any, column: str, order: list[int], limit: int) -> int:
-    """How many of these rows are whole groups of at most so many rows, but at least one group."""
+    """Number of leading rows of `order` that hold only whole groups: at most `limit`, but at least one group."""
     values = [str(value) for value in split[column][:]]
     ends = [i for i in range(1, len(order) + 1) if i == len(order) or values[order[i]] != values[order[i - 1]]]
     return max([end for end in ends if end <= limit], default=ends[0])
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Split → its files, told by how their names begin: `train-00000-of-00002.parquet`, `dev.csv`, `test.jsonl`.
+    """Split → its files, by the prefix of their names: `train-00000-of-00002.parquet`, `dev.csv`, `test.jsonl`.
 
-    A folder with one file of another name holds training rows only. Empty where there are no such files (a
-    copy of a hub repository keeps them in folders of its own).
+    A single file with another name holds training rows. The result is empty if no file fits, as in a copy of a hub
+    repository, which has its files in subfolders.
     """
-    found: dict[str, list[Path]] = {}
+    split_files: dict[str, list[Path]] = {}
     files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
     for file in files:
-        for split, beginnings in SPLITS.items():
-            if file.name.lower().startswith(beginnings):
-                found.setdefault(split, []).append(file)
-    return found or ({"train": files} if len(files) == 1 else {})
+        for split, prefixes in SPLIT_PREFIXES.items():
+            if file.name.lower().startswith(prefixes):
+                split_files.setdefault(split, []).append(file)
+    return split_files or ({"train": files} if len(files) == 1 else {})
 
 
 def _load_files(files: list[Path]) -> Any:
@@ -191,14 +197,16 @@ def _load_files(files: list[Path]) -> Any:
 
     kinds = {file.suffix for file in files}
     if len(kinds) > 1:
-        raise FedeltaError(f"data files of one split have different endings: {', '.join(file.name for file in files)}")
+        raise FedeltaError(
+            f"data files of one split have different extensions: {', '.join(file.name for file in files)}"
+        )
     suffix = kinds.pop()
     options = {"sep": "\t"} if suffix == ".tsv" else {}
     return datasets.load_dataset(FORMATS[suffix], data_files=[str(f) for f in files], split="train", **options)
 
 
 def _load(settings: DataSettings) -> dict[str, Any]:
-    # Slow to import, and needed by nothing but this.
+    # The import is slow, and nothing else needs it.
     import datasets
 
     datasets.disable_progress_bars()
@@ -212,11 +220,11 @@ def _load(settings: DataSettings) -> dict[str, Any]:
     try:
         if path.is_file():
             if path.suffix not in FORMATS:
-                raise FedeltaError(f"data file {source}: unknown ending, expected one of {', '.join(FORMATS)}")
+                raise FedeltaError(f"data file {source}: unknown extension, expected one of {', '.join(FORMATS)}")
             return {"train": _load_files([path])}
         if path.is_dir() and (splits := _split_files(path)):
             return {name: _load_files(files) for name, files in splits.items()}
-        # A path that is not there must not turn into a question to a hub.
+        # A path that does not exist must not become a request to a hub.
         if not path.is_dir() and (
             source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in FORMATS
         ):

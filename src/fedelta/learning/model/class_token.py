@@ -1,7 +1,7 @@
-"""An encoder's last layer for the class token alone, where the head reads no other.
+"""Computation of an encoder's last layer for the class token only, if the head reads no other token.
 
-Keys and values of all tokens are needed there; queries, the product that ends attention and the feed-forward layers
-are needed once a text. The result is the same to rounding.
+Keys and values are needed for all tokens. Queries, the output projection of attention and the feed-forward layers are
+needed once per text. The result is the same up to rounding.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ LAST_LAYER: Mapping[str, tuple[str, Callable[..., Tensor]]] = {
     **dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), ("encoder.layer", _bert)),
     "distilbert": ("transformer.layer", _distilbert),
 }
-"""Model type → where its layers are, and the last one's forward pass for the first token."""
+"""Model type → path of its layers, and the last layer's forward pass for the first token only."""
 
 
 def _attend(
@@ -47,18 +47,18 @@ def _attend(
 
 
 def read_class_token_alone(model: Any) -> bool:
-    """Let the last layer of this classifier compute what its head reads.
+    """Make the last layer of a classifier compute only what its head reads.
 
     Args:
         model: an `AutoModelForSequenceClassification`, changed in place.
 
     Returns:
-        Whether it is of a type that this is known of; others stay as they are.
+        True if the model is of a supported type. Others stay unchanged.
     """
     if model.config.model_type not in LAST_LAYER or getattr(model.config, "is_decoder", False):
         return False
     if model.config._attn_implementation not in ("eager", "sdpa"):
-        return False  # others have masks of another form
+        return False  # Other implementations have masks of a different form.
     path, forward = LAST_LAYER[model.config.model_type]
     layer = getattr(model, model.base_model_prefix).get_submodule(path)[-1]
     layer.forward = partial(forward, layer)

@@ -1,8 +1,8 @@
-"""One base model with LoRA through PEFT, into which clients' adapters are swapped in place.
+"""One base model with LoRA through PEFT, which loads the adapter of one client after another.
 
-No client gets a copy of the model: for each rank that occurs PEFT holds one adapter, and a client's A, B,
-scale and heads are copied into it before it trains. What a client trains is therefore PEFT's own forward
-pass, not a second implementation of LoRA.
+No client has a copy of the model. PEFT holds one adapter for each rank that occurs, and a client's A, B, scale and
+heads are copied into it before the client trains. Clients therefore train with PEFT's own forward pass, not with a
+second implementation of LoRA.
 """
 
 import re
@@ -23,15 +23,15 @@ from fedelta.settings import Settings
 
 
 class LoraSettings(Settings):
-    """The adapters.
+    """Settings of the adapters.
 
     Args:
-        alpha, scale: LoRA's α, and how it becomes s: α/r, α/√r (rsLoRA), or α itself at every rank.
-        dropout: on the input of the LoRA branch.
-        target_modules: names or endings of layers, or `all-linear`; None takes PEFT's choice for the model.
-        modules_to_save: modules trained whole besides LoRA, by name or ending; None finds all that lies between the
-            backbone and the label. PEFT always adds the last layer (`classifier` or `score`). A causal language model
-            has none unless they are named.
+        alpha, scale: LoRA's α, and the rule for the scale s: α/r, α/√r (rsLoRA), or α itself at every rank.
+        dropout: dropout probability on the input of the LoRA branch.
+        target_modules: names of layers or endings of them, or `all-linear`. None takes PEFT's choice for the model.
+        modules_to_save: modules that are trained in full, by name or ending. None finds everything between the
+            backbone and the label, and nothing in a causal language model. PEFT always adds the last layer of a
+            classifier (`classifier` or `score`).
     """
 
     alpha: float = Field(default=16, gt=0)
@@ -42,21 +42,25 @@ class LoraSettings(Settings):
 
 
 def peft_name(rank: int) -> str:
+    """PEFT's name of the adapter of this rank."""
     return f"rank-{rank}"
 
 
 class LoraModel:
-    """A model with LoRA, its adapter and base patch swapped in place.
+    """A model with LoRA whose adapter and base patch can be replaced in place.
 
     Args:
-        base: a model that classifies, or a causal language model.
-        settings: where LoRA goes and what is trained whole.
+        base: a classifier or a causal language model.
+        settings: which layers get LoRA, and which modules are trained in full.
 
     Attributes:
         shapes: module → (m, n) of each adapted layer, out×in.
-        head_modules: names of the modules trained whole.
-        task_type: PEFT's name for what the model does.
-        patch: what has been added to the base.
+        head_modules: names of the modules that are trained in full.
+        task_type: PEFT's name for the type of the model.
+        patch: the patch of the base.
+
+    Raises:
+        FedeltaError: if `settings` name a layer or module that the model lacks or that can't have LoRA.
     """
 
     def __init__(self, base: Any, settings: LoraSettings) -> None:
@@ -76,11 +80,13 @@ class LoraModel:
             if settings.target_modules is None:
                 raise FedeltaError(
                     f"lora.target_modules: PEFT has no default for a {base.config.model_type} model; "
-                    "name its layers, or say all-linear"
+                    "name its layers, or set all-linear"
                 ) from error
             raise FedeltaError(f"lora.target_modules: {error}") from error
         except re.error as error:
-            raise FedeltaError(f"lora.target_modules: {settings.target_modules!r} is no pattern: {error}") from error
+            raise FedeltaError(
+                f"lora.target_modules: {settings.target_modules!r} is not a valid pattern: {error}"
+            ) from error
         prefix = "base_model.model."
         self.layers: dict[str, Any] = {
             name.removeprefix(prefix): module
@@ -93,7 +99,7 @@ class LoraModel:
         self._refuse_missing_targets()
         self._refuse_shared_weights()
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sorted(self.layers.items())}
-        # As PEFT wrapped them, which is not always what it was asked for: whatever trains must be in the messages.
+        # The heads that PEFT wrapped, which may be more than it was asked for: messages must contain all that trains.
         self._head_wrappers: dict[str, Any] = {
             name.removeprefix(prefix): module
             for name, module in self.peft.named_modules()
@@ -105,14 +111,17 @@ class LoraModel:
         self._use_fast_dropout()
 
     def _refuse_missing_targets(self) -> None:
-        """PEFT passes over a name without a layer, as long as another one has some."""
+        """Raise if a target has no layer. PEFT ignores such a name if another one has a layer."""
         targets = self.settings.target_modules
         for name in targets if isinstance(targets, tuple) else ():
             if not any(f".{layer}".endswith(f".{name}") for layer in self.layers):
                 raise FedeltaError(f"lora.target_modules: no layer's name is or ends with {name!r}")
 
     def _refuse_shared_weights(self) -> None:
-        """A base patch of a tied output layer would change the embedding too, and PEFT would merge it into both."""
+        """Raise if an adapted layer shares its weight with another module, as a tied output layer does.
+
+        A base patch there would also change the embedding, and PEFT would merge the adapter into both.
+        """
         names: dict[int, list[str]] = {}
         for name, parameter in self.peft.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name.removeprefix("base_model.model."))
@@ -120,7 +129,7 @@ class LoraModel:
             own = f"{name}.base_layer.weight"
             others = [other for other in names.get(id(layer.get_base_layer().weight), []) if other != own]
             if others:
-                raise FedeltaError(f"module {name}: its weight is {others[0]} too, and LoRA there would change both")
+                raise FedeltaError(f"module {name}: its weight is also {others[0]}, so LoRA would change both modules")
 
     def _use_fast_dropout(self) -> None:
         if self.device.type == "cpu":
@@ -135,50 +144,53 @@ class LoraModel:
             lora_alpha=rank,
             lora_dropout=self.settings.dropout,
             target_modules=list(targets) if isinstance(targets, tuple) else targets,
-            modules_to_save=list(self.head_modules),  # PEFT extends the list that it is given
+            modules_to_save=list(self.head_modules),  # A copy, because PEFT extends the list.
             fan_in_fan_out=self._conv1d,
             task_type=self.task_type,
         )
 
     def _prepare_heads(self) -> None:
-        """Make the active heads compute in fp32, on whatever the backbone hands them."""
+        """Make the active heads compute in fp32, whatever type the backbone returns."""
         for wrapper in self._head_wrappers.values():
             head = wrapper.modules_to_save[self.active].float()
             head.register_forward_pre_hook(_inputs_to_float32, with_kwargs=True)
             if isinstance(head, nn.Embedding):
-                # What follows it is the backbone, and not the label.
-                head.register_forward_hook(lambda module, args, found: found.to(self.dtype))  # noqa: ARG005
+                # The backbone follows an embedding, and expects its own type.
+                head.register_forward_hook(lambda module, args, output: output.to(self.dtype))  # noqa: ARG005
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the loaded client trains."""
+        """Parameters that the loaded client trains."""
         return [p for p in self.peft.parameters() if p.requires_grad]
 
     @property
     def base_parameters(self) -> int:
-        """Of the model without LoRA, heads included: what full fine-tuning would train."""
+        """Number of parameters without LoRA but with heads: those that full fine-tuning would train."""
         own = [(name, p) for name, p in self.peft.named_parameters() if "lora_" not in name]
-        # PEFT keeps an untrained original beside each adapter's copy of a head; a byte holds two numbers of four bits.
-        halves = {"Params4bit": 2}
-        return sum(p.numel() * halves.get(type(p).__name__, 1) for name, p in own if "modules_to_save" not in name)
+        # PEFT keeps an untrained original of each head in addition to the copies of the adapters. A byte holds two
+        # four-bit numbers.
+        numbers_per_element = {"Params4bit": 2}
+        return sum(
+            p.numel() * numbers_per_element.get(type(p).__name__, 1) for name, p in own if "modules_to_save" not in name
+        )
 
     @property
     def device(self) -> torch.device:
-        """Where batches must be."""
+        """Device of the model, on which batches must be."""
         return self.peft.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen base."""
+        """Type of the frozen base."""
         return self.peft.dtype
 
     @property
     def active(self) -> str:
-        """PEFT's name of the adapter that runs and trains."""
+        """PEFT's name of the active adapter."""
         return self.peft.active_adapter
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Copies of the active heads on the CPU, `module.parameter` → tensor, fp32."""
+        """Copy the active heads to the CPU: `module.parameter` → tensor, fp32."""
         return {
             f"{name}.{key}": tensor.detach().cpu().clone()
             for name, wrapper in self._head_wrappers.items()
@@ -186,7 +198,7 @@ class LoraModel:
         }
 
     def prepare(self, rank: int) -> None:
-        """Make PEFT's adapter of this rank the active one; the first time it is made."""
+        """Activate PEFT's adapter of this rank. The first call for a rank creates it."""
         name = peft_name(rank)
         new = name not in self.peft.peft_config
         if new:
@@ -200,13 +212,13 @@ class LoraModel:
     def load(
         self, adapter: Adapter, heads: Mapping[str, Tensor], train: Iterable[str] = ("A", "B"), seed: int = 0
     ) -> None:
-        """Make this adapter and these heads the ones that the model runs and trains.
+        """Load an adapter and heads into the model, to run and train them.
 
         Args:
-            adapter: of one rank in all modules; its scale becomes the layers' scaling.
-            heads: as from `head_tensors`.
-            train: which factors require gradients, out of "A", "B" and "core". Heads always do.
-            seed: of the basis Q of a core C, where B = Q·C and C alone is trained.
+            adapter: adapter with the same rank in all modules. Its scale becomes the layers' scaling.
+            heads: `module.parameter` → tensor, as `head_tensors` returns them.
+            train: factors that require gradients, out of "A", "B" and "core". Heads always require them.
+            seed: seed of the basis Q for "core", where B = Q·C and only the core C is trained.
 
         Raises:
             FedeltaError: unless every layer and head gets exactly one tensor of its shape.
@@ -222,28 +234,28 @@ class LoraModel:
             _copy(layer.lora_A[self.active].weight, pair.A, f"A of module {module}")
             _copy(layer.lora_B[self.active].weight, pair.B, f"B of module {module}")
             layer.scaling[self.active] = pair.scale
-            # After set_adapter, which turns gradients on: frozen must mean frozen.
+            # This must follow set_adapter, which turns on gradients.
             layer.lora_A[self.active].weight.requires_grad_("A" in train)
             layer.lora_B[self.active].weight.requires_grad_(bool(train & {"B", "core"}))
             if "core" in train:
                 basis = _Basis(draw_basis(module, pair.shape[0], pair.rank, seed).to(self.device))
                 parametrize.register_parametrization(layer.lora_B[self.active], "weight", basis, unsafe=True)
-        left = dict(heads)
+        remaining = dict(heads)
         for name, wrapper in self._head_wrappers.items():
             for key, tensor in wrapper.modules_to_save[self.active].state_dict().items():
                 full = f"{name}.{key}"
-                if full not in left:
-                    raise FedeltaError(f"head {full} is missing from what was received")
-                _copy(tensor, left.pop(full), f"head {full}")
-        if left:
-            raise FedeltaError(f"head {sorted(left)[0]} was received, but the model has no such head")
+                if full not in remaining:
+                    raise FedeltaError(f"head {full} is missing from the received heads")
+                _copy(tensor, remaining.pop(full), f"head {full}")
+        if remaining:
+            raise FedeltaError(f"head {sorted(remaining)[0]} was received, but the model has no such head")
 
     def active_heads(self) -> dict[str, nn.Module]:
-        """Name → module, of the heads that run and train."""
+        """Name → module of each active head."""
         return {name: wrapper.modules_to_save[self.active] for name, wrapper in self._head_wrappers.items()}
 
     def live(self) -> Adapter:
-        """The active A and B themselves, with their gradients: what a penalty is a function of."""
+        """The active A and B themselves, not copies, so that a penalty can be differentiated."""
         return Adapter(
             {
                 module: LoraPair(
@@ -254,14 +266,14 @@ class LoraModel:
         )
 
     def read(self) -> Adapter:
-        """Copies of the active A and B on the CPU, with their scale."""
+        """Copy the active A and B to the CPU, with their scale."""
         return self.live().map(
             lambda pair: LoraPair(pair.A.detach().cpu().clone(), pair.B.detach().cpu().clone(), pair.scale)
         )
 
 
 class _Basis(nn.Module):
-    """B = Q·C with Q fixed: the parameter that trains is C, (r, r)."""
+    """Parametrization B = Q·C with a fixed Q (m, r). The trained parameter is C (r, r)."""
 
     def __init__(self, Q: Tensor) -> None:
         super().__init__()
@@ -281,7 +293,7 @@ def _inputs_to_float32(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
 
 
-def _copy(target: Tensor, source: Tensor, what: str) -> None:
+def _copy(target: Tensor, source: Tensor, name: str) -> None:
     if target.shape != source.shape:
-        raise FedeltaError(f"{what} is {tuple(source.shape)}, the model expects {tuple(target.shape)}")
+        raise FedeltaError(f"{name} is {tuple(source.shape)}, the model expects {tuple(target.shape)}")
     target.copy_(source)

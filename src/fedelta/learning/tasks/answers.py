@@ -1,4 +1,4 @@
-"""The answer in a generated text, in a form in which equal answers are equal strings."""
+"""Extraction of the answer from a generated text, normalized so that equal answers are equal strings."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,12 +8,12 @@ from typing import Literal
 AnswerForm = Literal["text", "number", "boxed", "option"]
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\$?\.\d+")
-_MARK = re.compile(r"####\s*(.+)")
-_SAID = re.compile(r"answer is", re.IGNORECASE)
+_GSM8K_MARK = re.compile(r"####\s*(.+)")
+_ANSWER_IS = re.compile(r"answer is", re.IGNORECASE)
 _OPTION = re.compile(r"\b(solution|answer|option|ending)[\s:]*([1-9])\b|\b(true|false)\b", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{$\\]+))")
 
-# Spellings of LaTeX, in the order in which they are made equal; the rules of Hendrycks' MATH and some more.
+# Replacements that make spellings of LaTeX equal, in the order of application: the rules of Hendrycks' MATH and more.
 _SPELLINGS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
@@ -23,10 +23,10 @@ _SPELLINGS = [
         (r"\\[dt]frac", r"\\frac"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", ""),
         (r"\\?[$%]", ""),
-        # A unit behind a number, which begins with a space; other texts are the answer.
+        # A \text{…} that begins with a space is the unit of a number; any other is the answer itself.
         (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\{\s[^{}]*\}\s*$", ""),
         (r"\\(?:text|mbox|mathrm|textbf|mathbf|textit)\{([^{}]*)\}", r"\1"),
-        # Spaces, after a backslash or not; the two backslashes that end a matrix's row are none.
+        # Spaces, with a backslash or without. The two backslashes at the end of a matrix row are not a space.
         (r"(?<!\\)\\[ !,;:]", ""),
         (r" ", ""),
         (r"^[A-Za-z](?:=|\\in(?![a-z]))", ""),
@@ -46,37 +46,41 @@ def _text(text: str) -> str | None:
     return " ".join(text.lower().split()) or None
 
 
-def _said(text: str) -> str:
-    """What follows the last «answer is», as MetaMathQA and LLM-Adapters end; empty if nothing does."""
-    found = list(_SAID.finditer(text))
-    return text[found[-1].end() :].strip(": \n") if found else ""
+def _after_answer_is(text: str) -> str:
+    """Text after the last «answer is», with which MetaMathQA and LLM-Adapters end. Empty if it does not occur."""
+    matches = list(_ANSWER_IS.finditer(text))
+    return text[matches[-1].end() :].strip(": \n") if matches else ""
 
 
 def _number(text: str) -> str | None:
-    """The number after `####`, as GSM8K ends, or after «answer is», else the last one; without thousands, currency and
-    trailing zeros."""
+    """The number after `####` (as in GSM8K) or after «answer is», else the last number in the text.
+
+    Thousands separators, currency signs and trailing zeros are removed.
+    """
     text = text.replace("\N{MINUS SIGN}", "-")
-    marked = _MARK.search(text)
+    marked = _GSM8K_MARK.search(text)
     last = _NUMBER.findall(text)[-1:]
-    found = _NUMBER.findall(marked[1] if marked else _said(text))[:1] or last
-    return f"{float(found[0].replace(',', '').replace('$', '')):.12g}" if found else None
+    numbers = _NUMBER.findall(marked[1] if marked else _after_answer_is(text))[:1] or last
+    return f"{float(numbers[0].replace(',', '').replace('$', '')):.12g}" if numbers else None
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last \boxed{…} that is closed holds, as in MATH, else what is said after «answer is»; spellings
-    of LaTeX are made equal."""
+    r"""Content of the last closed \boxed{…} (as in MATH), else the text after «answer is».
+
+    Different LaTeX spellings of the same answer become equal.
+    """
     for box in reversed(list(_BOXED.finditer(text))):
         inner = box[1] or _braced(text, box.end())
         if inner is not None:
             return _latex(inner)
-    if not (said := _said(text)):
+    if not (stated := _after_answer_is(text)):
         return None
-    dollars = re.match(r"\$([^$]+)\$", said)
-    return _latex(dollars[1] if dollars else re.split(r"\.\s|\n", said)[0])
+    dollars = re.match(r"\$([^$]+)\$", stated)
+    return _latex(dollars[1] if dollars else re.split(r"\.\s|\n", stated)[0])
 
 
 def _braced(text: str, begin: int) -> str | None:
-    """Up to the brace that closes the one before; None if none does."""
+    """Text from `begin` to the brace that closes the one before it. None if that brace is never closed."""
     depth = 1
     for end in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -100,9 +104,9 @@ def _latex(text: str) -> str | None:
 
 
 def _option(text: str) -> str | None:
-    """The option that is named after «answer is», else the first one: `answer2`, `true`."""
-    found = _OPTION.search(_said(text)) or _OPTION.search(text)
-    return "".join(part for part in found.groups() if part).lower() if found else None
+    """The option after «answer is», else the first one in the text, such as `answer2` or `true`."""
+    option = _OPTION.search(_after_answer_is(text)) or _OPTION.search(text)
+    return "".join(part for part in option.groups() if part).lower() if option else None
 
 
 ANSWERS: Mapping[AnswerForm, Callable[[str], str | None]] = {
@@ -111,4 +115,4 @@ ANSWERS: Mapping[AnswerForm, Callable[[str], str | None]] = {
     "boxed": _boxed,
     "option": _option,
 }
-"""Form → the answer in a text; None where there is none, which is never right."""
+"""Form → function that extracts the answer from a text. None means that there is no answer, and is never correct."""

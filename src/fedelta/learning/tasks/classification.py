@@ -1,4 +1,4 @@
-"""To tell the class of a text, or of a pair."""
+"""Classification of a text, or of a pair of texts."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,10 +13,10 @@ from fedelta.learning.tasks.task import Task
 
 
 class Classification(Task):
-    """One class a text, by an encoder's or a decoder's head.
+    """Predict one class per text, with a head on an encoder or a decoder.
 
     Args:
-        metric: by which runs are judged.
+        metric: score by which runs are compared.
     """
 
     kind: Literal["classification"] = "classification"
@@ -41,7 +41,7 @@ class Classification(Task):
         if hasattr(feature, "names"):
             names = list(feature.names)
         if len(names) < 2:
-            raise FedeltaError(f"column {data.label!r} holds one class only: {names}")
+            raise FedeltaError(f"column {data.label!r} holds one class only: {names}, expected at least two")
         return names
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Examples:
@@ -50,22 +50,22 @@ class Classification(Task):
         for name in _present(rows, data.label):
             if name not in index:
                 known = ", ".join(classes[:10])
-                raise FedeltaError(f"data source {data.source}: label {name!r} is none of the server's ({known})")
+                raise FedeltaError(f"data source {data.source}: label {name!r} is not one of the server's ({known})")
         labels = [index[_name(feature, value)] for value in rows[data.label][:]]
         return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), labels)
 
-    def answers(self, logits: Tensor) -> list[Any]:
+    def predictions(self, logits: Tensor) -> list[Any]:
         return logits.argmax(-1).tolist()
 
-    def own_scores(self, labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        return classification_scores(labels, answers)
+    def own_scores(self, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        return classification_scores(labels, predictions)
 
     def constant_score(self, train: Examples, test: Examples) -> float | None:
-        """Test accuracy of always answering the most frequent training label."""
+        """Test accuracy of a model that always predicts the most frequent training label."""
         if self.metric != "accuracy":
             return None
-        most = max(set(train.labels), key=list(train.labels).count)
-        return list(test.labels).count(most) / len(test)
+        majority = max(set(train.labels), key=list(train.labels).count)
+        return list(test.labels).count(majority) / len(test)
 
 
 def _name(feature: Any, value: Any) -> str:

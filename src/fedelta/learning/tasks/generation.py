@@ -1,4 +1,4 @@
-"""Answers to prompts: beam search or greedy, several prompts at once."""
+"""Generation of answers to batches of prompts, by beam search or greedily."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from fedelta.settings import Settings
 
 
 class Generation(Settings):
-    """How answers are generated; never by chance.
+    """Settings of generation, which never samples.
 
     Args:
-        max_new_tokens: of an answer.
-        beams: 1 is greedy.
-        length_penalty: of beam search; more favors longer answers.
-        no_repeat_ngram_size: n-grams of so many tokens come once in an answer, which may repeat those of its prompt; 0
-            lets them repeat.
-        batch_size: prompts at once.
-        limit: prompts at most, the first ones; None takes all.
+        max_new_tokens: maximum number of tokens in an answer.
+        beams: number of beams. 1 is greedy decoding.
+        length_penalty: length penalty of beam search. Larger values favor longer answers.
+        no_repeat_ngram_size: n for which no n-gram occurs twice in an answer, although n-grams of the prompt may occur
+            again. 0 allows repetition.
+        batch_size: number of prompts per batch.
+        limit: maximum number of prompts; the first ones are used. None uses all.
     """
 
     max_new_tokens: int = Field(default=64, ge=1)
@@ -35,17 +35,17 @@ class Generation(Settings):
 def generate(
     model: LoraModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: Generation, end: int | None = None
 ) -> list[str]:
-    """The loaded model's answer to each of these prompts, without special tokens.
+    """Generate the loaded model's answer to each prompt, without special tokens.
 
     Args:
-        prompts: tokens, with whatever comes before an answer.
-        end: token that ends an answer, beside the one that ends a text.
+        prompts: tokens of each prompt, with everything that comes before an answer.
+        end: token that ends an answer, in addition to the one that ends a text.
     """
     from transformers import GenerationConfig
 
     model.peft.eval()
     longest = max(map(len, prompts))
-    # On the left, so that all of them end where the answer begins.
+    # Padded on the left, so that all prompts end where the answer begins.
     padded = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     config = GenerationConfig(
@@ -53,7 +53,7 @@ def generate(
         num_beams=settings.beams,
         length_penalty=settings.length_penalty,
         do_sample=False,
-        # What is left out would be taken from the model's own generation_config.
+        # Anything omitted here would come from the model's own generation_config.
         no_repeat_ngram_size=0,
         repetition_penalty=1.0,
         encoder_repetition_penalty=1.0,
@@ -62,17 +62,20 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_ends(model, tokenizer, end),
     )
-    found = model.peft.generate(
+    generated = model.peft.generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=config,
-        logits_processor=_never_twice(settings.no_repeat_ngram_size, longest),
+        logits_processor=_no_repeated_ngrams(settings.no_repeat_ngram_size, longest),
     )
-    return [text.strip() for text in tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)]
 
 
-def _never_twice(size: int, begin: int) -> Any:
-    """Bans n-grams that an answer has had. Of transformers' own the prompt's would count too, with the names in it."""
+def _no_repeated_ngrams(size: int, begin: int) -> Any:
+    """Processor that bans n-grams already in the answer, which starts at position `begin`.
+
+    The processor of transformers alone would also ban the n-grams of the prompt, and with them the names in it.
+    """
     from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
     class InAnswer(LogitsProcessor):
@@ -86,8 +89,8 @@ def _never_twice(size: int, begin: int) -> Any:
 
 
 def _ends(model: LoraModel, tokenizer: Any, end: int | None) -> list[int]:
-    """Tokens that end an answer: a chat model has one for its turn beside that for a text."""
-    own = getattr(model.peft, "generation_config", None)
-    theirs = getattr(own, "eos_token_id", None) or []
-    found = {tokenizer.eos_token_id, end, *([theirs] if isinstance(theirs, int) else theirs)}
-    return sorted(found - {None})
+    """Tokens that end an answer. A chat model has one for the end of a turn besides the one for the end of a text."""
+    config = getattr(model.peft, "generation_config", None)
+    configured = getattr(config, "eos_token_id", None) or []
+    ends = {tokenizer.eos_token_id, end, *([configured] if isinstance(configured, int) else configured)}
+    return sorted(ends - {None})

@@ -1,4 +1,4 @@
-"""Scores by lm-evaluation-harness, on the tasks that it has and on any that a folder of YAML files describes."""
+"""Scores by lm-evaluation-harness, on its own tasks and on those that a folder of YAML files describes."""
 
 import functools
 import logging
@@ -14,14 +14,14 @@ from fedelta.settings import Settings
 
 
 class HarnessSettings(Settings):
-    """What lm-evaluation-harness evaluates, once, with the final model.
+    """Evaluation of the final model by lm-evaluation-harness.
 
     Args:
-        tasks: their names there, such as gsm8k or hellaswag.
-        few_shot: examples before each question; None is the task's own number.
-        limit: questions of each task at most; None takes all.
-        include: folder with task files of one's own.
-        batch_size: of its passes.
+        tasks: names of tasks in the harness, such as gsm8k or hellaswag.
+        few_shot: number of examples before each question. None uses the task's own number.
+        limit: maximum number of questions of each task. None uses all.
+        include: folder with your own task files.
+        batch_size: number of texts per forward pass.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -32,7 +32,7 @@ class HarnessSettings(Settings):
 
 
 def check_harness(settings: HarnessSettings) -> None:
-    """Before a run, and not after it.
+    """Check that the harness can score the tasks, so that a run fails early.
 
     Raises:
         FedeltaError: if the harness is not installed, or lacks a task.
@@ -40,7 +40,7 @@ def check_harness(settings: HarnessSettings) -> None:
     if find_spec("lm_eval") is None:
         raise FedeltaError("evaluation.harness needs lm_eval: pip install 'fedelta[harness]'")
     if settings.include is not None and not Path(settings.include).expanduser().is_dir():
-        raise FedeltaError(f"evaluation.harness.include: {settings.include} is no folder")
+        raise FedeltaError(f"evaluation.harness.include: {settings.include} is not a folder")
     known = set(_manager(settings).all_tasks)
     for task in settings.tasks:
         if task not in known:
@@ -48,13 +48,13 @@ def check_harness(settings: HarnessSettings) -> None:
 
 
 def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, chat: bool = False) -> dict[str, float]:
-    """Scores of the loaded model: `TASK/METRIC`, with `/FILTER` where a task has several ways to find the answer.
+    """Compute scores of the loaded model: `TASK/METRIC`, plus `/FILTER` if a task extracts answers in several ways.
 
     Args:
-        chat: whether questions become turns of the tokenizer's chat template, as in training.
+        chat: True if questions become turns of the tokenizer's chat template, as in training.
 
     Raises:
-        FedeltaError: if a task's data are not there, or the harness fails otherwise.
+        FedeltaError: if a task's data are missing, or the harness fails for another reason.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -62,7 +62,7 @@ def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, 
     model.peft.eval()
     wrapped = HFLM(pretrained=model.peft, tokenizer=tokenizer, batch_size=settings.batch_size)
     try:
-        found = lm_eval.simple_evaluate(
+        report = lm_eval.simple_evaluate(
             model=wrapped,
             tasks=list(settings.tasks),
             num_fewshot=settings.few_shot,
@@ -73,11 +73,11 @@ def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, 
             fewshot_as_multiturn=chat,
         )
     except Exception as error:
-        # Tasks are programs of many people, which fail in many ways.
+        # Tasks are programs by many authors, so any exception is possible.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FedeltaError(f"evaluation.harness: {line}") from error
     scores = {}
-    for task, measured in found["results"].items():
+    for task, measured in report["results"].items():
         for key, value in measured.items():
             metric, _, chosen = key.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and metric != "sample_len":
@@ -87,10 +87,10 @@ def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, 
 
 @functools.cache
 def _manager(settings: HarnessSettings) -> Any:
-    """Reads the YAML of all tasks, which takes seconds."""
+    """Read the YAML files of all tasks, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    # It warns that a model which is handed over is not one that it loaded.
+    # The harness warns about a model that it did not load itself.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = None if settings.include is None else str(Path(settings.include).expanduser())
     return TaskManager(include_path=folder)

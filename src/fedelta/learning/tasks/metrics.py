@@ -1,4 +1,4 @@
-"""Scores of predictions, by kept libraries, and how people are shown them."""
+"""Scores of predictions, computed by scikit-learn and SciPy, and their presentation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 @dataclass(frozen=True)
 class Metric:
-    """A score that runs can be judged by.
+    """A score by which runs can be compared.
 
     Args:
-        name: its key among scores.
-        title: what people call it.
-        percent: whether it is shown times a hundred.
-        lower: whether less is better.
+        name: its key in a dict of scores.
+        title: its name in tables and figures.
+        percent: True if it is shown as a percentage.
+        lower: True if lower values are better.
     """
 
     name: str
@@ -24,21 +24,21 @@ class Metric:
 
     @property
     def factor(self) -> float:
-        """From a score to what is shown."""
+        """Factor from a score to the number shown."""
         return 100.0 if self.percent else 1.0
 
     @property
     def digits(self) -> int:
-        """That are shown; one more where it is no share."""
+        """Decimals shown: two for percentages, three otherwise."""
         return 2 if self.percent else 3
 
     @property
     def heading(self) -> str:
-        """Title and unit."""
+        """Title with the unit."""
         return f"{self.title}, %" if self.percent else self.title
 
     def show(self, score: float, digits: int = 2) -> str:
-        """A score with its unit; one digit more where it is no share."""
+        """Format a score with its unit: `digits` decimals for a percentage, one more otherwise."""
         return f"{100 * score:.{digits}f} %" if self.percent else f"{score:.{digits + 1}f}"
 
     def best(self, scores: Sequence[float]) -> float:
@@ -48,7 +48,7 @@ class Metric:
         return score <= target if self.lower else score >= target
 
     def share(self, best: float, share: float) -> float:
-        """A target somewhat short of the best: by 1 − share of its size, or as much more where less is better."""
+        """Target that reaches `share` of the best score: best·share, or best/share if that is the worse of the two."""
         return best * share if self.lower == (best < 0) else best / share
 
 
@@ -74,7 +74,7 @@ METRICS = {
 
 
 def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
-    """`accuracy` and `macro_f1`, both from 0 to 1, and `matthews`, the correlation of Matthews, from −1 to 1."""
+    """Compute `accuracy` and `macro_f1`, both in [0, 1], and `matthews`, Matthews' correlation, in [−1, 1]."""
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
         "macro_f1": float(f1_score(labels, predictions, average="macro")),
@@ -83,7 +83,7 @@ def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> 
 
 
 def regression_scores(labels: Sequence[float], predictions: Sequence[float]) -> dict[str, float]:
-    """`pearson` and `spearman`, from −1 to 1; 0 where either side is constant, as no order is found there."""
+    """Compute `pearson` and `spearman`, in [−1, 1]; 0 if either side is constant, because it has no order then."""
     from scipy.stats import pearsonr, spearmanr
 
     if len(set(labels)) < 2 or len(set(predictions)) < 2:

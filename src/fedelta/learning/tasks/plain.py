@@ -1,4 +1,4 @@
-"""Prompts and completions as one text each, without turns."""
+"""Tokens of a prompt and its completion as one plain text, without chat turns."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,12 +9,13 @@ Tokens = list[int]
 
 
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
-    """Of each text the tokens that begin it, those of the prompt, and those of the completion with an end.
+    """Yield for each text the tokens that begin it, the prompt's tokens, and the completion's tokens with an end token.
 
-    Both are tokenized as the one text that they are; a token across the seam is the completion's.
+    Prompt and completion are tokenized as one text. A token that spans both belongs to the completion.
 
     Raises:
-        FedeltaError: if the tokenizer has no end, or a prompt is empty where nothing begins a text.
+        FedeltaError: if the tokenizer has no end-of-text token or is a slow one, or if a prompt is empty and the
+            tokenizer puts no token before a text.
     """
     if tokenizer.eos_token_id is None:
         raise FedeltaError("the tokenizer has no end-of-text token, without which a completion has no end")
@@ -23,8 +24,8 @@ def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> 
     begin = _beginning(tokenizer)
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     plain = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": True}
-    found = tokenizer(texts, **plain)
-    for prompt, tokens, offsets in zip(prompts, found["input_ids"], found["offset_mapping"], strict=True):
+    encoded = tokenizer(texts, **plain)
+    for prompt, tokens, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         known = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(tokens))
         if not begin and known == 0:
             raise FedeltaError("an empty prompt, and the tokenizer has no token that begins a text")
@@ -32,21 +33,25 @@ def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> 
 
 
 def _beginning(tokenizer: Any) -> Tokens:
-    """The tokens that this tokenizer puts before a text."""
+    """Tokens that this tokenizer puts before a text."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
 
 
 def fit(begin: Tokens, before: Tokens, after: Tokens, length: int) -> tuple[Tokens, int]:
-    """All of a text in so many tokens, and how many of them are known before the completion.
+    """Truncate a text to `length` tokens.
 
-    A long prompt loses its beginning, down to half of the room; what is left over is cut from the end.
+    A long prompt (`before`) loses its beginning, but keeps at least half of the space after `begin`. If the text is
+    still too long, the completion (`after`) loses its end.
+
+    Returns:
+        The tokens, and the number of them that precede the completion.
 
     Raises:
-        FedeltaError: if there is no room for a token of each.
+        FedeltaError: if there is no space for one token of the prompt and one of the completion.
     """
-    room = length - len(begin)
-    if room < 2:
-        raise FedeltaError(f"data.max_length {length} leaves no room beside {len(begin)} tokens before every prompt")
-    kept = max(0, min(len(before), max(room - len(after), room // 2)))
-    return [*begin, *before[len(before) - kept :], *after][:length], min(len(begin) + kept, length)
+    space = length - len(begin)
+    if space < 2:
+        raise FedeltaError(f"data.max_length {length} leaves no space after the {len(begin)} tokens before each prompt")
+    prompt_length = max(0, min(len(before), max(space - len(after), space // 2)))
+    return [*begin, *before[len(before) - prompt_length :], *after][:length], min(len(begin) + prompt_length, length)

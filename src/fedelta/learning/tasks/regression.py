@@ -1,4 +1,4 @@
-"""To tell a number of a text, or of a pair: how similar two sentences are."""
+"""Regression: a number for a text or a pair of texts, such as the similarity of two sentences."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from fedelta.learning.tasks.task import Task
 
 
 class Regression(Task):
-    """One number a text; the loss is the mean squared error.
+    """Predict one number per text. The loss is the mean squared error.
 
     Args:
-        metric: by which runs are judged.
+        metric: score by which runs are compared.
     """
 
     kind: Literal["regression"] = "regression"
@@ -33,8 +33,8 @@ class Regression(Task):
             raise FedeltaError(f"column {data.label!r} holds {wrong[0]!r}, expected numbers")
         return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), [float(v) for v in values])
 
-    def answers(self, logits: Tensor) -> list[Any]:
+    def predictions(self, logits: Tensor) -> list[Any]:
         return logits[:, 0].tolist()
 
-    def own_scores(self, labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        return regression_scores(labels, answers)
+    def own_scores(self, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        return regression_scores(labels, predictions)

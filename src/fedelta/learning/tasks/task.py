@@ -1,4 +1,4 @@
-"""What a task is: from rows to tokens with labels, and from a model's answers to scores."""
+"""Interface of a task: it turns rows into tokens with labels, and a model's predictions into scores."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,107 +18,112 @@ from fedelta.settings import Settings
 
 
 class Unit(NamedTuple):
-    """A batch of an evaluation.
+    """One batch of an evaluation.
 
     Args:
-        what: `answer`, one pass over the texts, or `generate`.
+        kind: `forward`, one forward pass over the texts, or `generate`.
+        rows: rows of the batch.
     """
 
-    what: str
+    kind: str
     rows: list[int]
 
 
-Answer = list[Any]
-"""What one text's part in the scores is computed from, as plain data: its summed loss, what that is summed over, and
-what the task adds."""
+Outcome = list[Any]
+"""Result of evaluating one text, as plain data.
+
+After a forward pass: its summed loss, the number of terms in that sum, and its prediction. After generation: the text.
+"""
 
 
 class Task(Settings, ABC):
-    """What a model learns to do. Subclasses are the task's settings too."""
+    """A kind of problem that a model learns. A subclass also holds the task's settings."""
 
     metric: str
 
     @property
     def judged(self) -> Metric:
-        """The score that runs are judged by."""
+        """The score by which runs are compared."""
         return METRICS[self.metric]
 
     def check_installed(self) -> None:
-        """Before a run, and not after it.
+        """Check the packages that the task's scores need, so that a run fails early.
 
         Raises:
-            FedeltaError: naming a package that the task's scores need.
+            FedeltaError: naming the package that is missing.
         """
         return
 
     @abstractmethod
     def columns(self, data: DataSettings) -> dict[str, bool]:
-        """Column that is read → whether it must hold text."""
+        """Columns to read → True if the column must hold text."""
 
     @property
     def together(self) -> str | None:
-        """Column whose rows of one value must not be parted by a draw."""
+        """Column that defines groups: no draw separates rows with the same value. None means no groups."""
         return None
 
     def classes(self, data: DataSettings, splits: dict[str, Any]) -> list[str]:  # noqa: ARG002
-        """Names of the classes, in the order of their index; none where there are none.
+        """Names of the classes by index; empty if the task has no classes.
 
         Raises:
-            FedeltaError: if the labels of these splits are not what the task is about.
+            FedeltaError: if the labels of these splits do not fit the task.
         """
         return []
 
     @abstractmethod
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Examples:
-        """A `datasets.Dataset` as tokens with labels.
+        """Turn a `datasets.Dataset` into tokens with labels.
 
         Raises:
-            FedeltaError: naming what can't be a label.
+            FedeltaError: naming the value that can't be a label.
         """
 
     def units(self, examples: Examples, batch_size: int, final: bool) -> list[Unit]:  # noqa: ARG002
-        """The batches of an evaluation; of the `final` one there may be more."""
+        """Batches of an evaluation. The `final` one may have additional batches."""
         return passes(examples, batch_size)
 
     @torch.no_grad()
-    def judge(
+    def evaluate_batch(
         self, model: LoraModel, tokenizer: Any, examples: Examples, unit: Unit, cache: ActivationCache | None = None
-    ) -> list[Answer]:
-        """What the loaded model makes of a batch, text by text."""
+    ) -> list[Outcome]:
+        """Evaluate the loaded model on one batch, and return the outcome of each text."""
         model.peft.eval()
         batch = examples.batch(unit.rows, tokenizer, model.device)
         with replayed(cache, examples, unit.rows, batch):
             logits = model.peft(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
         losses, weights = row_losses(logits, batch["labels"])
-        return [list(answer) for answer in zip(losses.tolist(), weights.tolist(), self.answers(logits), strict=True)]
+        return [list(row) for row in zip(losses.tolist(), weights.tolist(), self.predictions(logits), strict=True)]
 
     @abstractmethod
-    def answers(self, logits: Tensor) -> list[Any]:
-        """The answer to each text of a batch."""
+    def predictions(self, logits: Tensor) -> list[Any]:
+        """Prediction for each text of a batch, from its logits (texts, …)."""
 
-    def score(self, examples: Examples, units: Sequence[Unit], found: Sequence[Sequence[Answer]]) -> dict[str, float]:
-        """`loss`, a mean over all that is predicted, and the task's own scores."""
-        passed = [(unit.rows, answers) for unit, answers in zip(units, found, strict=True) if unit.what == "answer"]
-        rows = [row for batch, _ in passed for row in batch]
-        answers = [answer for _, batch in passed for answer in batch]
-        loss = math.fsum(answer[0] for answer in answers) / sum(answer[1] for answer in answers)
-        return {"loss": loss, **self.own_scores([examples.labels[row] for row in rows], [a[2] for a in answers])}
+    def score(
+        self, examples: Examples, units: Sequence[Unit], outcomes: Sequence[Sequence[Outcome]]
+    ) -> dict[str, float]:
+        """Compute `loss`, the mean over everything that is predicted, and the task's own scores."""
+        forward = [(unit.rows, batch) for unit, batch in zip(units, outcomes, strict=True) if unit.kind == "forward"]
+        labels = [examples.labels[row] for rows, _ in forward for row in rows]
+        texts = [outcome for _, batch in forward for outcome in batch]
+        loss = math.fsum(outcome[0] for outcome in texts) / sum(outcome[1] for outcome in texts)
+        return {"loss": loss, **self.own_scores(labels, [outcome[2] for outcome in texts])}
 
     @abstractmethod
-    def own_scores(self, labels: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        """Scores beside the loss."""
+    def own_scores(self, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        """Compute the scores besides the loss."""
 
     def constant_score(self, train: Examples, test: Examples) -> float | None:  # noqa: ARG002
-        """What always giving the same answer scores, where that says something."""
+        """Score of a model that always gives the same prediction; None if that is not informative."""
         return None
 
 
 def passes(examples: Examples, batch_size: int) -> list[Unit]:
-    """One pass over every text."""
-    return [Unit("answer", rows) for rows in examples.evaluation_order(batch_size)]
+    """Batches of one forward pass over every text."""
+    return [Unit("forward", rows) for rows in examples.evaluation_order(batch_size)]
 
 
 def evaluate(task: Task, model: LoraModel, tokenizer: Any, examples: Examples, batch_size: int) -> dict[str, float]:
-    """Scores of the loaded model, without anything that is generated."""
+    """Compute the loaded model's scores, without those that need generated text."""
     units = passes(examples, batch_size)
-    return task.score(examples, units, [task.judge(model, tokenizer, examples, unit) for unit in units])
+    return task.score(examples, units, [task.evaluate_batch(model, tokenizer, examples, unit) for unit in units])

@@ -1,4 +1,4 @@
-"""Scores of generated texts against references, by kept packages of the extra `generation`."""
+"""Scores of generated texts against references, computed by the packages of the extra `generation`."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -9,21 +9,24 @@ from fedelta.errors import FedeltaError
 
 TextScore = Literal["bleu", "nist", "meteor", "rouge_l", "cider"]
 Pairs = Sequence[tuple[str, Sequence[str]]]
-"""Generated text, and its references."""
+"""Pairs of a generated text and its references."""
 
 
 def _bleu(pairs: Pairs) -> float:
-    """TokenizedSplits BLEU-4 with the tokens of mteval-13a in lower case, as E2E's own script counts; from 0 to 1."""
+    """Corpus BLEU-4 in [0, 1] on lower-case mteval-13a tokens, as in E2E's own script."""
     import sacrebleu
 
-    # References of the same rank together; a text with fewer of them has None, which is left out.
-    most = max(len(references) for _, references in pairs)
-    streams: Any = [[refs[i] if i < len(refs) else None for _, refs in pairs] for i in range(most)]
+    # Stream i holds the i-th reference of each text, or None, which sacrebleu ignores.
+    count = max(len(references) for _, references in pairs)
+    streams: Any = [[refs[i] if i < len(refs) else None for _, refs in pairs] for i in range(count)]
     return sacrebleu.corpus_bleu([text for text, _ in pairs], streams, lowercase=True).score / 100
 
 
 def _nist(pairs: Pairs) -> float:
-    """NIST-5 of nltk, on the same tokens; of shorter n-grams where no text has five of them, 0 where none has any."""
+    """NIST-5 by nltk on the same tokens. If all texts are shorter than five tokens, n is the longest length.
+
+    It is 0 if no text has a token.
+    """
     from nltk.translate.nist_score import corpus_nist
 
     texts = [_tokens(text) for text, _ in pairs]
@@ -34,7 +37,7 @@ def _nist(pairs: Pairs) -> float:
 
 
 def _meteor(pairs: Pairs) -> float:
-    """METEOR 1.5, of which pycocoevalcap carries the program and its paraphrases."""
+    """METEOR 1.5. pycocoevalcap includes the program and its paraphrase tables."""
     return _coco("meteor.meteor", "Meteor", pairs)
 
 
@@ -47,19 +50,19 @@ def _cider(pairs: Pairs) -> float:
 
 
 def _coco(module: str, name: str, pairs: Pairs) -> float:
-    """A scorer of the COCO caption evaluation, which E2E's own uses too."""
+    """Run a scorer of the COCO caption evaluation, which E2E's own script uses too."""
     from importlib import import_module
 
     texts = {i: [" ".join(_tokens(text))] for i, (text, _) in enumerate(pairs)}
-    wanted = {i: [" ".join(_tokens(r)) for r in references] for i, (_, references) in enumerate(pairs)}
-    score, _ = getattr(import_module(f"pycocoevalcap.{module}"), name)().compute_score(wanted, texts)
+    references_of = {i: [" ".join(_tokens(r)) for r in references] for i, (_, references) in enumerate(pairs)}
+    score, _ = getattr(import_module(f"pycocoevalcap.{module}"), name)().compute_score(references_of, texts)
     return float(score)
 
 
 def _tokens(text: str) -> list[str]:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    # METEOR's program takes a line, with bars between texts.
+    # METEOR's program reads texts from one line, separated by |||.
     return Tokenizer13a()(text.lower().replace("|||", " ")).split()
 
 
@@ -73,10 +76,10 @@ SCORERS: dict[str, tuple[Callable[[Pairs], float], tuple[str, ...]]] = {
 
 
 def check_installed(names: Sequence[TextScore]) -> None:
-    """Before a run, not after it.
+    """Check that the programs behind these scores are installed, so that a run fails early.
 
     Raises:
-        FedeltaError: naming what is missing.
+        FedeltaError: naming the package or program that is missing.
     """
     for name in names:
         for package in SCORERS[name][1]:
@@ -87,5 +90,5 @@ def check_installed(names: Sequence[TextScore]) -> None:
 
 
 def text_scores(pairs: Pairs, names: Sequence[TextScore]) -> dict[str, Any]:
-    """Scores by name; METEOR, BLEU and ROUGE-L from 0 to 1, NIST and CIDEr without an upper end."""
+    """Compute these scores. BLEU, METEOR and ROUGE-L are in [0, 1]; NIST and CIDEr have no upper bound."""
     return {name: SCORERS[name][0](pairs) for name in names}

@@ -1,4 +1,4 @@
-"""One client's local training."""
+"""Local training of one client."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,33 +15,35 @@ from fedelta.learning.device import deterministic
 from fedelta.learning.model.activation_cache import ActivationCache, replayed
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.training.flops import count_texts
-from fedelta.learning.training.micro_batches import like_lengths
+from fedelta.learning.training.micro_batches import split_by_length
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.seeds import derive_seed, torch_seed
 from fedelta.settings import Settings
 
 
 class TrainingSettings(Settings):
-    """A client's local training; every round starts a fresh optimizer.
+    """Settings of a client's local training. Every round starts with a new optimizer.
 
     Args:
-        epochs: over the client's rows, unless `steps` is given.
-        steps: optimizer steps instead of epochs.
-        batch_size: texts a step.
-        learning_rate: its peak.
+        epochs: number of epochs over the client's rows, unless `steps` is given.
+        steps: number of optimizer steps, instead of epochs.
+        batch_size: number of texts per step.
+        learning_rate: peak learning rate.
         optimizer: AdamW or plain SGD.
-        schedule: of the learning rate within one local training.
-        warmup: share of the local steps that warm up.
-        max_grad_norm: gradients are clipped to this norm; None leaves them.
-        micro_batches: a step goes through texts of like length together, which spares padding; its gradient is that
-            of the whole batch.
-        micro_batch_size: texts in a pass at most, where memory is short: a step's gradient is accumulated over its
-            passes.
-        stack: clients that train in one pass over the base, which is faster where each brings few tokens to a GPU;
-            equal to one by one up to rounding and to which elements drop out. `auto` measures when a run begins, and
-            keeps the number with it; it is 1 where `micro_batch_size` limits a pass.
-        deterministic: on a GPU, use only kernels that give the same bits each time, so that a resumed run ends
-            bit-identical. `false` can be faster; a CPU gives the same bits either way.
+        weight_decay: weight decay of the optimizer.
+        schedule: schedule of the learning rate within one local training.
+        warmup: share of the local steps used for warm-up.
+        max_grad_norm: norm to which gradients are clipped. None does not clip.
+        micro_batches: split the batch of a step into texts of similar length, which saves padding. The gradient is
+            that of the whole batch.
+        micro_batch_size: maximum number of texts per pass, for when memory is short. A step's gradient is accumulated
+            over its passes.
+        stack: number of clients that train in one pass over the base. This is faster if each has few tokens for a
+            GPU. The result equals that of training one by one, except for rounding and for which elements are
+            dropped out. `auto` measures the best number when a run starts, and stores it with the run; it is 1 if
+            `micro_batch_size` limits a pass.
+        deterministic: use only GPU kernels that give the same bits each time, so that a resumed run ends
+            bit-identical. `false` can be faster. On a CPU the bits are the same either way.
     """
 
     epochs: int = Field(default=1, ge=1)
@@ -61,20 +63,21 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _passes_of_a_stack(self) -> "TrainingSettings":
         if self.micro_batch_size is not None and self.stack not in (1, "auto"):
-            raise ValueError(f"micro_batch_size needs stack: 1, or auto, found stack: {self.stack}")
+            raise ValueError(f"micro_batch_size needs stack: 1 or stack: auto, found stack: {self.stack}")
         return self
 
 
 class LocalSteps:
-    """The optimizer of one local training, its schedule, and its batches in order.
+    """Optimizer, schedule and batches of one local training.
 
     Args:
-        parameters: that are trained.
+        parameters: parameters to train.
         examples: the client's training rows.
-        seed: of the order of batches.
+        settings: settings of the training.
+        seed: seed of the order of batches.
 
     Raises:
-        FedeltaError: if there is nothing to train on.
+        FedeltaError: if there are no training rows.
     """
 
     def __init__(self, parameters: Sequence[Tensor], examples: Examples, settings: TrainingSettings, seed: int) -> None:
@@ -89,24 +92,24 @@ class LocalSteps:
         per_epoch = -(-len(examples) // settings.batch_size)
         self.total = settings.steps or settings.epochs * per_epoch
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
-        # One kernel for all tensors of a step, where torch has one.
+        # One kernel for all tensors of a step, if torch has one.
         fused = True if self.parameters[0].is_cuda else None
         self._optimizer = kind(self.parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
         name = settings.schedule if settings.schedule != "constant" else "constant_with_warmup"
         self._scheduler = get_scheduler(name, self._optimizer, int(settings.warmup * self.total), self.total)
 
     def batches(self) -> Iterator[list[int]]:
-        """The rows of each step."""
-        left = self.total
+        """Yield the rows of each step."""
+        remaining = self.total
         for epoch in itertools.count():
             for rows in self.examples.training_order(self.settings.batch_size, derive_seed(self.seed, "epoch", epoch)):
                 yield rows
-                left -= 1
-                if left == 0:
+                remaining -= 1
+                if remaining == 0:
                     return
 
     def update(self) -> None:
-        """One step along the gradients, which are used up."""
+        """Take one step with the current gradients, then clear them."""
         if self.settings.max_grad_norm is not None:
             clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self._optimizer.step()
@@ -124,26 +127,28 @@ def train(
     watch: Stopwatch | None = None,
     cache: ActivationCache | None = None,
 ) -> float:
-    """Train what the model has loaded, in place.
+    """Train the loaded adapter and heads in place.
 
     Args:
-        model: with the client's adapter, heads and patch.
+        model: model with the client's adapter, heads and patch.
+        tokenizer: the model's tokenizer.
         examples: the client's training rows.
-        seed: of the order of batches and of dropout.
-        penalty: what a method adds to the loss, evaluated at each step; None is nothing.
-        watch: counts the seconds of each phase, and tokens.
-        cache: what it keeps of the examples is not computed again.
+        settings: settings of the training.
+        seed: seed of the order of batches and of dropout.
+        penalty: term that a method adds to the loss, computed at each step. None adds nothing.
+        watch: stopwatch for the seconds of each phase and the numbers of texts and tokens.
+        cache: cache of activations, which are not computed again.
 
     Returns:
         Mean training loss over the steps, without the penalty.
 
     Raises:
-        FedeltaError: if there is nothing to train on.
+        FedeltaError: if there are no training rows.
     """
     steps = LocalSteps(model.parameters, examples, settings, seed)
     watch = watch or Stopwatch()
     losses: list[list[Tensor]] = []
-    # Dropout draws from the global generator: seed it, so that a client's training depends on its seed alone.
+    # Dropout draws from the global generator. Seed it, so that a client's training depends only on its own seed.
     with torch_seed(seed, model.device), deterministic(model.device, settings.deterministic):
         model.peft.train()
         for rows in steps.batches():
@@ -154,10 +159,10 @@ def train(
                 batch = examples.batch(part, tokenizer, model.device)
                 count_tokens(watch, examples, part, batch)
                 watch.lap("batches")
-                # The model's loss is a mean over texts, or over tokens: a part counts by its share of them.
+                # The model's loss is a mean over texts or tokens, so weight a part by its share of them.
                 with replayed(cache, examples, part, batch):
                     loss = model.peft(**batch).loss * (examples.weight(part) / whole)
-                # Read after the last step: a GPU would wait for each number that is read here.
+                # The number is read after the last step, because reading it here would make a GPU wait.
                 losses[-1].append(loss.detach())
                 watch.lap("forward")
                 loss.backward()
@@ -171,14 +176,14 @@ def train(
 
 
 def _parts(rows: list[int], examples: Examples, settings: TrainingSettings, model: LoraModel) -> list[list[int]]:
-    """The passes of a step."""
-    most = settings.micro_batch_size or len(rows)
+    """Split the rows of a step into passes."""
+    max_rows = settings.micro_batch_size or len(rows)
     if settings.micro_batches:
-        return like_lengths(rows, examples.length, model.device, model.dtype, most)
-    return [rows[begin : begin + most] for begin in range(0, len(rows), most)]
+        return split_by_length(rows, examples.length, model.device, model.dtype, max_rows)
+    return [rows[begin : begin + max_rows] for begin in range(0, len(rows), max_rows)]
 
 
 def count_tokens(watch: Stopwatch, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> None:
-    """Add a batch to the counts of texts, and of tokens with padding."""
+    """Add a batch to the watch's counts of texts, of tokens, and of tokens including padding."""
     watch.add({}, count_texts([examples.length(row) for row in rows]))
     watch.counts["padded_tokens"] += batch["input_ids"].numel()

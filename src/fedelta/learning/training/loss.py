@@ -1,4 +1,4 @@
-"""The loss of texts, told by the form of their labels: classes, numbers, or one for each token."""
+"""Loss of texts. The form of the labels decides which: classes, numbers, or one label per token."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,17 @@ from fedelta.learning.data.examples import IGNORED
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of each text, and what it is a sum over.
+    """Compute the summed loss of each text, and the number of terms in each sum.
 
     Args:
         logits: (texts, classes), (texts, 1) for numbers, or (texts, tokens, vocabulary).
-        labels: (texts,) of whole numbers, (texts,) of floats, or (texts, tokens) with `IGNORED` where none counts.
+        labels: (texts,) of integers, (texts,) of floats, or (texts, tokens) with `IGNORED` for tokens that don't count.
 
     Returns:
-        (texts,) sums, and (texts,) counts: 1, or the predicted tokens.
+        (texts,) sums, and (texts,) counts: 1, or the number of predicted tokens.
     """
     if labels.ndim == 2:
-        # Logits are of the token after.
+        # The logits at a token predict the next one.
         targets = labels[:, 1:]
         losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         return losses.sum(1), (targets != IGNORED).sum(1)
@@ -28,7 +28,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean of these texts: what a step goes down."""
+    """Compute the mean loss of these texts, which a step reduces."""
     if labels.ndim == 1 and not labels.is_floating_point():
         return cross_entropy(logits, labels)
     losses, counts = row_losses(logits, labels)

@@ -1,34 +1,38 @@
-"""A batch as parts of like length, so that little is padded."""
+"""Split of a batch into parts of similar text length, to save padding."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-PASS_TOKENS = {("cpu", torch.float32): 16, ("cpu", torch.bfloat16): 64}
-"""What a pass costs beside its tokens, in tokens: the steps between which nothing is multiplied."""
+PASS_OVERHEAD = {("cpu", torch.float32): 16, ("cpu", torch.bfloat16): 64}
+"""Fixed cost of a pass, in tokens: the time of the work between matrix products."""
 
-PASS_TOKENS_OF_A_GPU = 8192
+GPU_PASS_OVERHEAD = 8192
 
 
-def like_lengths(
-    rows: Sequence[int], length: Callable[[int], int], device: torch.device, dtype: torch.dtype, most: int | None = None
+def split_by_length(
+    rows: Sequence[int],
+    length: Callable[[int], int],
+    device: torch.device,
+    dtype: torch.dtype,
+    max_rows: int | None = None,
 ) -> list[list[int]]:
-    """These rows in parts whose padded tokens, with a constant for each part, are the fewest.
+    """Split rows into parts at the minimum cost: padded tokens, plus a constant per part.
 
     Args:
-        rows: of one optimizer step.
-        length: tokens of a row.
-        device, dtype: of the base; they decide what a part costs.
-        most: rows in a part at most; None takes as many as there are.
+        rows: rows of one optimizer step.
+        length: function that returns the number of tokens in a row.
+        device, dtype: device and type of the base, which determine the constant.
+        max_rows: maximum number of rows in a part. None sets no limit.
     """
-    cost = PASS_TOKENS.get((device.type, dtype), PASS_TOKENS_OF_A_GPU)
+    cost = PASS_OVERHEAD.get((device.type, dtype), GPU_PASS_OVERHEAD)
     order = sorted(rows, key=lambda row: (length(row), row))
-    most = most or len(order)
-    # best[k]: the least cost of the first k rows, whose last part begins at begin[k].
+    max_rows = max_rows or len(order)
+    # best[k] is the minimum cost of the first k rows; their last part begins at begin[k].
     best, begin = [0.0], [0]
     for k in range(1, len(order) + 1):
         longest = length(order[k - 1])
-        options = {j: best[j] + cost + (k - j) * longest for j in range(max(0, k - most), k)}
+        options = {j: best[j] + cost + (k - j) * longest for j in range(max(0, k - max_rows), k)}
         begin.append(min(options, key=options.__getitem__))
         best.append(options[begin[k]])
     parts = []

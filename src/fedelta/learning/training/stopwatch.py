@@ -1,4 +1,4 @@
-"""Seconds by phase, and counts of what was done in them."""
+"""Measurement of the seconds of each phase of a round, and counts of the work done."""
 
 import time
 from collections import defaultdict
@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 
 
 class Stopwatch:
-    """Each lap counts the time since the last one for a phase.
+    """Stopwatch that adds the time of each lap to a phase.
 
     Args:
-        finish: called at the end of each lap, to wait for work that is only queued.
+        finish: called at the end of each lap, to wait for work that is still queued.
+
+    Attributes:
+        seconds: phase → seconds.
+        counts: name → number.
     """
 
     def __init__(self, finish: Callable[[], None] | None = None) -> None:
@@ -19,7 +23,7 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Count the time since the last lap for this phase."""
+        """Add the time since the last lap to this phase."""
         if self._finish:
             self._finish()
         now = time.perf_counter()
@@ -27,8 +31,8 @@ class Stopwatch:
         self._last = now
 
     def add(self, seconds: Mapping[str, float], counts: Mapping[str, int]) -> None:
-        """Count what another stopwatch has measured."""
+        """Add the measurements of another stopwatch."""
         for phase, value in seconds.items():
             self.seconds[phase] += value
-        for what, number in counts.items():
-            self.counts[what] += number
+        for name, number in counts.items():
+            self.counts[name] += number
