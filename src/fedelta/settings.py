@@ -1,17 +1,17 @@
-"""What every settings class shares: unknown keys are refused, values never change.
+"""Base class of all settings: frozen, and unknown keys are an error.
 
-Each room declares its own settings beside the code that reads them; `config.py` puts them together.
+Each package declares its settings beside the code that reads them; `runs/config.py` combines them.
 """
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and a key that does not exist is an error."""
+    """Base class of all settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def quota(share: float, clients: int) -> int:
-    """How many of so many clients the share is, rounded to the nearest."""
+    """Return `share` of `clients` as a whole number, rounded to the nearest."""
     return int(share * clients + 0.5)

@@ -92,5 +92,5 @@ def test_a_round_without_a_patch_makes_no_version() -> None:
 
 
 def test_a_version_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(FedeltaError, match="base version 3 does not exist; the server is at 0"):
+    with pytest.raises(FedeltaError, match="base version 3 does not exist; the server is at version 0"):
         PatchLog(SHAPES).since(3)
