@@ -1,4 +1,4 @@
-"""Each method's step against a dense float64 oracle, written from the paper's equation without the library's algebra."""
+"""Each method's step against a dense float64 oracle, written from the paper's equation without our own algebra."""
 
 from collections.abc import Callable
 from dataclasses import replace

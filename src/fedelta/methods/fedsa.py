@@ -2,7 +2,7 @@
 
     ā_j = Σ_{S_j} p_i a_ij / c_j,      B_i stays at client i
 
-Clients train both factors. They share A and never send B. So there is no global model: the score of a run is the mean
+Clients train both factors. They share A and never send B. There is no global model, so the score of a run is the mean
 over its clients' own models, and its result is one adapter per client. On the server, B is zero.
 
 The paper has equal ranks; with mixed ranks, A is averaged over the contributors of each row. The authors' code also
