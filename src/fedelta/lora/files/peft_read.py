@@ -107,8 +107,8 @@ def open_adapter(folder: str | Path) -> PeftFolder:
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
             raise FedeltaError(
-                f"{folder}: {PICKLE} is a pickle, which can run code and is never loaded; if you trust it, load it "
-                "with PEFT and save it again: model.save_pretrained(folder, safe_serialization=True)"
+                f"{folder}: {PICKLE} is a pickle, which can run code and is never loaded; open it with PEFT if "
+                "you trust it and save it again: model.save_pretrained(folder, safe_serialization=True)"
             )
         raise FedeltaError(f"{folder}: no {WEIGHTS}")
     with _opened(folder) as tensors:
