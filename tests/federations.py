@@ -1,4 +1,4 @@
-"""Random federations in float64, and the dense matrices that they mean. Dense, obvious, slow: the oracle."""
+"""Random federations in float64 and their dense matrices: a slow and obvious oracle."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ VARIANTS = [(name, dict(options)) for name, method in methods().items() for opti
 
 
 def label(value: object) -> str:
-    """A variant's name in a test's id."""
+    """Name of a variant in the id of a test."""
     if isinstance(value, dict):
         return ",".join(f"{k}={v}" for k, v in value.items()) or "default"
     return getattr(value, "__name__", str(value))
@@ -35,14 +35,15 @@ class Federation:
 
     @property
     def p(self) -> list[float]:
+        """Normalized weights p_i."""
         return [w / sum(self.weights) for w in self.weights]
 
 
 @st.composite
 def federations(draw: st.DrawFn, mixed: bool = True, max_clients: int = 5) -> Federation:
-    """Mixed or equal ranks from 1 on, mixed α under α/r and α/√r, unequal weights, sometimes one client.
+    """Draw a federation: ranks from 1 to 4, mixed α under α/r and α/√r, unequal weights, and possibly one client.
 
-    With mixed ranks the server's rank may exceed every client's: indices that nobody holds.
+    With mixed ranks, the server's rank may exceed the rank of every client, so that no client holds the last index.
     """
     clients = draw(st.integers(1, max_clients))
     if mixed:
@@ -63,7 +64,10 @@ def federations(draw: st.DrawFn, mixed: bool = True, max_clients: int = 5) -> Fe
 class Client:
     """One client in one round.
 
-    `start` and `trained` are at its own scale; `tail` is the dense part of the global product that it folded.
+    Args:
+        start, trained: adapter before and after training, at the client's scale.
+        tail: module → dense part of the global product that the client added to its base.
+        contribution: what the server receives.
     """
 
     start: Adapter
@@ -72,12 +76,12 @@ class Client:
     contribution: Contribution
 
     def weight(self, module: str) -> Tensor:
-        """What it holds on top of the base after training."""
+        """Return the client's weight after training, minus the base."""
         return dense(self.trained[module]) + self.tail[module]
 
 
 def state_of(method: Method, largest: int, rounds: int = 2) -> MethodState:
-    """A state in the middle of a run, reached as a run reaches it: one client of the full rank has trained."""
+    """Return a state in the middle of a run, after `rounds` rounds of one client of full rank."""
     state = method.start(SHAPES, largest, SEED)
     state = replace(state, adapter=state.adapter.to(torch.float64))
     alone = Federation([largest], [1.0], [1.0], largest, SEED)
@@ -98,11 +102,11 @@ def train(
     kept: dict[str, Adapter] | None = None,
     size: float = 0.5,
 ) -> list[Client]:
-    """A round at the clients: they receive, change what the method trains by random amounts, finish and send.
+    """Simulate the clients of a round. They change the factors that the method trains by random amounts.
 
     Args:
-        kept: what clients have kept from earlier rounds; updated.
-        size: standard deviation of the changes; 0 is nobody trains.
+        kept: client → adapter that it kept from earlier rounds; updated in place.
+        size: standard deviation of the changes; 0 means that no client trains.
     """
     kept = {} if kept is None else kept
     generator = torch.Generator().manual_seed(federation.seed + 1 + state.round)
@@ -114,10 +118,10 @@ def train(
         name = f"client-{i}"
         client_start = method.personalize(state, ClientView(name, rank))
         sent = client_start.adapter.with_scale(scale)
-        begun = sent
+        begin = sent
         if name in kept and "B" in plan.keep:
-            mine = kept[name].with_scale(scale)
-            begun = Adapter({m: LoraPair(pair.A, mine[m].B, scale) for m, pair in sent.items()})
+            own = kept[name].with_scale(scale)
+            begin = Adapter({m: LoraPair(pair.A, own[m].B, scale) for m, pair in sent.items()})
 
         def change(module: str, pair: LoraPair) -> LoraPair:
             A, B = pair.A, pair.B
@@ -130,10 +134,10 @@ def train(
                 B = B + size * Q @ torch.randn(pair.rank, pair.rank, generator=generator, dtype=torch.float64)
             return LoraPair(A, B, pair.scale)
 
-        trained = method.finish(state.round, begun, Adapter({m: change(m, pair) for m, pair in begun.items()}))
+        trained = method.finish(state.round, begin, Adapter({m: change(m, pair) for m, pair in begin.items()}))
         if plan.keep:
             kept[name] = trained
-        # What a client does not send back, the server takes from what it sent.
+        # The server takes the factors that a client does not send back from its broadcast.
         uploaded = Adapter(
             {
                 m: LoraPair(
@@ -148,7 +152,7 @@ def train(
             m: dense(client_start.tail[m]) if m in client_start.tail else torch.zeros(shape, dtype=torch.float64)
             for m, shape in SHAPES.items()
         }
-        clients.append(Client(begun, trained, tail, Contribution(name, weight, uploaded, client_start.indices)))
+        clients.append(Client(begin, trained, tail, Contribution(name, weight, uploaded, client_start.indices)))
     return clients
 
 
@@ -157,7 +161,7 @@ def updates(clients: list[Client]) -> list[Contribution]:
 
 
 def dense(pair: LoraPair | Product) -> Tensor:
-    """s·B·A, or U·V, written out."""
+    """Return s·B·A or U·V as a dense matrix."""
     if isinstance(pair, LowRank):
         return pair.U.double() @ pair.V.double()
     if isinstance(pair, LoraPair):
@@ -166,7 +170,7 @@ def dense(pair: LoraPair | Product) -> Tensor:
 
 
 def global_weight(state: MethodState, patch: dict[str, Product]) -> dict[str, Tensor]:
-    """What the round leaves on top of the base before it: patch plus B·A."""
+    """Return the global weight minus the base before the round: patch plus B·A."""
     return {m: dense(pair) + (dense(patch[m]) if m in patch else 0) for m, pair in state.adapter.items()}
 
 

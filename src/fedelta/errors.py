@@ -1,12 +1,12 @@
-"""The one error type: a line for a person, naming what was found and what was expected."""
+"""Exceptions of fedelta. Each error is one line that says what was found and what was expected."""
 
 
 class FedeltaError(Exception):
-    """Bad input. Its text is one clear line; the command line prints it and exits with code 2."""
+    """Invalid input. The text is one line; the command line prints it and exits with code 2."""
 
 
 class ClientFailed(FedeltaError):
-    """A client that has no update to show. The round goes on without it, and says so."""
+    """A client could not produce an update. The round continues without the client and reports it."""
 
     def __init__(self, client: str, reason: str) -> None:
         super().__init__(f"client {client}: {reason}")
@@ -15,7 +15,7 @@ class ClientFailed(FedeltaError):
 
 
 class BadUpdate(FedeltaError):
-    """A client's update that can't be used. The server skips the client or stops, by setting."""
+    """A client's update is not usable. Depending on the settings, the server skips the client or stops."""
 
     def __init__(self, client: str, reason: str) -> None:
         super().__init__(f"client {client}: {reason}")
@@ -24,15 +24,16 @@ class BadUpdate(FedeltaError):
 
 
 class NotFinite(BadUpdate):
-    """An update with NaN or infinity in it: its training has diverged."""
+    """An update contains NaN or infinity: its training has diverged."""
 
 
 class TooFewUpdates(FedeltaError):
-    """A round with fewer usable updates than it needs; it is tried again, or the run stops.
+    """A round has fewer usable updates than it needs. The round is repeated, or the run stops.
 
     Args:
+        line: the error text.
         skipped: client → why its update could not be used.
-        diverged: whether all of these were of training that diverged.
+        diverged: True if every skipped client was skipped because its training diverged.
     """
 
     def __init__(self, line: str, skipped: dict[str, str], diverged: bool = False) -> None:
@@ -42,20 +43,20 @@ class TooFewUpdates(FedeltaError):
 
 
 class Diverged(FedeltaError):
-    """Training that has left the finite numbers. It is a result, of these settings, and no fault of the input."""
+    """Training produced values that are not finite. This is a result of the settings, not an error in the input."""
 
 
 MAX_REASON_CHARACTERS = 1000
-"""Characters of somebody else's words that are kept."""
+"""Number of characters kept of a text that another process wrote."""
 
 
 def one_line(text: object) -> str:
-    """What somebody else wrote, as one line of bounded length that any terminal can show."""
-    kept = "".join(c if c.isprintable() else " " for c in str(text)[:MAX_REASON_CHARACTERS])
-    return " ".join(kept.split())
+    """Return text from another process as one printable line of at most `MAX_REASON_CHARACTERS` characters."""
+    printable = "".join(c if c.isprintable() else " " for c in str(text)[:MAX_REASON_CHARACTERS])
+    return " ".join(printable.split())
 
 
 def in_one_line(error: Exception) -> str:
-    """Any error as one line: ours as they are, others after their type."""
+    """Return an error as one line. Errors that are not a `FedeltaError` are prefixed with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, FedeltaError) else f"{type(error).__name__}: {text}"

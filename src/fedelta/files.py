@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all: written beside their place, then renamed into it."""
+"""Atomic writes of files and folders: write under a temporary name in the same folder, then rename."""
 
 import os
 import re
@@ -46,10 +46,10 @@ def expand_variables(text: str) -> str:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Replace a file's content in one step that survives a crash."""
+    """Write a file atomically: after a crash it has either its old or its new content."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One name for each path: what a killed process left is overwritten by the next.
+    # The temporary name depends only on the path, so the next write overwrites the leftover of a killed process.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -63,7 +63,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder last; Windows has no such call and needs none."""
+    """Flush renames in this folder to disk. Windows does not support this and does not need it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -74,7 +74,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    """Yield a temporary folder. It is renamed to `path` if the block succeeds and deleted if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for leftover in (temporary, replaced):

@@ -407,7 +407,7 @@ def test_json_has_every_module(folders: list[Path], tmp_path: Path, capsys: pyte
 
 def test_an_alias_says_what_it_is(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run(capsys, *folders, "-o", tmp_path / "out", "--method", "RBLA")
-    assert "RBLA, arXiv 2408.08699 states the rule that is called replication here" in err
+    assert "the rule of RBLA, arXiv 2408.08699 is called replication in fedelta" in err
     assert "one step of replication" in out
 
 

@@ -1,3 +1,5 @@
+"""Scales, pairs, adapters and their initial draws."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,14 +14,14 @@ def pair(m: int = 5, n: int = 4, r: int = 3, scale: float = 2.0) -> LoraPair:
     return LoraPair(torch.randn(r, n, dtype=torch.float64), torch.randn(m, r, dtype=torch.float64), scale)
 
 
-def test_scales_are_those_of_lora_and_rslora() -> None:
+def test_scale_follows_the_rules_of_lora_and_rslora() -> None:
     assert lora_scale(16, 4) == 4
     assert lora_scale(16, 4, "alpha/sqrt(r)") == 8
     assert lora_scale(16, 4, "alpha") == 16
 
 
 @given(st.floats(0.1, 64), st.integers(1, 64), st.sampled_from(["alpha/r", "alpha/sqrt(r)", "alpha"]))
-def test_alpha_undoes_scale(alpha: float, rank: int, rule: str) -> None:
+def test_lora_alpha_is_the_inverse_of_lora_scale(alpha: float, rank: int, rule: str) -> None:
     assert lora_alpha(lora_scale(alpha, rank, rule), rank, rule) == pytest.approx(alpha)  # type: ignore[arg-type]
 
 
@@ -29,7 +31,7 @@ def test_rank_zero_is_refused() -> None:
 
 
 @given(st.floats(0.1, 20), st.floats(0.1, 20))
-def test_another_scale_leaves_the_product(scale: float, other: float) -> None:
+def test_another_scale_does_not_change_the_product(scale: float, other: float) -> None:
     p = pair(scale=scale)
     q = p.with_scale(other)
     assert q.scale == other
@@ -42,11 +44,11 @@ def test_truncation_takes_the_first_rank_indices() -> None:
     assert torch.equal(p.truncate(2).B, p.B[:, :2])
 
 
-def test_modules_are_in_the_order_of_their_names() -> None:
+def test_modules_are_sorted_by_name() -> None:
     assert list(Adapter({"b": pair(), "a": pair()})) == ["a", "b"]
 
 
-def test_the_initial_product_is_zero_and_the_draw_is_pefts_kaiming() -> None:
+def test_the_initial_product_is_zero_and_A_is_drawn_as_in_peft() -> None:
     adapter = initial_adapter({"x": (50, 4000)}, 8, seed=1)
     assert not adapter["x"].B.any()
     linear = nn.Linear(4000, 8)

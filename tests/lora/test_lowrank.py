@@ -1,3 +1,5 @@
+"""`LowRank`, `Dense`, their SVD and running sums against dense float64 matrices."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -74,18 +76,18 @@ def test_recompression_of_zero_has_width_zero() -> None:
 
 @pytest.mark.parametrize(("m", "n", "q"), [(40, 30, 6), (30, 40, 6), (8, 9, 20), (7, 5, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_svd_of_a_product_is_that_of_the_matrix(m: int, n: int, q: int, dtype: torch.dtype) -> None:
+def test_svd_of_a_product_equals_the_svd_of_its_matrix(m: int, n: int, q: int, dtype: torch.dtype) -> None:
     p = product(m, n, q, dtype=dtype)
-    found = p.svd()
-    expected = torch.linalg.svdvals(dense(p))[: len(found.sigma)]
+    svd = p.svd()
+    expected = torch.linalg.svdvals(dense(p))[: len(svd.sigma)]
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    assert torch.allclose(found.sigma, expected, rtol=0, atol=tolerance * float(expected[0]))
-    whole = dense(found.cut(0, None, torch.float64))
-    assert torch.allclose(whole, dense(p), rtol=0, atol=tolerance * float(expected[0]))
+    assert torch.allclose(svd.sigma, expected, rtol=0, atol=tolerance * float(expected[0]))
+    restored = dense(svd.cut(0, None, torch.float64))
+    assert torch.allclose(restored, dense(p), rtol=0, atol=tolerance * float(expected[0]))
 
 
 def test_fp32_svd_resolves_small_singular_values_of_nearly_parallel_columns() -> None:
-    """Stacks of clients that agree: columns of U differ by 1e-4, and so do the singular values."""
+    """A stack of clients that agree: the columns of U differ by 1e-4, and so do the singular values."""
     generator = torch.Generator().manual_seed(1)
     B, A = torch.randn(60, 4, generator=generator), torch.randn(4, 50, generator=generator)
     U = torch.cat([B + 1e-4 * torch.randn(60, 4, generator=generator) for _ in range(3)], dim=1)
@@ -96,7 +98,7 @@ def test_fp32_svd_resolves_small_singular_values_of_nearly_parallel_columns() ->
     assert (dense(p.truncate(4)) - dense(p)).norm() < 1.01 * expected[4:].norm() + 1e-7 * expected[0]
 
 
-def test_a_column_that_is_small_beside_the_others_counts_by_its_product() -> None:
+def test_a_small_column_with_a_large_row_counts_by_its_product() -> None:
     p = LowRank(torch.diag(torch.tensor([1.0, 1e-9])), torch.diag(torch.tensor([1e-3, 1e9])))
     assert torch.allclose(p.svd().sigma, torch.tensor([1.0, 1e-3], dtype=torch.float64))
     assert p.norm() == pytest.approx(1.0, rel=1e-5)
@@ -113,7 +115,7 @@ def test_svd_of_zero_factors_is_zero_and_not_nan() -> None:
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 1.0])
-def test_energy_rank_is_the_fewest_that_reach_the_share(energy: float) -> None:
+def test_energy_rank_is_the_smallest_number_that_reaches_the_share(energy: float) -> None:
     svd = product(12, 10, 6).svd()
     squares = svd.sigma**2
     q = svd.energy_rank(energy)
@@ -127,7 +129,7 @@ def test_norm_keeps_its_digits_when_terms_cancel() -> None:
     assert small.norm() == pytest.approx(1e-9 * float(dense(q).norm()), rel=1e-5)
 
 
-def test_a_dense_matrix_does_what_a_product_does() -> None:
+def test_a_dense_matrix_has_the_operations_of_a_product() -> None:
     p = product(6, 5, 2)
     d = Dense(dense(p))
     assert (d.shape, d.dtype, d.nbytes) == ((6, 5), torch.float64, 240)
@@ -142,7 +144,7 @@ def test_a_dense_matrix_does_what_a_product_does() -> None:
 
 
 @pytest.mark.parametrize("terms", [0, 1, 3, 40, 400])
-def test_a_running_sum_is_factors_until_the_matrix_is_smaller(terms: int) -> None:
+def test_a_running_sum_stays_factors_until_the_matrix_is_smaller(terms: int) -> None:
     total = RunningSum((30, 20), torch.float64, 5)
     expected = torch.zeros(30, 20, dtype=torch.float64)
     shift = torch.randn(30, 5, dtype=torch.float64)

@@ -1,3 +1,5 @@
+"""Server and clients agree on the patched base bit for bit, and a base of another history is refused."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,20 +24,20 @@ def patch(seed: int, width: int, modules: str = "ab") -> dict[str, LowRank]:
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=1, max_size=12), st.booleans())
 def test_a_base_that_missed_rounds_gets_the_servers_bits(rounds: list[tuple[int, int]], factors: bool) -> None:
-    """Of three clients one takes part in each round; widths vary, so that both forms of a delta occur."""
+    """One of three clients takes part in each round. Widths vary, so that both forms of a delta occur."""
     log = PatchLog(SHAPES)
     limit = log.dense_nbytes if factors else 0
     clients = [PatchedBase(limit) for _ in range(3)]
     oracle = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
     always = PatchedBase(limit)
-    for i, (who, width) in enumerate(rounds):
+    for i, (client, width) in enumerate(rounds):
         log = log.append(patch(i, width))
         for m, p in patch(i, width).items():
             oracle[m] += p.U.double() @ p.V.double()
         always.apply(log.since(always.version))
-        clients[who].apply(log.since(clients[who].version))
-        assert clients[who].content_hash() == always.content_hash()
-    assert bool(always.entries) == (factors and log.total is None), "factors, until the server sums as well"
+        clients[client].apply(log.since(clients[client].version))
+        assert clients[client].content_hash() == always.content_hash()
+    assert bool(always.entries) == (factors and log.total is None), "factors are kept until the server sums as well"
     for m, product in always.patches().items():
         C = torch.zeros(SHAPES[m])
         product.add_to(C)
@@ -70,7 +72,7 @@ def test_a_client_that_already_has_a_version_skips_it() -> None:
     assert base.content_hash() != before
 
 
-def test_a_gap_is_refused_and_nothing_is_folded() -> None:
+def test_a_gap_is_refused_and_the_base_does_not_change() -> None:
     log = PatchLog(SHAPES).append(patch(0, 1)).append(patch(1, 1))
     base = PatchedBase()
     with pytest.raises(FedeltaError, match="this base is at version 0, the patch goes from version 1 to 2"):
@@ -86,11 +88,11 @@ def test_another_history_of_the_same_length_is_refused() -> None:
         base.apply(other.since(1))
 
 
-def test_a_round_without_a_patch_makes_no_version() -> None:
+def test_a_round_without_a_patch_adds_no_version() -> None:
     log = PatchLog(SHAPES)
     assert log.append({}).version == 0
 
 
 def test_a_version_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(FedeltaError, match="base version 3 does not exist; the server is at 0"):
+    with pytest.raises(FedeltaError, match="base version 3 does not exist; the server is at version 0"):
         PatchLog(SHAPES).since(3)

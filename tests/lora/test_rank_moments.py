@@ -1,4 +1,4 @@
-"""Streaming: a client is folded in and dropped, and what is kept does not grow with the number of clients."""
+"""Streaming: each client is added and dropped, so memory does not grow with the number of clients."""
 
 import weakref
 from collections.abc import Iterator
@@ -34,25 +34,26 @@ def ranks(known: bool = True) -> frozenset[int]:
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=label)
-def test_every_method_lets_go_of_a_client_before_the_next_but_one(name: str, options: dict) -> None:
+def test_every_method_drops_a_client_before_it_reads_the_one_after_the_next(name: str, options: dict) -> None:
     method = method_of(name, options)
-    alive: list[weakref.ref] = []
-    most = [0]
+    references: list[weakref.ref] = []
+    max_alive = 0
 
     def stream() -> Iterator[Contribution]:
+        nonlocal max_alive
         for i in range(40):
             each = contribution(i, method)
-            alive.append(weakref.ref(each.adapter["x"].B))
+            references.append(weakref.ref(each.adapter["x"].B))
             yield each
             del each
-            most[0] = max(most[0], sum(reference() is not None for reference in alive))
+            max_alive = max(max_alive, sum(reference() is not None for reference in references))
 
     method.step(start(method), stream(), ranks())
-    assert most[0] <= (40 if method.remembers_clients else 1)
+    assert max_alive <= (40 if method.remembers_clients else 1)
 
 
-def held(moments: RankMoments) -> int:
-    """Bytes of all tensors that the moments reach."""
+def tensor_bytes(moments: RankMoments) -> int:
+    """Size in bytes of all tensors that the moments refer to."""
     seen: dict[int, int] = {}
     stack: list[object] = [moments]
     visited = set()
@@ -80,25 +81,25 @@ def test_memory_stops_growing_once_a_dense_sum_is_smaller(kind: str, known: bool
     for clients in (60, 600):
         state = start(method)
         stream = (contribution(i, method) for i in range(clients))
-        sizes.append(held(RankMoments(state.adapter, stream, kind, ranks(known))))  # type: ignore[arg-type]
+        sizes.append(tensor_bytes(RankMoments(state.adapter, stream, kind, ranks(known))))  # type: ignore[arg-type]
     blocks = {"none": 0, "total": 1, "by rank": 3 if known else 4}[kind]
     dense, chunk = 4 * SHAPE[0] * SHAPE[1], 4 * (CHUNK + 4) * sum(SHAPE)
     factors = 2 * 4 * 4 * sum(SHAPE) + 2 * 8 * 4 * sum(SHAPE)
-    # Indices of the columns of each waiting term come on top.
+    # 4096 bytes for the column indices of the pending terms.
     assert sizes[1] <= factors + blocks * (dense + 2 * chunk) + 4096
     assert sizes[1] <= sizes[0] + blocks * 2 * chunk
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_blocks_by_known_ranks_and_by_index_say_the_same(known: bool) -> None:
-    """Also when every block has become dense."""
+def test_blocks_by_known_ranks_and_by_index_give_the_same_covariance(known: bool) -> None:
+    """This also holds when every block has become dense."""
     method = method_of("fedex", {})
     for clients in (5, 300):
         stream = [contribution(i, method) for i in range(clients)]
         state = start(method)
         moments = RankMoments(state.adapter, stream, "by rank", ranks(known))
-        found = torch.zeros(SHAPE)
-        moments.normalized_covariance("x").add_to(found)
+        normalized = torch.zeros(SHAPE)
+        moments.normalized_covariance("x").add_to(normalized)
         expected = torch.zeros(SHAPE, dtype=torch.float64)
         for j in range(4):
             holders = [c for c in stream if c.adapter["x"].rank > j]
@@ -107,7 +108,7 @@ def test_blocks_by_known_ranks_and_by_index_say_the_same(known: bool) -> None:
             a = torch.stack([c.adapter["x"].A[j].double() for c in holders])
             p = torch.tensor([c.weight / mass for c in holders], dtype=torch.float64)[:, None]
             expected += (p * (b - (p * b).sum(0))).T @ (a - (p * a).sum(0))
-        assert torch.allclose(found.double(), expected, atol=1e-5)
+        assert torch.allclose(normalized.double(), expected, atol=1e-5)
         total = torch.zeros(SHAPE)
         moments.covariance("x").add_to(total)
         plain = torch.zeros(SHAPE)
@@ -125,8 +126,8 @@ def test_a_client_of_weight_zero_changes_nothing() -> None:
     assert torch.equal(patch_one["x"].U, patch_two["x"].U)
 
 
-def test_scales_that_are_no_powers_of_two_do_not_cost_digits() -> None:
-    """s·B rounded to fp32 before the difference is taken would leave 1e-7/spread of the residual wrong."""
+def test_scales_that_are_not_powers_of_two_do_not_cost_digits() -> None:
+    """Rounding s·B to fp32 before the subtraction would cause a relative error of 1e-7/spread in the residual."""
     generator = torch.Generator().manual_seed(0)
     B0, A0 = torch.randn(40, 4, generator=generator), torch.randn(4, 30, generator=generator)
     clients = []
@@ -141,5 +142,5 @@ def test_scales_that_are_no_powers_of_two_do_not_cost_digits() -> None:
     )
     exact = torch.einsum("kmr,krn->mn", B - B.mean(0), A - A.mean(0)) / len(pairs)
     _, patch = method_of("fedex", {}).step(start(method_of("fedex", {})), clients, ranks())
-    found = patch["x"].U.double() @ patch["x"].V.double()
-    assert (found - exact).norm() < 1e-6 * exact.norm()
+    residual = patch["x"].U.double() @ patch["x"].V.double()
+    assert (residual - exact).norm() < 1e-6 * exact.norm()

@@ -1,4 +1,4 @@
-"""The method of docs/adding-a-method.md, dropped into a copy of the package as it stands there."""
+"""The example of docs/adding-a-method.md, written unchanged into a copy of the package."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from paths import ROOT
 GUIDE = ROOT / "docs" / "adding-a-method.md"
 
 
-def written_in_the_guide() -> str:
+def code_of_the_guide() -> str:
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
     return str(code)
 
@@ -41,7 +41,7 @@ PROPERTIES = (
 
 
 def test_the_guides_method_passes_the_property_suite(tmp_path: Path) -> None:
-    code = written_in_the_guide()
+    code = code_of_the_guide()
     assert 30 <= len(code.splitlines()) <= 50
     done = suite(tmp_path, code, *PROPERTIES)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -59,7 +59,7 @@ def test_the_guides_method_passes_the_property_suite(tmp_path: Path) -> None:
     ],
 )
 def test_a_false_statement_fails_it(false: str, test: str, tmp_path: Path) -> None:
-    code = written_in_the_guide().replace('Properties(no_op_invariant="always")', f"Properties({false})")
+    code = code_of_the_guide().replace('Properties(no_op_invariant="always")', f"Properties({false})")
     assert false in code
     done = suite(tmp_path, code, *PROPERTIES[:-1], f"norm-preserving and {test}")
     assert done.returncode == 1
@@ -67,6 +67,6 @@ def test_a_false_statement_fails_it(false: str, test: str, tmp_path: Path) -> No
 
 
 def test_the_command_line_knows_it(tmp_path: Path) -> None:
-    done = suite(tmp_path, written_in_the_guide(), "-m", "fedelta.cli", "methods")
+    done = suite(tmp_path, code_of_the_guide(), "-m", "fedelta.cli", "methods")
     assert "norm-preserving: replication, with B scaled" in done.stdout
     assert "options: limit" in done.stdout

@@ -1,4 +1,4 @@
-"""Every registered method holds the properties that it states, and no test here knows a method's name."""
+"""Every registered method has the properties that it states. No test in this file names a method."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ every_method = pytest.mark.parametrize("name", methods())
 
 
 def stating(attribute: str) -> pytest.MarkDecorator:
-    """Every (method, options, mixed?) for which the method says that the property holds."""
+    """Parametrize over (method, options, mixed ranks) for which the method states that the property holds."""
     cases = []
     for name, options in VARIANTS:
         method = method_of(name, options)
@@ -66,14 +66,14 @@ def test_new_weight_is_old_plus_weighted_changes(name: str, options: dict, mixed
 
 @stating("no_op_invariant")
 @given(data=st.data())
-def test_nothing_changes_in_thirty_rounds_if_nobody_trains(
+def test_nothing_changes_in_thirty_rounds_if_no_client_trains(
     name: str, options: dict, mixed: bool, data: st.DataObject
 ) -> None:
-    """Neither the global model, nor what a client holds: base, tail folded for the round, and its own product."""
+    """Neither the global model nor a client's weight changes: its base, its tail for the round, and its product."""
     method, federation = method_of(name, options), data.draw(federations(mixed))
     state = start(method, federation)
     kept: dict[str, Adapter] = {}
-    train(method, state, federation, kept)  # so that there is something to keep
+    train(method, state, federation, kept)  # gives clients factors to keep
     before = global_weight(state, {})
     first = train(method, state, federation, kept, size=0)
     patches = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in SHAPES.items()}
@@ -99,7 +99,7 @@ def test_methods_that_deny_the_no_op_property_at_mixed_ranks_do_collapse(name: s
     for module, pair in state.adapter.items():
         tail = pair.B[:, 1:] @ pair.A[1:]
         original = before[module].B[:, 1:] @ before[module].A[1:]
-        assert tail.norm() < 1e-2 * original.norm(), "rank collapse is the published behaviour"
+        assert tail.norm() < 1e-2 * original.norm(), "rank collapse is the published behavior"
 
 
 @stating("gauge_invariant")
@@ -112,14 +112,14 @@ def test_a_change_of_gauge_at_a_client_changes_nothing(
     trained = updates(train(method, state, federation))
     generator = torch.Generator().manual_seed(federation.seed)
 
-    def turn(pair: LoraPair) -> LoraPair:
+    def change_gauge(pair: LoraPair) -> LoraPair:
         G = torch.eye(pair.rank, dtype=torch.float64) + 0.3 * torch.rand(
             pair.rank, pair.rank, generator=generator, dtype=torch.float64
         )
         return LoraPair(torch.linalg.solve(G, pair.A), pair.B @ G, pair.scale)
 
-    turned = [replace(trained[0], adapter=trained[0].adapter.map(turn)), *trained[1:]]
-    assert_same(global_weight(*method.step(state, turned)), global_weight(*method.step(state, trained)), 1e-8)
+    changed = [replace(trained[0], adapter=trained[0].adapter.map(change_gauge)), *trained[1:]]
+    assert_same(global_weight(*method.step(state, changed)), global_weight(*method.step(state, trained)), 1e-8)
 
 
 @every_variant
@@ -133,7 +133,7 @@ def test_the_order_of_clients_does_not_matter(name: str, options: dict, data: st
         method.step(state, data.draw(st.permutations(trained))),
     )
     assert_same(global_weight(two, patch_two), global_weight(one, patch_one), 1e-8)
-    # The product may be all that is left of B: what clients share may be A alone.
+    # The global product does not cover A if clients share A alone, so A is compared as well.
     if method.keeps_basis:
         assert_same({m: p.A for m, p in two.adapter.items()}, {m: p.A for m, p in one.adapter.items()}, 1e-8)
 
@@ -163,14 +163,14 @@ def test_one_clients_update_comes_back_unchanged(name: str, options: dict, mixed
     kept: dict[str, Adapter] = {}
     (only,) = train(method, state, federation, kept)
     after, patch = method.step(state, updates([only]))
-    # It may have pruned itself, and is then sent its new rank.
+    # The client may have pruned its adapter. The server then sends it the new rank.
     (again,) = train(method, after, replace(federation, ranks=[only.trained.rank]), kept, size=0)
     base = {m: dense(patch[m]) if m in patch else 0 for m in SHAPES}
     assert_same({m: base[m] + again.weight(m) for m in SHAPES}, {m: only.weight(m) for m in SHAPES})
 
 
 @every_variant
-def test_a_method_that_denies_the_identity_does_lose_something(name: str, options: dict) -> None:
+def test_a_method_that_denies_the_identity_changes_a_single_clients_update(name: str, options: dict) -> None:
     method = method_of(name, options)
     if method.holds().identity != "never":
         return
@@ -178,8 +178,8 @@ def test_a_method_that_denies_the_identity_does_lose_something(name: str, option
     state = start(method, alone)
     (only,) = train(method, state, alone)
     after, patch = method.step(state, updates([only]))
-    found = global_weight(after, patch)
-    assert any((found[m] - only.weight(m)).norm() > 1e-3 * only.weight(m).norm() for m in SHAPES)
+    weight = global_weight(after, patch)
+    assert any((weight[m] - only.weight(m)).norm() > 1e-3 * only.weight(m).norm() for m in SHAPES)
 
 
 @stating("reduces_to_fedit")
@@ -202,7 +202,7 @@ def test_equal_ranks_give_plain_means_of_the_factors(
 
 @pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if method_of(*v).holds().linear], ids=label)
 @given(data=st.data())
-def test_a_linear_methods_factors_are_weighted_sums_of_what_clients_send(
+def test_a_linear_methods_factors_are_weighted_sums_of_the_clients_factors(
     name: str, options: dict, data: st.DataObject
 ) -> None:
     method, federation = method_of(name, options), data.draw(federations(mixed_allowed(name)))

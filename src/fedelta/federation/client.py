@@ -22,7 +22,7 @@ from fedelta.lora.adapter import Adapter, finite
 from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.methods import Method, make_method
-from fedelta.protocol.compression import LOSSLESS, Basis, ErrorFeedback, compensate
+from fedelta.protocol.compression import LOSSLESS, Basis, Encoded, ErrorFeedback, compensate
 from fedelta.protocol.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.protocol.serialization import (
     adapter_tensors,
@@ -240,20 +240,19 @@ class Trainer:
             metrics=metrics,
             precision=broadcast.precision,
         )
-        if broadcast.precision != LOSSLESS:
-            update = self._compensated(task, update)
-        blob = update.to_bytes()
+        encoded = None if broadcast.precision == LOSSLESS else self._compensated(task, update)
+        blob = update.to_bytes(encoded)
         self.watch.lap("messages")
         return blob
 
-    def _compensated(self, task: "_Task", update: ClientUpdate) -> ClientUpdate:
-        """The update with what this client's earlier messages have left out."""
+    def _compensated(self, task: "_Task", update: ClientUpdate) -> Encoded:
+        """Encode the tensors of an update plus the rounding error of the client's last update."""
         basis = Basis(task.broadcast.seed, update.rank, update.scale)
         last = self.error_feedback.get(update.client) if task.method.keeps_basis else None
-        tensors, left = compensate(update.tensors, update.precision, update.round, basis, last)
-        if all(finite(tensor) for tensor in left.after.values()):
-            self.error_feedback[update.client] = left
-        return update.with_tensors(tensors)
+        encoded, feedback = compensate(update.tensors, update.precision, update.round, basis, last)
+        if all(finite(tensor) for tensor in feedback.after.values()):
+            self.error_feedback[update.client] = feedback
+        return encoded
 
     @contextmanager
     def with_tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:

@@ -1,9 +1,9 @@
-"""LoRA pairs and adapters. **The only place where α/r exists.**
+"""LoRA pairs and adapters. **The only file that computes α/r.**
 
-One adapted layer has the update ΔW = s·B·A with B (m, r), A (r, n) and s = α/r, or α/√r for rsLoRA
-(Kalajdzievski 2312.03732). Everything outside this file works with `LoraPair.scale` and never computes it.
-Shapes are those of the layer as a Linear, out×in; a Conv1D (`fan_in_fan_out`) is turned by whoever touches
-its weight.
+One adapted layer has the update ΔW = s·B·A with B (m, r), A (r, n) and s = α/r, or s = α/√r for rsLoRA
+(Kalajdzievski 2312.03732). All other code reads `LoraPair.scale` and never computes it.
+Shapes are those of the layer as a Linear, out×in. Code that touches the weight of a Conv1D (`fan_in_fan_out`)
+transposes it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,14 +24,24 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def lora_scale(alpha: float, rank: int, rule: ScaleRule = "alpha/r") -> float:
-    """The factor s of s·B·A: α/r (LoRA), α/√r (rsLoRA), or α whatever the rank."""
+    """Return the scale s of s·B·A: α/r (LoRA), α/√r (rsLoRA, 2312.03732), or α independent of the rank.
+
+    Example:
+        >>> lora_scale(alpha=16, rank=4)
+        4.0
+        >>> lora_scale(alpha=16, rank=4, rule="alpha/sqrt(r)")
+        8.0
+
+    Raises:
+        FedeltaError: if the rank is below 1.
+    """
     if rank < 1:
-        raise FedeltaError(f"a LoRA rank is at least 1, found {rank}")
+        raise FedeltaError(f"a LoRA rank must be at least 1, found {rank}")
     return {"alpha/r": alpha / rank, "alpha/sqrt(r)": alpha / sqrt(rank), "alpha": alpha}[rule]
 
 
 def lora_alpha(scale: float, rank: int, rule: ScaleRule = "alpha/r") -> float:
-    """The α that gives this scale at this rank: what an adapter's config must say."""
+    """Return the α that gives `scale` at `rank`: the `lora_alpha` of a PEFT configuration."""
     return scale / lora_scale(1.0, rank, rule)
 
 
@@ -43,6 +53,16 @@ class LoraPair:
         A: shape (r, n).
         B: shape (m, r).
         scale: s.
+
+    Raises:
+        FedeltaError: if A and B do not share a rank.
+
+    Example:
+        >>> pair = LoraPair(A=torch.ones(2, 4), B=torch.ones(3, 2), scale=0.5)
+        >>> pair.rank, pair.shape
+        (2, (3, 4))
+        >>> pair.with_scale(1.0).B[0]  # the scale is absorbed into B
+        tensor([0.5000, 0.5000])
     """
 
     A: Tensor  # (r, n)
@@ -63,27 +83,38 @@ class LoraPair:
         return self.B.shape[0], self.A.shape[1]
 
     def product(self) -> LowRank:
-        """s·B·A as a `LowRank` of width r."""
+        """Return s·B·A as a `LowRank` of width r."""
         return LowRank(self.B * self.scale, self.A)
 
     def with_scale(self, scale: float) -> "LoraPair":
-        """The same product under another scale: B·(s/scale). Scale 1 absorbs s into B."""
+        """Return the same product at another scale, with B·(s/scale). Scale 1 absorbs s into B."""
         if scale == self.scale:
             return self
         return LoraPair(self.A, self.B * (self.scale / scale), scale)
 
     def select(self, indices: Tensor) -> "LoraPair":
-        """These rank indices alone."""
+        """Return the pair of these rank indices alone."""
         return LoraPair(self.A[indices].contiguous(), self.B[:, indices].contiguous(), self.scale)
 
     def truncate(self, rank: int) -> "LoraPair":
-        """The first `rank` columns of B and rows of A: what a client of that rank downloads."""
+        """Return the first `rank` columns of B and rows of A, which a client of that rank downloads."""
         return LoraPair(self.A[:rank].contiguous(), self.B[:, :rank].contiguous(), self.scale)
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter(Mapping[str, LoraPair]):
-    """A LoRA adapter: module name → `LoraPair`, in a fixed order of names."""
+    """A LoRA adapter: module name → `LoraPair`, sorted by name.
+
+    Args:
+        pairs: module name → pair.
+
+    Example:
+        >>> adapter = initial_adapter({"q": (6, 4), "v": (6, 4)}, rank=2, seed=0)
+        >>> adapter.rank, adapter.parameters
+        (2, 40)
+        >>> adapter.truncate(1)["q"].A.shape
+        torch.Size([1, 4])
+    """
 
     pairs: Mapping[str, LoraPair]
 
@@ -101,11 +132,12 @@ class Adapter(Mapping[str, LoraPair]):
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
+        """Largest rank over the modules."""
         return max(pair.rank for pair in self.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module → (m, n)."""
         return {module: pair.shape for module, pair in self.items()}
 
     @property
@@ -114,29 +146,32 @@ class Adapter(Mapping[str, LoraPair]):
         return sum(pair.A.numel() + pair.B.numel() for pair in self.values())
 
     def map(self, change: Callable[[LoraPair], LoraPair]) -> "Adapter":
-        """The adapter with every pair changed."""
+        """Return the adapter with `change` applied to every pair."""
         return Adapter({module: change(pair) for module, pair in self.items()})
 
     def with_scale(self, scale: float) -> "Adapter":
-        """The same products under one scale."""
+        """Return the same products, all at one scale."""
         return self.map(lambda pair: pair.with_scale(scale))
 
     def to(self, dtype: torch.dtype) -> "Adapter":
-        """The same adapter in another dtype."""
+        """Return the adapter in another dtype."""
         return self.map(lambda pair: LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scale))
 
     def truncate(self, rank: int) -> "Adapter":
-        """The first `rank` rank indices of every module."""
+        """Return the first `rank` rank indices of every module."""
         return self.map(lambda pair: pair.truncate(rank))
 
     @property
     def norm_squared(self) -> float:
-        """Σ ‖s·B·A‖_F² over the modules."""
+        """Σ ‖s·B·A‖_F², summed over the modules."""
         return sum(product.norm() ** 2 for product in self.products().values())
 
     def energy_by_rank(self) -> Tensor:
-        """Σ ‖s·b_j·a_j‖_F² over the modules, of each rank index j: (R,), float64. An index that only some clients have
-        loses it where they are averaged with zeros («rank collapse», raFLoRA, 2602.13486)."""
+        """Return Σ ‖s·b_j·a_j‖_F² over the modules for each rank index j: (R,), float64.
+
+        Averaging with zeros drains the energy of an index that only some clients hold: the "rank collapse" of raFLoRA
+        (2602.13486).
+        """
         energy = torch.zeros(self.rank, dtype=torch.float64)
         for pair in self.values():
             size = pair.scale**2 * pair.B.double().square().sum(0) * pair.A.double().square().sum(1)
@@ -144,39 +179,44 @@ class Adapter(Mapping[str, LoraPair]):
         return energy
 
     def products(self) -> dict[str, LowRank]:
+        """Return module → s·B·A as a `LowRank`."""
         return {module: pair.product() for module, pair in self.items()}
 
 
 def draw_A(module: str, rank: int, n: int, seed: int) -> Tensor:
-    """A (rank, n) as PEFT initializes it: kaiming-uniform with a = √5, that is U(−1/√n, 1/√n).
+    """Draw A (rank, n) as PEFT initializes it: kaiming-uniform with a = √5, that is U(−1/√n, 1/√n).
 
-    Depends on the seed and the module's name alone, and its first rows are the same at every rank: a client
-    that knows the seed draws its own A, and a promoted client's new rows are those that the server holds.
+    The draw depends only on the seed and the module's name, and its first rows are the same at every rank. A client
+    that knows the seed can therefore draw A itself, and a client whose rank is raised draws the rows that the server
+    holds.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora_A", module))
     return (torch.rand(rank, n, generator=generator) * 2 - 1) / sqrt(n)
 
 
 def draw_basis(module: str, m: int, rank: int, seed: int) -> Tensor:
-    """An (m, rank) matrix with orthonormal columns that depends on the seed and the module's name alone.
+    """Draw an (m, rank) matrix with orthonormal columns. It depends only on the seed and the module's name.
 
     Raises:
         FedeltaError: if the rank exceeds m.
     """
     if rank > m:
-        raise FedeltaError(f"module {module}: a core of rank {rank} needs a layer of at least as many outputs, not {m}")
+        raise FedeltaError(
+            f"module {module}: a core of rank {rank} needs a layer with at least {rank} outputs, not {m}"
+        )
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora_B", module))
     Q, R = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64))
-    # QR is unique up to signs, and libraries differ in them.
+    # QR is unique only up to signs, and libraries choose them differently.
     return (Q * torch.sign(R.diagonal())).float()
 
 
 def initial_adapter(shapes: Shapes, rank: int, seed: int) -> Adapter:
-    """A drawn from the seed, B zero, scale 1: the product is zero."""
+    """Return the adapter of a fresh start: A drawn from the seed, B zero, scale 1. Its product is zero."""
     return Adapter({m: LoraPair(draw_A(m, rank, n, seed), torch.zeros(out, rank)) for m, (out, n) in shapes.items()})
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    # A sum is seven times as fast as a mask and finite only if every term is (or on overflow: then look).
+    """Return True if a tensor contains neither NaN nor infinity."""
+    # A sum is seven times as fast as a mask. A finite sum has finite terms only; any other sum may be an overflow of
+    # finite terms, so the terms themselves are checked.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

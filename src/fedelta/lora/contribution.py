@@ -1,4 +1,4 @@
-"""What one client contributes to a round: its checked update, complete with the factors that were frozen."""
+"""`Contribution`: one client's part in a round, with the factors that it did not train filled in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from fedelta.lora.adapter import Adapter
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """An update that has passed the door, complete with the factors that were frozen.
+    """A validated update of one client, with its frozen factors filled in.
 
     Args:
-        client: its id.
+        client: id of the client.
         weight: w_i, not normalized.
         adapter: s_i·B_i·A_i of every module.
-        indices: which rank indices of the global adapter it trained, (r_i,); None is the first r_i.
-        heads: name → tensor.
-        metrics: finite numbers by name.
+        indices: rank indices of the global adapter that the client trained, (r_i,); None means the first r_i.
+        heads: name → tensor, the trained modules outside LoRA.
+        metrics: name → finite number.
     """
 
     client: str

@@ -1,4 +1,4 @@
-"""How far the mean of factors is from the mean of products, layer by layer, without a dense matrix."""
+"""Distance between the product of the mean factors and the mean of the products, per layer, without a dense matrix."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from fedelta.lora.rank_moments import RankMoments
 
 
 class Deviation(NamedTuple):
-    """Of one module.
+    """Deviation of one module.
 
     Args:
         relative: ‖ΔW − B̄ Ā‖_F / ‖ΔW‖_F; 0 where nothing was trained.
-        scaled: ‖ΔW − B̄ Ā‖_F / √(m·n), what an element of the weight is off by.
+        scaled: ‖ΔW − B̄ Ā‖_F / √(m·n), the root-mean-square error of an element of the weight.
     """
 
     relative: float
@@ -22,14 +22,14 @@ class Deviation(NamedTuple):
 
 
 def deviation(moments: RankMoments) -> dict[str, Deviation]:
-    """What averaging A and B apart loses in each module (FedEx-LoRA, 2410.09432).
+    """Return what averaging A and B separately loses in each module (FedEx-LoRA, 2410.09432).
 
-    B̄ and Ā are the means over the contributors of each rank index, and ΔW the mean of products in which a client counts
-    as those means where it holds nothing (docs/methods.md 3): what averaging the two factors apart would lose
-    in this round, whatever the method does about it. The difference is Σ_j cov_j, so nothing cancels.
+    B̄ and Ā are the means over the contributors of each rank index. ΔW is the mean of products in which these means
+    stand in for a rank index that a client does not hold (docs/methods.md 3). The deviation is the loss of separate
+    averages in this round, independent of how the method corrects it. The difference is Σ_j cov_j, so nothing cancels.
 
     Args:
-        moments: with a covariance.
+        moments: moments of the round, kept with a covariance.
 
     Returns:
         Module → deviation.
@@ -44,10 +44,10 @@ def deviation(moments: RankMoments) -> dict[str, Deviation]:
 
 
 def deviation_from_zero_padding(moments: RankMoments, module: str) -> float:
-    """‖ΔW − B̄ Ā‖_F / ‖ΔW‖_F with ΔW = Σ p_i s_i B_i A_i and zeros averaged in where a client holds nothing.
+    """Return ‖ΔW − B̄ Ā‖_F / ‖ΔW‖_F with ΔW = Σ p_i s_i B_i A_i and zeros for rank indices that a client lacks.
 
-    What a person gets who averages the factors of adapter folders, against their exact mean
-    Σ_j c_j b̄_j ā_j + cov_j; the plain average is Σ_j c_j² b̄_j ā_j.
+    It compares the plain average of the factors of adapter folders, Σ_j c_j² b̄_j ā_j, with their exact mean,
+    Σ_j c_j b̄_j ā_j + cov_j.
     """
     c = moments.share(module)
     terms = moments.mean_terms(module)

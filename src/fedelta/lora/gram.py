@@ -1,4 +1,4 @@
-"""Frobenius norms of sums of products U·V from Gram matrices of their factors."""
+"""Frobenius norms of sums of products U·V, computed from Gram matrices of their factors."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def norms(terms: Sequence[tuple[Tensor, Tensor]], *columns: Tensor) -> list[float]:
-    """‖U·diag(d)·V‖_F for some d, where U·V is a sum of products: ‖·‖² = Σ (UᵀU ∘ VVᵀ ∘ ddᵀ).
+    """Return ‖U·diag(d)·V‖_F for each d, where U·V is a sum of products: ‖·‖² = Σ (UᵀU ∘ VVᵀ ∘ ddᵀ).
 
-    The Gram matrices have the dtype of the factors, which is enough for the norm of a sum in which nothing cancels.
-    Where the terms do cancel (clients that agree), it goes through QR of U in float64, which keeps its digits.
+    The Gram matrices have the dtype of the factors, which is precise enough if the terms do not cancel. If they do
+    cancel (clients that agree), the norm is computed by QR of U in float64, which keeps its digits.
 
     Args:
-        terms: (U_i, V_i) with U = [U_1 …] and V = [V_1; …], (m, q_i) and (q_i, n) of one dtype. Not stacked unless they
-            cancel.
-        columns: each d, (Σ q_i,).
+        terms: pairs (U_i, V_i) with U = [U_1 …] and V = [V_1; …], of shapes (m, q_i) and (q_i, n) and one dtype. They
+            are stacked only if they cancel.
+        columns: the vectors d, each (Σ q_i,).
     """
     if sum(U.shape[1] for U, _ in terms) == 0:
         return [0.0 for _ in columns]
@@ -25,7 +25,7 @@ def norms(terms: Sequence[tuple[Tensor, Tensor]], *columns: Tensor) -> list[floa
     for d in columns:
         d = d.double()
         square, size = float(d @ weights @ d), float((weights.diagonal() * d.square()).sum())
-        # Orthogonal terms have square = size; a sum a thousandth of that has lost half its digits.
+        # Orthogonal terms have square = size. A square of a thousandth of size has lost half of its digits.
         if square > len(d) * torch.finfo(terms[0][0].dtype).eps ** 0.5 * size:
             result.append(square**0.5)
         else:
@@ -36,9 +36,10 @@ def norms(terms: Sequence[tuple[Tensor, Tensor]], *columns: Tensor) -> list[floa
 
 
 def gram(blocks: Sequence[Tensor]) -> Tensor:
-    """XᵀX of X = [blocks], (q, q), without putting X together.
+    """Return XᵀX of X = [blocks], (q, q), without concatenating X.
 
-    Only the products above the diagonal are taken, so a wide block is cut into some: a quarter less time.
+    Only products on and above the diagonal are computed. Wide blocks are split, so that more products lie below the
+    diagonal; this saves a quarter of the time.
     """
     blocks = [part for block in blocks for part in block.split(max(48, -(-block.shape[1] // 4)), dim=1)]
     ends = list(accumulate(part.shape[1] for part in blocks))

@@ -1,8 +1,7 @@
-"""`LowRank`: a matrix kept as the product of a tall and a wide factor, and never written out.
+"""`LowRank`: a matrix stored as the product of a tall and a wide factor, without forming the product.
 
-Server mathematics is sums, norms and truncations of such products. None of them needs the
-m×n matrix: sums stack the factors, norms and truncations go through small Gram matrices or QR of the factors.
-`Dense` is the same thing written out, for sums so wide that the m×n matrix is the smaller form.
+The server computes sums, norms and truncations of such products without the m×n matrix: sums stack the factors; norms
+and truncations use small Gram matrices or QR. `Dense` stores the m×n matrix, for sums so wide that it is smaller.
 """
 
 from abc import ABC, abstractmethod
@@ -17,12 +16,12 @@ from fedelta.lora.gram import gram, norms
 
 @dataclass(frozen=True, eq=False)
 class SVD:
-    """left·diag(sigma)·right, with singular vectors as combinations of given columns and rows, formed when asked for.
+    """SVD left·diag(sigma)·right. Singular vectors are combinations of stored columns and rows; `cut` forms them.
 
     Args:
-        sigma: (k,) descending, float64.
-        U, left_of_U: (m, q) and (q, k): left = U·left_of_U; None stands for the identity.
-        V, right_of_V: (q, n) and (k, q): right = right_of_V·V; likewise.
+        sigma: singular values, (k,), descending, float64.
+        U, left_of_U: (m, q) and (q, k), with left = U·left_of_U; None stands for the identity.
+        V, right_of_V: (q, n) and (k, q), with right = right_of_V·V; None stands for the identity.
     """
 
     sigma: Tensor
@@ -32,20 +31,20 @@ class SVD:
     right_of_V: Tensor | None
 
     def rank(self, dtype: torch.dtype) -> int:
-        """Number of singular values above the rounding of the largest one in this dtype."""
+        """Return the number of singular values above the rounding error of the largest one in this dtype."""
         if len(self.sigma) == 0:
             return 0
         return int((self.sigma > torch.finfo(dtype).eps * self.sigma[0]).sum())
 
     def energy_rank(self, energy: float) -> int:
-        """Fewest leading singular values with at least this share of Σσ²; 0 for a zero matrix."""
+        """Return the smallest number of leading singular values with this share of Σσ²; 0 for a zero matrix."""
         total = self.sigma.square().cumsum(0)
         if len(total) == 0 or total[-1] == 0:
             return 0
         return min(int((total < energy * total[-1]).sum()) + 1, len(total))
 
     def cut(self, begin: int, end: int | None, dtype: torch.dtype) -> "LowRank":
-        """Components begin to end with balanced factors U√Σ and √ΣVᵀ."""
+        """Return the components `begin` to `end` (exclusive) with balanced factors U√Σ and √ΣVᵀ."""
         root = self.sigma[begin:end].sqrt()
         if self.left_of_U is None:
             U = self.U[:, begin:end] * root
@@ -59,37 +58,34 @@ class SVD:
 
 
 class Matrix(ABC):
-    """What `LowRank` and `Dense` share."""
+    """Interface shared by `LowRank` and `Dense`."""
 
     @abstractmethod
     def svd(self) -> SVD:
-        """Singular values and vectors."""
+        """Return the singular value decomposition."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the tensors that hold it."""
+        """Dtype of the stored tensors."""
 
     @abstractmethod
     def add_to(self, weight: Tensor) -> None:
-        """weight += this, in place."""
+        """Add the matrix to `weight` (m, n) in place."""
 
     def truncate(self, rank: int) -> "LowRank":
-        """The best approximation of at most this rank (Eckart–Young), with balanced factors U√Σ and √ΣVᵀ."""
+        """Return the best approximation of at most this rank (Eckart–Young), with balanced factors U√Σ and √ΣVᵀ."""
         return self.svd().cut(0, rank, self.dtype)
 
     def recompress(self) -> "LowRank":
-        """The same matrix at its numerical rank, with balanced factors.
-
-        Drops singular values below the rounding of the largest one in the dtype of the factors.
-        """
+        """Return the matrix at its numerical rank (`SVD.rank` in the dtype of the factors), with balanced factors."""
         svd = self.svd()
         return svd.cut(0, svd.rank(self.dtype), self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Matrix):
-    """The matrix U·V.
+    """The matrix U·V, stored as its factors.
 
     Args:
         U: left factor, shape (m, q).
@@ -97,6 +93,14 @@ class LowRank(Matrix):
 
     Raises:
         ValueError: if the inner sizes differ.
+
+    Example:
+        >>> u, v = torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0, 0.0]])
+        >>> total = LowRank.sum([LowRank(u, v), LowRank(u, v)])
+        >>> total.shape, total.width, round(total.norm(), 6)
+        ((2, 2), 2, 10.0)
+        >>> total.recompress().width
+        1
     """
 
     U: Tensor  # (m, q)
@@ -113,7 +117,7 @@ class LowRank(Matrix):
 
     @property
     def width(self) -> int:
-        """The inner size q: an upper bound on the rank."""
+        """Inner size q, an upper bound on the rank."""
         return self.U.shape[1]
 
     @property
@@ -122,45 +126,45 @@ class LowRank(Matrix):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a file or a message holds of it."""
+        """The factors by name, as files and messages store them."""
         return {"U": self.U, "V": self.V}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the two factors."""
+        """Size of the two factors in bytes."""
         return self.U.nbytes + self.V.nbytes
 
     @staticmethod
     def sum(terms: Iterable["LowRank"]) -> "LowRank":
-        """Σ U_i·V_i = [U_1 … U_K]·[V_1; …; V_K], of width Σ q_i."""
+        """Return Σ U_i·V_i = [U_1 … U_K]·[V_1; …; V_K], of width Σ q_i."""
         terms = list(terms)
         return LowRank(torch.cat([t.U for t in terms], dim=1), torch.cat([t.V for t in terms], dim=0))
 
     def scaled(self, factor: float) -> "LowRank":
-        """factor·U·V."""
+        """Return factor·U·V."""
         return self if factor == 1 else LowRank(self.U * factor, self.V)
 
     def to(self, dtype: torch.dtype) -> "LowRank":
-        """The same product with factors of another dtype."""
+        """Return the same product with factors of another dtype."""
         return LowRank(self.U.to(dtype), self.V.to(dtype))
 
     def contiguous(self) -> "LowRank":
-        """The same product with factors in row order."""
+        """Return the same product with contiguous factors."""
         return LowRank(self.U.contiguous(), self.V.contiguous())
 
     def is_zero(self) -> bool:
-        """Whether a factor holds nothing but zeros."""
+        """Return True if one of the factors is zero."""
         return self.width == 0 or not all(_any(x) for x in (self.U, self.V))
 
     def norm(self) -> float:
-        """‖U·V‖_F, without forming the product; a product that cancels keeps its digits."""
+        """Return ‖U·V‖_F without forming the product. The result keeps its digits even if columns cancel."""
         return norms([(self.U, self.V)], torch.ones(self.width))[0]
 
     def svd(self) -> SVD:
-        """Singular values and vectors of U·V, without forming it; k ≤ min(q, m, n).
+        """Return the SVD of U·V without forming the product; k ≤ min(q, m, n).
 
-        Factors of 32 bits and fewer: eigenvectors of two q×q Gram matrices in float64, twice as fast as QR and exact
-        to 1e-8 of the largest singular value, below the rounding of the factors. Factors in float64 need QR.
+        Factors of at most 32 bits use eigenvectors of two q×q Gram matrices in float64: twice as fast as QR and exact
+        to 1e-8 of the largest singular value, which is below the rounding error of the factors. Float64 needs QR.
         """
         if self.dtype == torch.float64 or self.width > min(self.shape):
             Qu, Ru = torch.linalg.qr(self.U.double())
@@ -168,17 +172,16 @@ class LowRank(Matrix):
             left, sigma, right = torch.linalg.svd(Ru @ Rv.T, full_matrices=False)
             return SVD(sigma, Qu, left, Qv.T, right)
         gram_U, gram_V = gram([self.U.double()]), gram([self.V.double().T])
-        # Columns of U to length one, rows of V taking their length: a column that is small beside the others counts
-        # by its part of the product.
+        # Columns of U get length one and rows of V take that length: a small column counts by its part of the product.
         length = gram_U.diagonal().sqrt()
         unit = torch.where(length > 0, 1 / length, 0.0)
         gram_U, gram_V = unit[:, None] * gram_U * unit, length[:, None] * gram_V * length
         values, vectors = torch.linalg.eigh(gram_U)
-        # Directions of U that are rounding have no left singular vector; a zero U (B = 0, round 0) has none at all.
+        # Rounding errors in U have no left singular vector; a zero U (B = 0 in round 0) has none at all.
         largest = float(values[-1]) if len(values) else 0.0
-        kept = values > max(largest, 0.0) * torch.finfo(torch.float64).eps * self.width
-        root, vectors = values[kept].sqrt(), vectors[:, kept]
-        # U = (U·vectors/root)·(root·vectorsᵀ), so the core root·vectorsᵀ·V has the singular values of U·V.
+        significant = values > max(largest, 0.0) * torch.finfo(torch.float64).eps * self.width
+        root, vectors = values[significant].sqrt(), vectors[:, significant]
+        # U = (U·vectors/root)·(root·vectorsᵀ), so root·vectorsᵀ·V has the singular values of U·V.
         inner = root[:, None] * vectors.T
         squares, turn = torch.linalg.eigh(inner @ gram_V @ inner.T)
         sigma, turn = squares.clamp(min=0).sqrt().flip(0), turn.flip(1)
@@ -187,19 +190,19 @@ class LowRank(Matrix):
         return SVD(sigma, self.U, left, self.V, inverse[:, None] * (turn.T @ inner) * length)
 
     def add_to(self, weight: Tensor) -> None:
-        """weight += U·V in place, as one GEMM without an m×n temporary.
+        """Add U·V to `weight` (m, n) in place, as one GEMM without an m×n temporary.
 
         Raises:
-            ValueError: if the shapes differ, or if the weight has fewer bits than the factors. A bf16 weight
-                loses most of a small residual: fold into an fp32 patch instead.
+            ValueError: if the shapes differ, or if the weight has fewer bits than the factors: a bf16 weight would
+                lose most of a small residual. Add it to an fp32 patch instead.
         """
-        _check(self, weight)
+        _check_sum(self, weight)
         weight.addmm_(self.U.to(weight.dtype), self.V.to(weight.dtype))
 
 
 @dataclass(frozen=True, eq=False)
 class Dense(Matrix):
-    """An m×n matrix written out: what a sum of products becomes once its factors are larger than that."""
+    """A full m×n matrix, the form of a sum of products once its factors would be larger. Methods as in `LowRank`."""
 
     W: Tensor  # (m, n)
 
@@ -209,7 +212,6 @@ class Dense(Matrix):
 
     @property
     def width(self) -> int:
-        """An upper bound on the rank."""
         return min(self.shape)
 
     @property
@@ -240,7 +242,7 @@ class Dense(Matrix):
         return float(torch.linalg.norm(self.W.double()))
 
     def svd(self) -> SVD:
-        """In fp32 by eigenvectors of the smaller Gram matrix in float64, for the reason that `LowRank.svd` gives."""
+        """Return the SVD; in fp32 from the smaller Gram matrix in float64, for the reason given in `LowRank.svd`."""
         if self.dtype == torch.float64:
             left, sigma, right = torch.linalg.svd(self.W, full_matrices=False)
             return SVD(sigma, left, None, right, None)
@@ -253,13 +255,13 @@ class Dense(Matrix):
         return SVD(sigma, self.W, vectors * inverse, vectors.T, None)
 
     def as_product(self) -> LowRank:
-        """The same matrix as a product with the identity of its smaller side, without any arithmetic."""
+        """Return the matrix as a product with the identity of its smaller side, without arithmetic."""
         m, n = self.shape
-        one = torch.eye(min(m, n), dtype=self.dtype)
-        return LowRank(one, self.W) if m <= n else LowRank(self.W, one)
+        identity = torch.eye(min(m, n), dtype=self.dtype)
+        return LowRank(identity, self.W) if m <= n else LowRank(self.W, identity)
 
     def add_to(self, weight: Tensor) -> None:
-        _check(self, weight)
+        _check_sum(self, weight)
         weight += self.W
 
 
@@ -267,16 +269,17 @@ Product = LowRank | Dense
 
 
 def _any(x: Tensor) -> bool:
-    # A row tells in most cases; all of it is looked at only where that row is zero.
+    # The first row usually decides; the whole tensor is read only if that row is zero.
     return bool(x[:1].any()) or bool(x.any())
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> Product:
-    """The matrix whose `tensors` these are."""
+    """Return the matrix with these `tensors`: the inverse of `Product.tensors`."""
     return Dense(tensors["W"]) if "W" in tensors else LowRank(tensors["U"], tensors["V"])
 
 
-def _check(product: Product, weight: Tensor) -> None:
+def _check_sum(product: Product, weight: Tensor) -> None:
+    """Raise if `product` can't be added to `weight` without losing bits."""
     if tuple(weight.shape) != product.shape:
         raise ValueError(f"cannot add a {product.shape} product to a {tuple(weight.shape)} weight")
     if torch.finfo(weight.dtype).bits < torch.finfo(product.dtype).bits:
@@ -284,14 +287,14 @@ def _check(product: Product, weight: Tensor) -> None:
 
 
 def add(terms: list[Product]) -> Product:
-    """The sum of some matrices: dense if one of them is, else of the width of all."""
+    """Return the sum of the matrices: dense if one of them is, otherwise low-rank with the sum of all widths."""
     if len(terms) == 1:
         return terms[0]
     dense = [term for term in terms if isinstance(term, Dense)]
-    low = [term for term in terms if isinstance(term, LowRank)]
+    low_rank = [term for term in terms if isinstance(term, LowRank)]
     if not dense:
-        return LowRank.sum(low)
+        return LowRank.sum(low_rank)
     total = dense[0].W.clone()
-    for term in [*dense[1:], *low]:
+    for term in [*dense[1:], *low_rank]:
         term.add_to(total)
     return Dense(total)

@@ -1,17 +1,17 @@
-"""The base patches as a versioned log, on the server, and their running sum, at a client.
+"""Base patches: a versioned log on the server and their running sum on a client.
 
-A method that changes the base (FedEx) never touches W0 on the server. It appends one low-rank patch per
-round; a client holds the sum C_v of all patches up to its version v, in fp32, and trains on W0 + C_v. Beside a
-large base of few bits it keeps the patches' factors for as long as they are the smaller form.
+A method that changes the base (FedEx) never touches W0 on the server. It appends one low-rank patch per round. A
+client holds the fp32 sum C_v of all patches up to its version v and trains on W0 + C_v. With a large quantized base,
+the client keeps the factors of the patches as long as they are the smaller form.
 
-Both sides compute C_v by the same additions in the same order, so on one machine every client at version v
-holds the server's bits. A client that missed rounds is sent exactly what it has not seen: the factors of
-each version, or C_v itself as soon as that is smaller. (Recompressing several versions into one would only
-be smaller than both if their sum had a lower rank than its width, which trained patches do not, and it
-would cost the bits.) Entries that no client can be served from any more are dropped, so the log never
-grows beyond twice the dense size.
+Server and client compute C_v by the same additions in the same order, so on the same hardware every client at
+version v holds exactly the server's bits. A client that missed rounds receives exactly the versions that it has not
+seen: the factors of each version, or C_v itself once that is smaller. (Recompressing several versions into one would
+be smaller than both only if the rank of their sum were below its width. Trained patches do not have this property,
+and recompression would change the bits.) The log drops entries that can no longer serve any client, so it never
+exceeds twice the dense size.
 
-Versions are chained by a digest of their content: a client of another history is refused, never patched.
+Versions are chained by a digest of their content: a client with another history is refused, never patched.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from fedelta.lora.adapter import Shapes
 from fedelta.lora.lowrank import Dense, Product, add
 
 Patch = Mapping[str, Product]
-"""Module name → what is added to its base weight, out×in."""
+"""Module name → matrix (m, n), out×in, that is added to the base weight of the module."""
 
 
 def _nbytes(patch: Patch) -> int:
@@ -44,7 +44,12 @@ def _digest(previous: str, patch: Patch) -> str:
 
 
 def fold(total: dict[str, Tensor], patch: Patch) -> None:
-    """Add one version's patch to the dense fp32 sum, in place; a module not yet in it starts from zero."""
+    """Add the patch of one version to the dense fp32 sum in place. A module that is not yet in it starts from zero.
+
+    Args:
+        total: module → C (m, n), fp32.
+        patch: the patch to add.
+    """
     for module, product in patch.items():
         if module not in total:
             total[module] = torch.zeros(product.shape)
@@ -53,13 +58,13 @@ def fold(total: dict[str, Tensor], patch: Patch) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PatchDelta:
-    """What takes a base from one version to another: the factors of each version between, or the sum itself.
+    """Difference between two versions of a base: the patch of each version between them, or the sum itself.
 
     Args:
         start, end: versions before and after.
-        digests: digest of every version from `start` to `end`.
-        entries: version → patch, for each version in (start, end]; empty when `total` is given.
-        total: module → C_end (m, n), fp32; None when `entries` are given.
+        digests: version → digest, for every version from `start` to `end`.
+        entries: version → patch, for each version in (start, end]; empty if `total` is given.
+        total: module → C_end (m, n), fp32; None if `entries` are given.
     """
 
     start: int
@@ -71,13 +76,24 @@ class PatchDelta:
 
 @dataclass(frozen=True, eq=False)
 class PatchLog:
-    """The server's log. Immutable: `append` returns the next one.
+    """The server's log of base patches. It is immutable: `append` returns a new log.
 
     Args:
-        shapes: module → (m, n) of every adapted layer, for the size of a dense sum.
-        digests: digest of version v at index v; version 0 is the empty base.
-        entries: version → patch, the newest versions without gaps.
-        total: module → C at the newest version, once older entries have been dropped.
+        shapes: module → (m, n) of every adapted layer, which gives the size of a dense sum.
+        digests: digest of version v at index v; version 0 is the unchanged base.
+        entries: version → patch, of the newest versions, without gaps.
+        total: module → C (m, n) at the newest version, once older entries have been dropped.
+
+    Example:
+        >>> from fedelta.lora.lowrank import LowRank
+        >>> log = PatchLog({"q": (6, 4)}).append({"q": LowRank(torch.ones(6, 1), torch.ones(1, 4))})
+        >>> log.version
+        1
+        >>> base = PatchedBase()
+        >>> base.apply(log.since(base.version))
+        True
+        >>> base.version, base.total["q"].shape
+        (1, torch.Size([6, 4]))
     """
 
     shapes: Shapes
@@ -87,18 +103,19 @@ class PatchLog:
 
     @property
     def version(self) -> int:
+        """The newest version."""
         return len(self.digests) - 1
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of C in fp32, had every adapted module a patch."""
+        """Size of C in bytes, in fp32, if every adapted module is patched."""
         return sum(4 * m * n for m, n in self.shapes.values())
 
     def append(self, patch: Patch) -> "PatchLog":
-        """The log with one more version; a patch without modules changes nothing and makes no version."""
+        """Return the log with one more version. A patch without modules adds no version."""
         if not patch:
             return self
-        # One memory layout on both sides: BLAS may round a transposed operand differently.
+        # Server and client need the same memory layout: BLAS may round a transposed operand differently.
         patch = {module: product.contiguous() for module, product in sorted(patch.items())}
         entries = {**self.entries, self.version + 1: patch}
         total = self.total
@@ -118,9 +135,13 @@ class PatchLog:
         return PatchLog(self.shapes, (*self.digests, _digest(self.digests[-1], patch)), entries, total)
 
     def since(self, version: int) -> PatchDelta:
-        """What a base at this version has not seen, in the smaller of the two forms."""
+        """Return the delta from `version` to the newest version, in the smaller of its two forms.
+
+        Raises:
+            FedeltaError: if the version does not exist.
+        """
         if not 0 <= version <= self.version:
-            raise FedeltaError(f"base version {version} does not exist; the server is at {self.version}")
+            raise FedeltaError(f"base version {version} does not exist; the server is at version {self.version}")
         digests = {v: self.digests[v] for v in range(version, self.version + 1)}
         unseen = range(version + 1, self.version + 1)
         entries = {v: self.entries[v] for v in unseen if v in self.entries}
@@ -132,15 +153,17 @@ class PatchLog:
 
 
 class PatchedBase:
-    """A client's side: the version it holds and C at that version.
+    """A client's base: its version, and C at that version.
 
     Args:
-        factor_bytes: the patches stay factors up to these bytes, and are summed when they exceed them; 0 sums at once.
-            At `PatchLog.dense_nbytes` the server sums as well, so that the form depends on the version alone.
+        factor_bytes: size in bytes up to which patches are kept as factors; beyond it they are summed. 0 sums at once.
+            The server sums at `PatchLog.dense_nbytes`; with the same limit the form depends only on the version.
 
     Attributes:
-        total: module → C, fp32, of the patches that have been summed.
-        entries: the patches that have not.
+        version: the version of the base; 0 is the unchanged base.
+        digest: digest of that version.
+        total: module → C (m, n), fp32, the sum of the patches that have been summed.
+        entries: patches that have not been summed yet, in order.
     """
 
     def __init__(self, factor_bytes: int = 0) -> None:
@@ -151,13 +174,13 @@ class PatchedBase:
         self._factor_bytes = factor_bytes
 
     def apply(self, delta: PatchDelta) -> bool:
-        """Take in what this base has not seen; versions that it holds already are skipped.
+        """Apply the versions of a delta that this base does not hold yet.
 
         Returns:
-            Whether the base changed.
+            True if the base changed.
 
         Raises:
-            FedeltaError: if the delta starts after this base's version, ends before it, or continues another
+            FedeltaError: if the delta starts after this base's version, ends before it, or belongs to another
                 history. The base is then unchanged.
         """
         if not delta.start <= self.version <= delta.end:
@@ -166,7 +189,7 @@ class PatchedBase:
                 f"the patch goes from version {delta.start} to {delta.end}"
             )
         if delta.digests.get(self.version) != self.digest:
-            raise FedeltaError(f"base version mismatch: version {self.version} here is of another history")
+            raise FedeltaError(f"base version mismatch: version {self.version} of this base belongs to another history")
         if self.version == delta.end:
             return False
         if delta.total is not None:
@@ -182,7 +205,11 @@ class PatchedBase:
         return True
 
     def patches(self, more: Patch | None = None) -> dict[str, Product]:
-        """Module → what is added to its base weight; one more patch on top."""
+        """Return module → matrix (m, n) that is added to the base weight.
+
+        Args:
+            more: one more patch, added on top.
+        """
         terms: dict[str, list[Product]] = {module: [Dense(C)] for module, C in self.total.items()}
         for patch in [*self.entries, *([more] if more else [])]:
             for module, product in patch.items():
@@ -190,7 +217,7 @@ class PatchedBase:
         return {module: add(terms[module]) for module in sorted(terms)}
 
     def content_hash(self) -> str:
-        """SHA-256 of the patches' bytes: equal hashes are equal bases."""
+        """Return the SHA-256 of the patches' bytes. Equal hashes mean equal bases."""
         sha = hashlib.sha256()
         for module, product in self.patches().items():
             sha.update(module.encode())

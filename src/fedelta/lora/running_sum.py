@@ -1,4 +1,4 @@
-"""A running sum of low-rank products around a shift, in memory that does not grow with the number of terms."""
+"""Running sum of low-rank products around a shift. Its memory does not grow with the number of terms."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,20 @@ from torch import Tensor
 from fedelta.lora.lowrank import Dense, LowRank, Product
 
 CHUNK = 256
-"""Inner size at which one GEMM into a dense sum runs at the machine's peak."""
+"""Inner size at which one GEMM into a dense sum reaches the peak speed of the hardware."""
 
 
 class RunningSum:
-    """Σ_i w_i (b_i − δ)·a_i: stacked factors while those are smaller than the m×n matrix, then that matrix.
+    """Σ_i w_i (b_i − δ)·a_i, kept as stacked factors while those are smaller than the m×n matrix, then as that matrix.
 
-    The shift δ is known only in the end. Factors are then corrected in place. What is folded into a dense sum was
-    corrected by the mean δ′ of the first fold, so what is left to take off, (δ − δ′)·Σ w_i a_i, is small.
+    The shift δ is known only at the end. Stacked factors are then corrected in place. Terms that are folded into the
+    dense matrix earlier are corrected by the mean δ′ of the first fold, so the remaining correction
+    (δ − δ′)·Σ w_i a_i is small.
 
     Args:
         shape: (m, n).
-        dtype: of the factors and of the dense sum.
-        columns: number of columns of δ, R.
+        dtype: dtype of the factors and of the dense sum.
+        columns: R, the number of columns of δ.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, columns: int) -> None:
@@ -34,9 +35,10 @@ class RunningSum:
         """Add weight·b·a.
 
         Args:
-            b: shape (m, q). Kept, not copied.
-            a: shape (q, n). Likewise.
-            columns: which columns of δ belong to those of b.
+            b: shape (m, q). Kept by reference, not copied.
+            a: shape (q, n). Kept by reference, not copied.
+            weight: w_i.
+            columns: the columns of δ that belong to the columns of b.
         """
         if len(a) == 0:
             return
@@ -49,7 +51,7 @@ class RunningSum:
             self._fold(self._dense)
 
     def _stacked(self, scale: float, shift: Tensor) -> LowRank:
-        """scale·Σ w_i (b_i − shift)·a_i over the terms at hand, as one product."""
+        """Return scale·Σ w_i (b_i − shift)·a_i over the pending terms as one product, and clear them."""
         U = torch.empty(self.shape[0], self._width, dtype=self.dtype)
         end = 0
         for b, a, weight, columns in self._terms:
@@ -60,6 +62,7 @@ class RunningSum:
         return LowRank(U, V)
 
     def _fold(self, dense: Tensor) -> Tensor:
+        """Add the pending terms to the dense sum, corrected by δ′; return δ′."""
         if self._shift is None:
             total = torch.zeros(self.shape[0], self._columns, dtype=torch.float64)
             mass = torch.zeros(self._columns, dtype=torch.float64)
@@ -71,15 +74,16 @@ class RunningSum:
         return self._shift
 
     def value(self, scale: float, shift: Tensor, total_a: Tensor, span: slice) -> Product:
-        """scale·Σ w_i (b_i − δ)·a_i; the sum itself is used up.
+        """Return scale·Σ w_i (b_i − δ)·a_i. The sum is consumed and cannot be used afterwards.
 
         Args:
+            scale: factor of the whole sum.
             shift: δ, (m, R).
-            total_a: Σ w_i a_i by column of δ, over all terms, (R, n).
-            span: the columns that occur in this sum.
+            total_a: Σ w_i a_i over all terms, one row for each column of δ, (R, n).
+            span: the columns of δ that occur in this sum.
         """
         if self._dense is None:
             return self._stacked(scale, shift.to(self.dtype))
-        left = (self._fold(self._dense).double() - shift)[:, span]
-        LowRank(left, total_a[span]).to(self.dtype).add_to(self._dense)
+        correction = (self._fold(self._dense).double() - shift)[:, span]
+        LowRank(correction, total_a[span]).to(self.dtype).add_to(self._dense)
         return Dense(self._dense.mul_(scale))

@@ -1,4 +1,4 @@
-"""The registry of methods: every module in this package that calls `register` is one, by import alone."""
+"""Registry of methods. Every module in this package that calls `register` adds a method when it is imported."""
 
 import difflib
 import importlib
@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedelta.errors import FedeltaError
 from fedelta.methods.method import ClientStart, ClientView, Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
+from fedelta.settings import first_error
 
 _REGISTRY: dict[str, type[Method]] = {}
 _ALIASES: dict[str, tuple[str, str]] = {}
@@ -19,7 +20,7 @@ M = TypeVar("M", bound=Method)
 
 
 def register(cls: type[M]) -> type[M]:
-    """Class decorator: make the class a frozen dataclass of its options and list it under its name and aliases."""
+    """Register a method (class decorator): make the class a frozen dataclass and list it under its name and aliases."""
     method = dataclass(frozen=True, kw_only=True)(cls)
     _REGISTRY[method.name] = method
     _ALIASES.update({alias: (method.name, paper) for alias, paper in method.aliases})
@@ -27,39 +28,47 @@ def register(cls: type[M]) -> type[M]:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Name → class of every method, sorted."""
+    """Return name → class of every method, sorted by name."""
     return dict(sorted(_REGISTRY.items()))
 
 
 def aliases() -> dict[str, tuple[str, str]]:
-    """Other name → the method's name here, and the paper that has it."""
+    """Return alias → the method's registered name and the paper that uses the alias."""
     return dict(sorted(_ALIASES.items()))
 
 
 class AliasWarning(UserWarning):
-    """A method was called by the name that another paper has for the same rule."""
+    """A method was selected by an alias, the name that another paper uses for the same rule."""
 
 
 def resolve(name: str) -> str:
-    """The registry's name of a method that may be called by an alias, whatever the case of its letters; says so."""
+    """Return the registered name of a method. An alias, in any letter case, is resolved with an `AliasWarning`."""
     if name.lower() not in _ALIASES:
         return name
     method, paper = _ALIASES[name.lower()]
-    warnings.warn(f"{paper} states the rule that is called {method} here", AliasWarning, stacklevel=2)
+    warnings.warn(f"the rule of {paper} is called {method} in fedelta", AliasWarning, stacklevel=2)
     return method
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """«; did you mean x?» for the known word closest to a mistyped one, or nothing."""
+    """Return "; did you mean 'x'" for the known word that is closest to a mistyped one, or an empty string."""
     close = difflib.get_close_matches(word, known, 1, cutoff=0.5)
     return f"; did you mean {close[0]!r}" if close else ""
 
 
 def make_method(name: str, /, **options: Any) -> Method:
-    """The method of this name, or alias, with these options.
+    """Return the method with this name or alias and these options.
+
+    Args:
+        name: registered name or alias.
+        options: the method's own options and those of every method (`Method`).
 
     Raises:
-        FedeltaError: for an unknown name or option, with the nearest known one, or a value that an option can't have.
+        FedeltaError: if the name or an option is unknown, suggesting the nearest known one, or if a value is invalid.
+
+    Example:
+        >>> make_method("fedex", residual="rank=2").options
+        {'residual': 'rank=2'}
     """
     name = resolve(name)
     if name not in _REGISTRY:
@@ -75,11 +84,8 @@ def make_method(name: str, /, **options: Any) -> Method:
     try:
         return TypeAdapter(_REGISTRY[name]).validate_python(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
-        found = first.get("input")
-        message = first["msg"].removeprefix("Value error, ")
-        raise FedeltaError(f"method {name}: {option}: {message[0].lower()}{message[1:]}, found {found!r}") from error
+        option, expected, value = first_error(error)
+        raise FedeltaError(f"method {name}: {option}: {expected}, found {value!r}") from error
 
 
 for _module in pkgutil.iter_modules(__path__):
@@ -91,7 +97,6 @@ __all__ = [
     "ClientView",
     "Method",
     "MethodState",
-    "Patch",
     "Properties",
     "aliases",
     "make_method",

@@ -1,4 +1,4 @@
-"""A product factored anew with balanced factors, shared by the methods that send an SVD."""
+"""Balanced factors of an SVD, shared by the methods whose adapter comes from one."""
 
 import torch
 
@@ -7,10 +7,17 @@ from fedelta.lora.lowrank import SVD
 
 
 def balanced_pair(svd: SVD, before: LoraPair, module: str, seed: int) -> LoraPair:
-    """U√Σ and √ΣVᵀ at the rank of `before`; directions without energy get A as drawn and B zero."""
+    """Return U√Σ and √ΣVᵀ at the rank of `before`. Directions without energy get a drawn row of A and B = 0.
+
+    Args:
+        svd: SVD of the product.
+        before: previous pair of the module, which gives rank and dtype.
+        module: name of the module, for the draw of A.
+        seed: seed of the draw.
+    """
     rank, dtype = before.rank, before.B.dtype
-    kept = min(svd.rank(dtype), rank)
-    top = svd.cut(0, kept, dtype)
+    width = min(svd.rank(dtype), rank)
+    top = svd.cut(0, width, dtype)
     A = draw_A(module, rank, before.shape[1], seed).to(dtype)
-    A[:kept] = top.V
-    return LoraPair(A, torch.nn.functional.pad(top.U, (0, rank - kept)))
+    A[:width] = top.V
+    return LoraPair(A, torch.nn.functional.pad(top.U, (0, rank - width)))

@@ -1,11 +1,11 @@
-"""Fed-PLoRA (2602.16936): R rank-1 modules; a client trains r_i of them and folds the others into its base.
+"""Fed-PLoRA (2602.16936): a client trains r_i of R rank-1 modules and adds the others to its base for the round.
 
     client i:  I_i, r_i of the R indices at random;      base  W0 + Σ_{j∉I_i} b_j a_j,      trains j ∈ I_i
     server:    b̄_j = Σ_{i: j∈I_i} p_i s_i b_ij / c_j,    ā_j likewise
 
-Every client trains on the whole global model, and every index is trained by somebody sooner or later, not only by the
-high-rank clients. The fold is for the round alone. The indices are drawn without replacement for each client and round;
-an index that nobody drew keeps its values, which the paper leaves open.
+Every client trains on the whole global model, and over the rounds low-rank clients train all indices, too. The change
+of the base lasts for one round. The indices are drawn without replacement for each client and round. An index that no
+client drew keeps its values; the paper does not define this case.
 """
 
 from dataclasses import replace
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from fedelta.lora.adapter import Adapter
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import ClientStart, ClientView, Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 from fedelta.seeds import derive_seed
 
 
@@ -25,10 +26,10 @@ from fedelta.seeds import derive_seed
 class FedPLoRA(Method):
     name = "fed-plora"
     paper = "Fed-PLoRA, arXiv 2602.16936"
-    summary = "clients train random rank indices, the others folded into their base for the round"
+    summary = "clients train random rank indices and add the others to their base for the round"
     properties = Properties(reduces_to_fedit="equal ranks", linear=True)
 
-    offline = "folders do not say which rank indices they trained; on the first ones it is replication"
+    offline = "adapter folders do not state their rank indices; with the first indices it equals replication"
 
     def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
         R = state.adapter.rank

@@ -1,21 +1,23 @@
-"""Fed-SB (Singhal et al., 2502.15436): A and the basis of B are fixed, clients train the r×r core between them.
+"""Fed-SB (Singhal et al., 2502.15436): A and the basis of B are fixed, and clients train the r×r core between them.
 
     ΔW = s·Q·C·A,  Q (m×r), A (r×n) the same at all clients;      C̄ = Σ p_i s_i C_i
 
-The product is linear in C, so the mean is exact, and an update is r² numbers a layer whatever its size. Equal ranks.
+The product is linear in C, so the mean is exact. An update has r² numbers per layer, independent of the layer's size.
+Equal ranks only.
 
-The paper takes Q, A and the first C from the SVD of the first gradient over the pooled data (LoRA-SB), which no server
-here has seen. fedelta draws Q (orthonormal) and A from the seed and starts from C = 0, so nothing but cores is ever
-sent; it wants a larger rank than other methods (the paper's go to 200).
+The paper computes Q, A and the first C from the SVD of the first gradient over the pooled data (LoRA-SB), which a
+federated server does not see. fedelta draws Q (orthonormal) and A from the seed and starts from C = 0, so that only
+cores are sent. The method needs a larger rank than others (up to 200 in the paper).
 """
 
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 from fedelta.protocol.messages import FactorPlan
 
 CORE = frozenset({"core"})
@@ -25,11 +27,11 @@ CORE = frozenset({"core"})
 class FedSB(Method):
     name = "fed-sb"
     paper = "Fed-SB, arXiv 2502.15436"
-    summary = "an r×r core between two fixed factors; exact, r² numbers a layer"
+    summary = "an r×r core between two fixed factors; exact, r² numbers per layer"
     mixed_ranks = False
     properties = Properties(exact="always", linear=True)
     refused = (("server_optimizer", "it would move B out of the span of its basis"),)
-    offline = "its clients share a basis of B that adapter folders do not have"
+    offline = "its clients share a basis of B that adapter folders do not contain"
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(down=CORE, train=CORE, up=CORE)

@@ -1,24 +1,24 @@
-"""FedEx-LoRA (Singhal et al., 2410.09432, ACL 2025): the mean of factors, and the residual into the base.
+"""FedEx-LoRA (Singhal et al., 2410.09432, ACL 2025): the mean of the factors, with the residual added to the base.
 
     B̄ = Σ p_i s_i B_i,   Ā = Σ p_i A_i,   ΔW_res = Σ p_i s_i B_i A_i − B̄ Ā,   W0 ← W0 + ΔW_res
 
-so that the new global weight is exactly the mean of the clients' weights. The residual is a covariance,
-Σ p_i (s_i B_i − B̄)(A_i − Ā), and is computed as one (`rank_moments`): closed-form factors of width (K−1)r, no SVD and
-nothing dense (docs/methods.md 2).
+The new global weight is exactly the mean of the clients' weights. The residual is a covariance,
+Σ p_i (s_i B_i − B̄)(A_i − Ā), and is computed as one (`rank_moments`): factors of width (K−1)r in closed form, without
+an SVD and without a dense matrix (docs/methods.md 2).
 
-Mixed ranks (docs/methods.md 3): the factors are replication's contributor means b̄_j, ā_j. With
-cov_j = Σ_{S_j} p_i (s_i b_ij − b̄_j)(a_ij − ā_j), what goes into the base depends on the target:
+Mixed ranks (docs/methods.md 3): the factors are the contributors' means b̄_j, ā_j, as in replication. With
+cov_j = Σ_{S_j} p_i (s_i b_ij − b̄_j)(a_ij − ā_j), the patch of the base depends on the target:
 
-    replicated        Σ_j cov_j                                               products after replication; the default
-    rank-normalized   Σ_j cov_j / c_j                                         raFLoRA's, each index by its contributors
-    start-relative    Σ_j cov_j + (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j)              old weight + Σ p_i × what client i changed
+    replicated        Σ_j cov_j                                        mean of products after replication; the default
+    rank-normalized   Σ_j cov_j / c_j                                  raFLoRA's mean, each index by its contributors
+    start-relative    Σ_j cov_j + (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j)       old weight + Σ p_i × change of client i
 
-All agree at equal ranks. For the third a client folds the tail that it can't hold into its base for the round, so that
-what it changes is a change of the whole model; use it with `refresh`. (The unpadded mean Σ p_i s_i B_i A_i with
-truncated broadcasts is not offered: it diverges even when nobody trains.)
+All three are the same at equal ranks. With the third, a client adds the rank indices that it can't hold to its base
+for the round, so that its change is a change of the whole model; use it with `refresh`. (The unpadded mean
+Σ p_i s_i B_i A_i with truncated broadcasts is not available: it diverges even if no client trains.)
 
-The paper also cuts the residual to a rank r′ (Eckart–Young); `residual` does that, and keeps what it cut for the
-next round unless `feedback` is false.
+The paper also truncates the residual to a rank r′ (Eckart–Young). The option `residual` does this, and the part that is
+cut off is kept for the next round unless `feedback` is false.
 """
 
 from dataclasses import replace
@@ -27,17 +27,23 @@ from typing import Literal
 import torch
 
 from fedelta.lora.lowrank import LowRank, Product, add
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import ClientStart, ClientView, Holds, Method, Properties
 from fedelta.methods.residual_cut import cut_residuals, parse_cut
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 
 
 @register
 class FedEx(Method):
-    """Options: how much of the residual is sent (`exact`, `rank=q`, `energy=τ`, `bytes=N`), whether what is cut off is
-    kept for the next round, and the target."""
+    """FedEx-LoRA.
+
+    Args:
+        residual: part of the residual that is sent: `exact`, `rank=q`, `energy=τ` or `bytes=N`.
+        feedback: keep the part that is cut off for the next round.
+        target: weight that the server aims at with mixed ranks; see the top of this file.
+    """
 
     residual: str = "exact"
     feedback: bool = True
@@ -45,7 +51,7 @@ class FedEx(Method):
 
     name = "fedex"
     paper = "FedEx-LoRA, arXiv 2410.09432; mixed ranks: docs/methods.md 3"
-    summary = "mean of factors, and the exact residual folded into the base weight"
+    summary = "mean of factors, with the exact residual added to the base weight"
     properties = Properties(exact="equal ranks", gauge_invariant="equal ranks")
     variants = (
         {"target": "rank-normalized"},
@@ -61,10 +67,10 @@ class FedEx(Method):
         parse_cut(self.residual)
 
     def holds(self) -> Properties:
-        where: Holds = "always" if self.target == "start-relative" else "equal ranks"
+        scope: Holds = "always" if self.target == "start-relative" else "equal ranks"
         if self.residual != "exact":
-            where = "never"
-        return self.properties._replace(exact=where, gauge_invariant=where)
+            scope = "never"
+        return self.properties._replace(exact=scope, gauge_invariant=scope)
 
     @property
     def covariance(self) -> Covariance:  # type: ignore[override]
@@ -94,11 +100,11 @@ class FedEx(Method):
 
 
 def _unchanged(module: str, moments: RankMoments, before: MethodState, after: MethodState) -> LowRank:
-    """Σ_j (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j) over the indices that some, but not all, clients trained."""
+    """Return Σ_j (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j) over the indices that some, but not all, clients trained."""
     c = moments.share(module)
     partly = (c > 0) & (c < 1)
     old, new = before.adapter[module], after.adapter[module]
-    # b⁰a⁰ − b̄ā = (b⁰ − b̄) a⁰ + b̄ (a⁰ − ā): no difference of large products.
+    # b⁰a⁰ − b̄ā = (b⁰ − b̄) a⁰ + b̄ (a⁰ − ā) avoids a difference of large products.
     rest = (1 - c).to(old.B.dtype)[partly]
     U = torch.cat([(old.B - new.B)[:, partly] * rest, new.B[:, partly] * rest], dim=1)
     return LowRank(U, torch.cat([old.A[partly], (old.A - new.A)[partly]]))

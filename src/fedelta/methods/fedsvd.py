@@ -1,11 +1,11 @@
-"""FedSVD (Lee et al., 2505.12805): clients train B; the server re-factors so that A follows what was learned.
+"""FedSVD (Lee et al., 2505.12805): clients train B; the server refactors B·A, so that A follows the training.
 
     b̂_j = b_j + Σ_{S_j} p_i (s_i b_ij − b_j),      B̂ A = U Σ Vᵀ,      A ← Vᵀ,  B ← U Σ
 
-The product does not change, and A gets orthonormal rows that span what it spanned: with B̂ (m×r) and A = R Q (Q
-orthonormal rows), the SVD of B̂R gives all r directions, also those without energy, so none is lost while B̂ = 0.
-A shared A makes the mean exact. The paper has equal ranks; at mixed ones, clients that do not hold
-index j count as unchanged there, which keeps it exact.
+The product does not change, and A gets orthonormal rows with the same span. With B̂ (m×r) and A = R Q (Q with
+orthonormal rows), the SVD of B̂R gives all r directions, including those without energy, so no direction is lost while
+B̂ = 0. A shared A makes the mean exact. The paper has equal ranks. With mixed ranks, a client that does not hold index
+j counts as unchanged there, which keeps the mean exact.
 """
 
 from dataclasses import replace
@@ -15,35 +15,40 @@ import torch
 from pydantic import Field
 
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 from fedelta.protocol.messages import FactorPlan
 
 
 def refactor(pair: LoraPair) -> LoraPair:
-    """UΣ and Vᵀ of B·A, with the rows of Vᵀ orthonormal even where Σ is zero."""
+    """Return UΣ and Vᵀ of B·A. The rows of Vᵀ are orthonormal even if singular values are zero."""
     m, r = pair.B.shape
     Q, R = torch.linalg.qr(pair.A.double().T)  # Aᵀ = Q·R
     core = pair.B.double() @ R.T  # (m, r)
-    # Rows of zeros, for a layer with fewer outputs than r: the SVD then has all r directions.
+    # Zero rows for a layer with fewer than r outputs, so that the SVD has all r directions.
     left, sigma, right = torch.linalg.svd(torch.nn.functional.pad(core, (0, 0, 0, max(0, r - m))), full_matrices=False)
     A, B = right @ Q.T, (left * sigma)[:m]
-    missing = r - len(A)  # more rank indices than inputs: the rest has nowhere to go
+    missing = r - len(A)  # more rank indices than inputs: the remaining rows and columns are zero
     A, B = torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
     return LoraPair(A.to(pair.A.dtype), B.to(pair.B.dtype))
 
 
 @register
 class FedSVD(Method):
-    """Options: rounds between two factorisations."""
+    """FedSVD.
+
+    Args:
+        every: number of rounds from one refactoring to the next.
+    """
 
     every: Annotated[int, Field(ge=1)] = 1
 
     name = "fedsvd"
     paper = "FedSVD, arXiv 2505.12805"
-    summary = "mean of B, then SVD of B·A: A gets the directions that were learned; exact"
+    summary = "mean of B, then SVD of B·A, so that A gets the learned directions; exact"
     properties = Properties(exact="always", identity="equal ranks")
     keeps_basis = False
 

@@ -1,21 +1,22 @@
-"""FFA-LoRA (Sun et al., 2403.12313): A is drawn once and frozen, clients train B.
+"""FFA-LoRA (Sun et al., 2403.12313): A is drawn once and frozen; clients train B.
 
     A_i = A⁰[:r_i]        b_j ← b_j + Σ_{S_j} p_i (s_i b_ij − b_j)
 
-With a shared A the mean of products is the product of the mean, Σ p_i s_i B_i A = B̄ A, so the average is
-exact. The paper has equal ranks. At mixed ranks we let a client that does not hold index j count as
-unchanged there, which keeps the step exact: the new weight is the old one plus Σ p_i × what client i changed.
+With a shared A, the mean of the products is the product of the mean, Σ p_i s_i B_i A = B̄ A, so the average is exact.
+The paper has equal ranks. With mixed ranks, a client that does not hold index j counts as unchanged there, which keeps
+the step exact: the new weight is the old one plus Σ p_i × the change of client i.
 
-A is never sent: each client draws it from the seed (`draw_A`), which halves the traffic in both directions.
+A is never sent. Each client draws it from the seed (`draw_A`), which halves the traffic in both directions.
 """
 
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 from fedelta.protocol.messages import FactorPlan
 
 B_ALONE = frozenset("B")

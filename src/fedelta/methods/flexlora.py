@@ -1,23 +1,24 @@
-"""FlexLoRA (Bai et al., 2402.11505, NeurIPS 2024): the mean product, factored anew for every rank.
+"""FlexLoRA (Bai et al., 2402.11505, NeurIPS 2024): the mean product, refactored by SVD for every rank.
 
     Σ p_i s_i B_i A_i = U Σ Vᵀ,      B = U√Σ,  A = √ΣVᵀ cut to R;   a client downloads its first r_i
 
-Losing √Σ, or putting it on one side, is a known mistake: factors are balanced. Singular values come sorted, so the
-first r_i indices are the best approximation of rank r_i. What a low-rank client can't hold is missing from its
-product, so the tail fades round by round even if nobody trains: the published rank collapse.
+The factors are balanced; dropping √Σ or putting all of Σ on one side is a known mistake. Singular values are sorted, so
+the first r_i indices are the best approximation of rank r_i. The product of a low-rank client lacks the indices that it
+can't hold, so the tail decays from round to round even if no client trains. This is the published rank collapse.
 
-Open in the paper: a product of rank below R leaves directions with both factors zero, which could never train again;
-they get a fresh row of A and B = 0, as at the start.
+The paper does not define a product of rank below R. It leaves directions with both factors zero, which could never
+train again. Here they get a drawn row of A and B = 0, as at the start.
 """
 
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.balanced_pair import balanced_pair
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 
 
 @register

@@ -1,18 +1,19 @@
-"""HetLoRA (Cho et al., 2401.06432): zero padding, weights by norm, self-pruning of the tail.
+"""HetLoRA (Cho et al., 2401.06432): zero padding, weights by norm, and clients that prune their tail.
 
 Server, with S_i = ‖s_i B_i A_i‖_F over all modules of the adapter:
 
     p_i = S_i / Σ S,      b_j = Σ_{S_j} p_i s_i b_ij,      a_j = Σ_{S_j} p_i a_ij
 
-Client of rank r, with the tail from t = ⌊γr⌋ on:
+Client of rank r, whose tail starts at t = ⌊γr⌋:
 
     loss + λ Σ_modules ‖B[:, t:]‖_F ‖A[t:]‖_F
 
-and if that sum is smaller after training than it was in what the client received, it prunes itself to rank
-max(t, least rank), and is sent that rank from then on.
+If that sum is smaller after training than in the adapter that the client received, the client prunes its adapter to
+rank max(t, min_rank), and the server sends it that rank from then on.
 
-Open in what we could read of the paper: whether S_i is of a layer or of the whole adapter (whole here, one weight a
-client), and the values of γ and λ (0.99 and 0.01, as public reimplementations have them).
+The text of the paper that was available leaves two points open. S_i may belong to a layer or to the whole adapter; here
+it belongs to the whole adapter, with one weight per client. The values of γ and λ, 0.99 and 0.01, follow public
+reimplementations.
 """
 
 from dataclasses import replace
@@ -23,16 +24,23 @@ from pydantic import Field
 from torch import Tensor
 
 from fedelta.lora.adapter import Adapter
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 from fedelta.protocol.messages import FactorPlan
 
 
 @register
 class HetLoRA(Method):
-    """Options: γ (1 never prunes), λ, and the rank below which no client prunes itself."""
+    """HetLoRA.
+
+    Args:
+        gamma: γ, the share of the rank indices before the tail, in (0, 1]; 1 never prunes.
+        penalty_weight: λ, the weight of the penalty on the tail.
+        min_rank: smallest rank to which a client prunes its adapter.
+    """
 
     norm_weighting: bool = True
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
@@ -41,13 +49,14 @@ class HetLoRA(Method):
 
     name = "hetlora"
     paper = "HetLoRA, arXiv 2401.06432"
-    summary = "zero padding, clients weighed by the norm of their update, small tails pruned"
+    summary = "zero padding, clients weighted by the norm of their update, small tails pruned"
     properties = Properties(no_op_invariant="equal ranks")
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(prune=self.gamma < 1)
 
     def _tail(self, adapter: Adapter) -> Tensor:
+        """Return Σ ‖B[:, t:]‖_F ‖A[t:]‖_F over the modules, a scalar."""
         norms = []
         for pair in adapter.values():
             t = int(self.gamma * pair.rank)

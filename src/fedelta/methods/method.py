@@ -1,8 +1,8 @@
-"""What a method is: a few pure functions of state and contributions, and a statement of what it guarantees.
+"""`Method`: the base class of all methods, a few pure functions of state and contributions with stated properties.
 
-A method never sees clients' data, heads, the patch log or the wire. On the server it is given the global adapter and
-what the round's clients trained, and returns the next adapter and what goes into the base. On a client it may add a
-penalty to the loss and change what is sent. The server tells clients the method's name and options.
+A method never sees the clients' data, the heads, the patch log or the messages. On the server, it receives the global
+adapter and the clients' trained factors and returns the next adapter and the patch of the base. On a client, it may add
+a penalty to the loss and change the factors before they are sent. A broadcast contains the method's name and options.
 """
 
 from abc import ABC, abstractmethod
@@ -17,28 +17,30 @@ from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, Shapes, initial_adapter
 from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import LowRank
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer
-from fedelta.methods.state import MethodState, Patch
-from fedelta.methods.transforms import Transform, move_by_optimizer, refresh, scale_patch, weigh_by_norm
+from fedelta.methods.state import MethodState
+from fedelta.methods.transforms import Transform, move_by_optimizer, refresh, scale_patch, weight_by_norm
 from fedelta.protocol.messages import FactorPlan
 from fedelta.seeds import derive_seed
 
 Holds = Literal["never", "equal ranks", "always"]
-"""Where a property holds. A method for equal ranks only says "always": it is never asked more."""
+"""Ranks for which a property holds. A method that only takes equal ranks states "always" if it holds for those."""
 Options = Mapping[str, Any]
+"""Option name → value."""
 
 
 class Properties(NamedTuple):
-    """What a method states, `fedelta methods` prints and the property suite checks.
+    """Properties that a method states. `fedelta methods` prints them, and the property suite checks them.
 
     Args:
-        exact: new global weight = old + Σ p_i × (what client i changed).
-        no_op_invariant: if nobody trains, nothing changes, also over many rounds of truncated broadcasts.
+        exact: new global weight = old + Σ p_i × (change of client i).
+        no_op_invariant: if no client trains, nothing changes, even over many rounds of truncated broadcasts.
         gauge_invariant: B→BG, A→G⁻¹A at a client does not change the new global weight.
-        reduces_to_fedit: equal ranks give FedIT's factors, and no patch.
-        identity: one client's update, alone in its round, comes back to it unchanged.
-        linear: the factors are weighted sums of what clients send (what secure aggregation can compute).
+        reduces_to_fedit: with equal ranks, the factors are FedIT's and there is no patch.
+        linear: the factors are weighted sums of the clients' factors, as secure aggregation can compute them.
+        identity: a client that is alone in a round receives its own update back unchanged.
     """
 
     exact: Holds = "never"
@@ -50,7 +52,7 @@ class Properties(NamedTuple):
 
 
 class ClientView(NamedTuple):
-    """Whom a broadcast is for."""
+    """Client that a broadcast is made for: its id and rank."""
 
     id: str
     rank: int
@@ -58,12 +60,13 @@ class ClientView(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ClientStart:
-    """What one client is sent.
+    """Starting point of one client in a round.
 
     Args:
-        adapter: what it trains, at scale 1 and its rank.
-        tail: module → what it adds to its base for this round only: the part of the global product that it can't hold.
-        indices: which rank indices of the global adapter it trains; None is the first ones.
+        adapter: adapter that the client trains, at scale 1 and at its rank.
+        tail: module → matrix (m, n) that the client adds to its base for this round only: the part of the global
+            product that exceeds its rank.
+        indices: rank indices of the global adapter that the client trains, (r_i,); None means the first r_i.
     """
 
     adapter: Adapter
@@ -73,30 +76,34 @@ class ClientStart:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One algorithm. Subclasses are dataclasses whose fields are the method's own options.
+    """Base class of all methods. Subclasses are dataclasses whose fields are the method's own options.
 
     Args:
-        refresh: every so many rounds the global product goes into the base and the adapter starts afresh; 0 is never.
-        residual_step: η, by which a patch of the base is multiplied.
-        norm_weighting: weigh clients by ‖s_i B_i A_i‖_F of their whole adapter instead (HetLoRA, 2401.06432).
-        server_optimizer: treat the change of the factors as a gradient (FedOpt, Reddi et al. 2003.00295).
-        server_learning_rate, server_momentum: of that optimizer; the momentum is β₁.
+        refresh: number of rounds after which the global product is moved into the base and the adapter restarts;
+            0 never refreshes.
+        residual_step: η, the factor of every patch of the base, in [0, 1].
+        norm_weighting: weight clients by ‖s_i B_i A_i‖_F of their whole adapter (HetLoRA, 2401.06432).
+        server_optimizer: optimizer that uses the change of the factors as a gradient (FedOpt, Reddi et al. 2003.00295).
+        server_learning_rate: η of the server optimizer.
+        server_momentum: β₁ of the server optimizer, in [0, 1).
 
     Class attributes:
+        name: name in the registry.
         paper: citation.
-        summary: one line for a person.
-        properties: what the default options guarantee.
-        mixed_ranks: whether clients may have different ranks.
-        covariance: what `aggregate` needs besides means: nothing, the covariance of the factors, or that by rank index.
-        keeps_basis: rank index j means the same direction in the next round, so that factors of two rounds can be
-            subtracted; methods that factor anew (SVD) can't have a server optimizer.
-        personal: whether every client has a model of its own, kept in part where nobody else sees it.
-        remembers_clients: whether the state holds each client's last factors, so that memory grows with their number;
-            else a step holds one client at a time.
-        offline: why one step on adapter folders alone makes no sense; empty where it does.
-        refused: options of every method that this one can't have, with the reason.
+        summary: description in one line.
+        properties: properties that hold with the default options.
+        mixed_ranks: True if clients may have different ranks.
+        covariance: moments that `aggregate` needs besides means: "none", "total" for the covariance of the factors, or
+            "by rank" for the covariance of each rank index.
+        keeps_basis: True if rank index j stays the same direction in the next round, so that factors of two rounds can
+            be subtracted. Methods that refactor (SVD) do not keep it and can't have a server optimizer.
+        personal: True if every client has its own model, part of which no other participant sees.
+        remembers_clients: True if the state stores each client's last factors, so that memory grows with the number of
+            clients. Otherwise a step holds one client at a time.
+        offline: reason why a single step on adapter folders is not meaningful; empty if it is.
+        refused: options of the base class that this method can't have, (option, reason).
         variants: further options that the property suite must cover.
-        aliases: other names under which papers state this rule, (name, paper).
+        aliases: other names of the same rule, (name, paper).
     """
 
     refresh: Annotated[int, Field(ge=0)] = 0
@@ -123,45 +130,62 @@ class Method(ABC):
     def __post_init__(self) -> None:
         if self.server_optimizer != "none" and not self.keeps_basis:
             raise FedeltaError(
-                f"method {self.name} can't have server_optimizer: it needs factors that mean the same in the next "
-                "round, and this method factors anew"
+                f"method {self.name} can't have server_optimizer: it needs factors that keep their basis from round to "
+                "round, and this method refactors"
             )
         for option, reason in self.refused:
             if getattr(self, option) != getattr(Method, option):
                 raise FedeltaError(f"method {self.name} can't have {option}: {reason}")
 
     def holds(self) -> Properties:
-        """What these options guarantee."""
+        """Return the properties that hold with these options."""
         return self.properties
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as a configuration or a message states them."""
+        """Options that differ from their defaults, as in a configuration or a message."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @property
     def by_module(self) -> bool:
-        """Whether a step on one module depends on no other module."""
+        """True if the step of a module does not depend on other modules."""
         return not self.norm_weighting
 
     def start(self, shapes: Shapes, rank: int, seed: int) -> MethodState:
-        """The state before round 0: A from the seed, B zero."""
+        """Return the state before round 0, with A drawn from the seed and B zero.
+
+        Args:
+            shapes: module → (m, n) of the adapted layers.
+            rank: R.
+            seed: seed of the draw.
+        """
         return MethodState(0, initial_adapter(shapes, rank, seed), seed)
 
-    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002  the schedule is the method's to use
-        """Which factors cross in this round, which are trained, and which stay at the client."""
+    def factors(self, round: int) -> FactorPlan:  # noqa: ARG002  subclasses may alternate by round
+        """Return which factors are sent, trained, sent back and kept in this round."""
         return FactorPlan()
 
     def personalize(self, state: MethodState, client: ClientView) -> ClientStart:
-        """What this client starts from; by default the first `rank` rank indices."""
+        """Return the starting point of a client; by default the first r_i rank indices."""
         return ClientStart(state.adapter.truncate(client.rank))
 
     def penalty(self, start: Adapter, trained: Adapter) -> Tensor | None:  # noqa: ARG002
-        """What a client adds to its loss, a function of the factors in training; None is nothing."""
+        """Return a scalar that a client adds to its loss, or None.
+
+        Args:
+            start: adapter that the client received.
+            trained: adapter in training, with gradients.
+        """
         return None
 
     def finish(self, round: int, start: Adapter, trained: Adapter) -> Adapter:  # noqa: ARG002
-        """What a client sends after training; its rank may be lower than it was."""
+        """Return the adapter that a client sends after training. Its rank may be lower than before.
+
+        Args:
+            round: number of the round, from 0.
+            start: adapter that the client received.
+            trained: adapter after training.
+        """
         return trained
 
     def fold(
@@ -171,39 +195,48 @@ class Method(ABC):
         measured: bool = False,
         ranks: frozenset[int] = frozenset(),
     ) -> RankMoments:
-        """The first half of a step: what the clients trained, folded into sums one client at a time.
+        """Compute the moments of a round, the first half of a step, one client at a time.
 
         Args:
-            state: as broadcast in this round.
-            contributions: consumed once; each is folded in and dropped.
-            measured: keep what the deviation is read from, even if the method does not need it.
-            ranks: the ranks that clients may have; empty if that is not known.
+            state: state as broadcast in this round.
+            contributions: iterated once; each contribution is added to the sums and dropped.
+            measured: keep the covariance for `deviation`, even if the method does not need it.
+            ranks: ranks that clients may have; empty if they are not known.
         """
         if self.norm_weighting:
-            contributions = weigh_by_norm(contributions)
+            contributions = weight_by_norm(contributions)
         kind = "total" if measured and self.covariance == "none" else self.covariance
         return RankMoments(state.adapter, contributions, kind, ranks)
 
     @abstractmethod
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
-        """The method's own equation, without the options that every method has.
+        """Apply the method's equation, without the options of the base class.
 
         Args:
-            state: as broadcast in this round.
-            moments: of the clients' factors, by rank index.
+            state: state as broadcast in this round.
+            moments: moments of the clients' factors by rank index.
 
         Returns:
-            The state with the next adapter (scale 1), and the patch of the base, empty when there is none.
+            The state with the next adapter (scale 1), and the patch of the base, which may be empty.
         """
 
     def step(
         self, state: MethodState, contributions: Iterable[Contribution], ranks: frozenset[int] = frozenset()
     ) -> tuple[MethodState, Patch]:
-        """One server step: the state of the next round and the patch of the base."""
+        """Run one server step.
+
+        Args:
+            state: state as broadcast in this round.
+            contributions: iterated once.
+            ranks: ranks that clients may have; empty if they are not known.
+
+        Returns:
+            The state of the next round, and the patch of the base, which may be empty.
+        """
         return self.conclude(state, self.fold(state, contributions, ranks=ranks))
 
     def transforms(self) -> list[Transform]:
-        """What follows `aggregate` in a step, in order."""
+        """Return the transforms that follow `aggregate` in a step, in order."""
         chain: list[Transform] = []
         if self.residual_step != 1:
             chain.append(scale_patch(self.residual_step))
@@ -214,18 +247,18 @@ class Method(ABC):
         return chain
 
     def conclude(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
-        """The second half of a step: `aggregate`, then the transforms, and the number of the next round."""
+        """Run the second half of a step: `aggregate`, the transforms, and the number of the next round."""
         after, patch = self.aggregate(state, moments)
         for transform in self.transforms():
             after, patch = transform(state, after, patch)
         return replace(after, round=state.round + 1), patch
 
     def restart(self, state: MethodState) -> MethodState:
-        """The adapter as at the start, from another seed: its product is zero."""
+        """Return the state with a fresh adapter from a new seed. The product of the adapter is zero."""
         seed = derive_seed(state.seed, "restart")
         fresh = self.start(state.adapter.shapes, state.adapter.rank, seed)
         first = next(iter(state.adapter.values()))
         adapter = fresh.adapter.to(first.B.dtype)
-        # Moments of the optimizer are of directions that are gone.
-        kept = {key: tensor for key, tensor in state.memory.items() if not key.startswith(f"{MOMENTS}/")}
-        return replace(state, adapter=adapter, seed=seed, memory={**kept, **fresh.memory})
+        # The optimizer's moments belong to the old directions and are dropped.
+        memory = {key: tensor for key, tensor in state.memory.items() if not key.startswith(f"{MOMENTS}/")}
+        return replace(state, adapter=adapter, seed=seed, memory={**memory, **fresh.memory})

@@ -1,35 +1,40 @@
-"""raFLoRA (2602.13486): each block of rank indices is weighed by those who have it, then SVD to rank R.
+"""raFLoRA (2602.13486): each block of rank indices is averaged over the clients that hold it, then SVD to rank R.
 
     ΔW = Σ_j Σ_{S_j} (p_i / c_j) s_i b_ij a_ij = U Σ Vᵀ,      B = U√Σ,  A = √ΣVᵀ cut to R
 
-The indices between two neighbouring ranks have the same contributors, which is the paper's partition. Nothing is
-diluted, so nothing collapses. An index that nobody in the round holds keeps its previous product, which the paper
-leaves open; dropping it would lose the tail in every round without a high-rank client.
+The indices between two neighboring ranks have the same contributors, which is the paper's partition. No index is
+diluted, so no rank collapses. An index that no client holds in the round keeps its previous product. The paper does not
+define this case; dropping the index would lose the tail in every round without a high-rank client.
 
-`exact: true` loses nothing to the cut: the factors are the contributors' means, and what they miss of ΔW,
-Σ_j cov_j/c_j, goes into the base (docs/methods.md 3).
+`exact: true` avoids the loss of the cut: the factors are the contributors' means, and the rest of ΔW, Σ_j cov_j/c_j, is
+added to the base (docs/methods.md 3).
 """
 
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter
 from fedelta.lora.lowrank import LowRank, add
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.balanced_pair import balanced_pair
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 
 
 @register
 class RaFLoRA(Method):
-    """Options: whether what the factors miss goes into the base."""
+    """raFLoRA.
+
+    Args:
+        exact: send the contributors' means and add the rest of ΔW to the base.
+    """
 
     exact: bool = False
 
     name = "raflora"
     paper = "raFLoRA, arXiv 2602.13486"
-    summary = "products weighed among those who hold a rank index, SVD to the largest rank"
+    summary = "mean product over the clients that hold each rank index, SVD to the largest rank"
     properties = Properties(gauge_invariant="equal ranks", identity="equal ranks")
     covariance = "by rank"
     keeps_basis = False

@@ -3,12 +3,12 @@
     even rounds:  A fixed,  b_j ← b_j + Σ_{S_j} p_i (s_i b_ij − b_j)
     odd rounds:   B fixed,  a_j ← a_j + Σ_{S_j} p_i (a_ij − a_j)
 
-The factor that nobody trains is the same at all clients, so the mean of products is the product of the means, as with
-a frozen A, and both factors come to learn. Only the trained factor is sent back.
+The fixed factor is the same at all clients, so the mean of the products is the product of the means, as with a frozen
+A, but both factors learn. Only the trained factor is sent back.
 
-The paper does not fix in which order; B first is the default, because as long as B = 0 the gradient of A is zero and
-the first round would be lost. At mixed ranks, which the paper does not have, a client that does not hold
-index j counts as unchanged there, which keeps the step exact.
+The paper does not define the order. The default is B first: the gradient of A is zero while B = 0, so the first round
+would be lost. With mixed ranks, which the paper does not cover, a client that does not hold index j counts as unchanged
+there, which keeps the step exact.
 """
 
 from dataclasses import replace
@@ -16,16 +16,21 @@ from typing import Literal
 
 from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 from fedelta.protocol.messages import FactorPlan
 
 
 @register
 class RoLoRA(Method):
-    """Options: the factor that the first round trains."""
+    """RoLoRA.
+
+    Args:
+        first: factor that round 0 trains, `A` or `B`.
+    """
 
     first: Literal["A", "B"] = "B"
 
@@ -39,8 +44,8 @@ class RoLoRA(Method):
         super().__post_init__()
         if self.refresh % 2:
             raise FedeltaError(
-                f"method rolora: refresh {self.refresh} would restart when it is the other factor's turn, which has no "
-                "gradient while B is zero; expected an even number of rounds"
+                f"method rolora: refresh: {self.refresh} rounds would restart before a round that trains the other "
+                "factor, whose gradient is zero while B is zero; expected an even number"
             )
 
     def factors(self, round: int) -> FactorPlan:

@@ -1,10 +1,10 @@
-"""Server optimizers: the change of the factors as a pseudo-gradient (FedOpt, Reddi et al., 2003.00295).
+"""Server optimizers, with the change of the factors as a pseudo-gradient (FedOpt, Reddi et al., 2003.00295).
 
     Δ = aggregate − previous,  m ← β₁m + Δ,               x ← x + η m              (FedAvgM)
                                m ← β₁m + (1 − β₁)Δ,
                                v ← β₂v + (1 − β₂)Δ²,      x ← x + η m/(√v + τ)     (FedAdam)
 
-for every A and B, with β₂ = 0.99 and τ = 1e-3 as in the paper's experiments. Base patches are left alone.
+They update every A and B, with β₂ = 0.99 and τ = 1e-3 as in the paper's experiments. Base patches do not change.
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,24 @@ from fedelta.lora.adapter import Adapter, LoraPair
 ServerOptimizer = Literal["none", "fedavgm", "fedadam"]
 BETA_2, TAU = 0.99, 1e-3
 MOMENTS = "optimizer"
-"""Prefix of the moments' names in a method's memory."""
+"""Prefix of the names of the moments in a method's memory."""
 
 
 def optimize(
     before: Adapter, after: Adapter, memory: Mapping[str, Tensor], kind: ServerOptimizer, rate: float, momentum: float
 ) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter that the optimizer moves to, and the memory with the new moments.
+    """Run one step of a server optimizer.
 
     Args:
-        before: the adapter that was broadcast.
-        after: the aggregate of what clients sent.
-        memory: holds the moments under names that begin with `MOMENTS`.
+        before: adapter that was broadcast.
+        after: aggregate of the clients' adapters.
+        memory: the method's memory, with the moments under names that begin with `MOMENTS`.
         kind: `fedavgm` or `fedadam`.
         rate: η.
         momentum: β₁.
+
+    Returns:
+        The adapter after the step, and the memory with the new moments.
     """
     memory = dict(memory)
 

@@ -1,4 +1,4 @@
-"""What a method carries from round to round."""
+"""State of a method between rounds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,21 +6,17 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedelta.lora.adapter import Adapter
-from fedelta.lora.lowrank import Product
-
-Patch = dict[str, Product]
-"""Module → what a round adds to the base weight of that module."""
 
 
 @dataclass(frozen=True, eq=False)
 class MethodState:
-    """What a method carries from round to round.
+    """Everything that a method carries from one round to the next.
 
     Args:
-        round: counted from 0.
-        adapter: the global adapter at rank R, scale 1 (every s is absorbed into B).
-        seed: that the current A was drawn from, at the start or at the last restart.
-        memory: whatever tensors the method keeps for itself, name → tensor.
+        round: number of the round, from 0.
+        adapter: the global adapter at rank R and scale 1 (every s is absorbed into B).
+        seed: seed of the current A, which was drawn at the start or at the last restart.
+        memory: name → tensor that the method stores for itself.
     """
 
     round: int

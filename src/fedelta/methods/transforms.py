@@ -1,11 +1,11 @@
-"""Options of every method, as small transforms around its own equation.
+"""The options of every method, as small transforms around its equation.
 
 A server step is a chain:
 
-    weigh → fold → aggregate → scale the patch → server optimizer → refresh
+    weight → fold → aggregate → scale the patch → server optimizer → refresh
 
-`aggregate` is the method's equation. Each transform after it takes the state as broadcast, the state and the patch so
-far, and returns the next state and patch. A transform that is switched off is not in the chain.
+`aggregate` is the method's equation. Each transform after it takes the state as broadcast, the next state and the
+patch, and returns a changed next state and patch. A transform that is switched off is not in the chain.
 """
 
 import math
@@ -15,15 +15,16 @@ from dataclasses import replace
 from fedelta.errors import FedeltaError
 from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import add
+from fedelta.lora.patch_log import Patch
 from fedelta.methods.server_optimizer import ServerOptimizer, optimize
-from fedelta.methods.state import MethodState, Patch
+from fedelta.methods.state import MethodState
 
 Transform = Callable[[MethodState, MethodState, Patch], tuple[MethodState, Patch]]
-"""(state as broadcast, next state so far, patch so far) → (next state, patch)."""
+"""(state as broadcast, next state, patch) → (next state, patch)."""
 
 
-def weigh_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:
-    """Weigh each client by ‖s_i B_i A_i‖_F of its whole adapter (HetLoRA, 2401.06432).
+def weight_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contribution]:
+    """Weight each client by ‖s_i B_i A_i‖_F of its whole adapter (HetLoRA, 2401.06432).
 
     Raises:
         FedeltaError: naming the client, if its norm is not finite.
@@ -32,9 +33,9 @@ def weigh_by_norm(contributions: Iterable[Contribution]) -> Iterator[Contributio
         squares = c.adapter.norm_squared
         if not math.isfinite(squares):
             raise FedeltaError(
-                f"client {c.client}: the norm of its update is not finite; it is too large to be weighed"
+                f"client {c.client}: the squared norm of its update is {squares}, expected a finite number"
             )
-        # A client of weight zero keeps that weight, however much it trained.
+        # A client with weight zero keeps that weight.
         yield replace(c, weight=squares**0.5 if c.weight else 0.0)
 
 
@@ -48,7 +49,13 @@ def scale_patch(step: float) -> Transform:
 
 
 def move_by_optimizer(kind: ServerOptimizer, rate: float, momentum: float) -> Transform:
-    """Treat the change of the factors as a gradient (FedOpt, 2003.00295)."""
+    """Use the change of the factors as the gradient of a server optimizer (FedOpt, 2003.00295).
+
+    Args:
+        kind: `fedavgm` or `fedadam`.
+        rate: η.
+        momentum: β₁.
+    """
 
     def move(before: MethodState, after: MethodState, patch: Patch) -> tuple[MethodState, Patch]:
         adapter, memory = optimize(before.adapter, after.adapter, after.memory, kind, rate, momentum)
@@ -58,11 +65,11 @@ def move_by_optimizer(kind: ServerOptimizer, rate: float, momentum: float) -> Tr
 
 
 def refresh(every: int, restart: Callable[[MethodState], MethodState]) -> Transform:
-    """Every so many rounds, move the global product into the base and restart the adapter.
+    """Move the global product into the base and restart the adapter.
 
     Args:
-        every: number of rounds between two refreshes.
-        restart: gives a state whose adapter is as at the start.
+        every: number of rounds from one refresh to the next.
+        restart: function that returns the state with a fresh adapter.
     """
 
     def merge(before: MethodState, after: MethodState, patch: Patch) -> tuple[MethodState, Patch]:

@@ -1,43 +1,49 @@
-"""The two messages of a round. Nothing else crosses between server and client.
+"""The two messages of a round, `Broadcast` and `ClientUpdate`. Server and client exchange nothing else.
 
-A message is one safetensors blob: tensors under `A/…`, `B/…`, `core/…`, `tail/…`, `head/…`, `patch/…`, everything
-else as JSON in the blob's metadata.
+A message is one safetensors blob: tensors under `A/…`, `B/…`, `core/…`, `tail/…`, `head/…`, `patch/…`, and everything
+else as JSON in the metadata of the blob.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import pydantic.dataclasses
 import torch
+from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
 from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair, Shapes, draw_A, draw_basis
 from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchDelta
-from fedelta.protocol.compression import LOSSLESS, Precision, decode, encode, rounded
+from fedelta.protocol.compression import LOSSLESS, Encoded, Precision, decode, encode, rounded
 from fedelta.protocol.serialization import (
-    nothing_left,
+    check_all_taken,
     pack,
     patch_tensors,
     products_to_tensors,
+    show,
     take_patches,
     take_prefix,
     take_products,
     unpack,
     with_prefix,
 )
+from fedelta.settings import first_error
 
 
 class FactorPlan(NamedTuple):
-    """Which factors of B·A cross in a round: out of "A", "B", and "core", the r×r matrix C of B = basis·C.
+    """Which factors of B·A are sent, trained and kept in a round.
+
+    The factors are "A", "B", and "core", the r×r matrix C of B = basis·C.
 
     Args:
-        down: what the server sends; a missing A or basis is drawn from the seed, a missing B is zero.
-        train: what a client trains.
-        up: what it sends back.
-        keep: what it keeps for its next round, and prefers to what `down` leaves out.
-        prune: whether it may send a lower rank than it was given.
+        down: factors that the server sends. A missing A or basis is drawn from the seed; a missing B is zero.
+        train: factors that a client trains.
+        up: factors that a client sends back.
+        keep: factors that a client keeps for its next round and uses if `down` does not include them.
+        prune: True if a client may send a lower rank than it received.
     """
 
     down: frozenset[str] = frozenset("AB")
@@ -47,48 +53,53 @@ class FactorPlan(NamedTuple):
     prune: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values; the inverse of `from_json`."""
         return {key: value if isinstance(value, bool) else sorted(value) for key, value in self._asdict().items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "FactorPlan":
+        """Read a plan from JSON values."""
         sets = {key: frozenset(value) for key, value in data.items() if key != "prune"}
         return cls(**sets, prune=bool(data["prune"]))
 
 
+_STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
 def core_of(module: str, B: Tensor, seed: int) -> Tensor:
-    """C (r, r) of a B = basis·C whose basis was drawn from this seed."""
+    """Return C (r, r) of B = basis·C (m, r), with the basis drawn from this seed."""
     basis = draw_basis(module, B.shape[0], B.shape[1], seed)
     return (basis.T.double() @ B.double()).to(B.dtype)
 
 
 def select_factors(adapter: Adapter, names: frozenset[str], seed: int) -> dict[str, dict[str, Tensor]]:
-    """The named factors of an adapter, as a message holds them: name → module → tensor."""
+    """Return the named factors of an adapter in the layout of a message: name → module → tensor."""
     factors: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(names)}
     for module, pair in adapter.items():
-        for name, found in factors.items():
-            found[module] = {"A": pair.A, "B": pair.B}[name] if name != "core" else core_of(module, pair.B, seed)
+        for name, by_module in factors.items():
+            by_module[module] = {"A": pair.A, "B": pair.B}[name] if name != "core" else core_of(module, pair.B, seed)
     return factors
 
 
 @dataclass(frozen=True, eq=False)
 class Broadcast:
-    """Server to one client: where to start from and what to train.
+    """Message from the server to one client: the start of its training and what to train.
 
     Args:
-        client: its id.
-        round: counted from 0.
+        client: id of the client.
+        round: number of the round, from 0.
         rank: r_i.
         scale: s_i, by which the client's LoRA layers multiply B·A.
-        method: name and options, for what a method does at the client.
-        wire: which factors are here, trained, sent back and kept.
-        factors: "A" → module → (r_i, n), "B" → (m, r_i) to be used with `scale`, "core" → (r_i, r_i).
-        seed: of whatever the client draws itself.
+        method: name and options of the method, for its client-side steps.
+        plan: which factors are sent, trained, sent back and kept.
+        factors: "A" → module → (r_i, n); "B" → module → (m, r_i), at `scale`; "core" → module → (r_i, r_i).
+        seed: seed of the factors that the client draws.
         heads: name → tensor, the trained modules outside LoRA.
-        patch: what the client's base has not seen.
-        tail: module → what is added to the base in this round only.
-        indices: which rank indices of the global adapter these are; None is the first.
-        wants_validation: whether the client is to report the loss on its own held-out part.
-        precision: of factors, tail and heads in this message and its answer.
+        patch: base patches that the client has not seen.
+        tail: module → matrix that is added to the base in this round only.
+        indices: rank indices of the global adapter that the factors hold; None means the first r_i.
+        wants_validation: True if the client must report the loss on its held-out examples.
+        precision: precision of factors, tail and heads in this message and in the update.
     """
 
     client: str
@@ -107,19 +118,20 @@ class Broadcast:
     precision: Precision = LOSSLESS
 
     def adapter(self, shapes: Shapes, kept: Adapter | None = None) -> Adapter:
-        """The adapter that the client starts from, with what it draws or keeps itself where nothing was sent.
+        """Return the adapter that the client starts from. Factors that were not sent are drawn, zero, or kept.
 
         Args:
-            shapes: the client's own adapted layers.
-            kept: the adapter it ended its last round with, if it keeps factors.
+            shapes: module → (m, n) of the client's adapted layers.
+            kept: the client's adapter at the end of its last round, if it keeps factors.
 
         Raises:
-            FedeltaError: if a module is missing, unknown or of another shape.
+            FedeltaError: if a module is missing, unknown, or of another shape.
         """
         for name in self.plan.down:
             if set(self.factors[name]) != set(shapes):
-                odd = sorted(set(self.factors[name]) ^ set(shapes))[0]
-                raise FedeltaError(f"broadcast and model differ in adapted modules, first: {odd}")
+                module = sorted(set(self.factors[name]) ^ set(shapes))[0]
+                holder = "broadcast" if module in self.factors[name] else "model"
+                raise FedeltaError(f"broadcast and model differ in adapted modules: only the {holder} has {module}")
         pairs = {}
         for module, (m, n) in shapes.items():
             A, B = self._A(module, n), self._B(module, m, kept)
@@ -142,13 +154,13 @@ class Broadcast:
         if "core" in self.plan.down:
             return draw_basis(module, m, self.rank, self.seed) @ self.factors["core"][module]
         if kept is not None and "B" in self.plan.keep:
-            # A client that has been promoted since keeps what it has; its new columns are zero.
+            # If the rank has been raised since, the kept columns stay and the new columns are zero.
             B = kept[module].with_scale(self.scale).B[:, : self.rank]
             return torch.nn.functional.pad(B, (0, self.rank - B.shape[1]))
         return torch.zeros(m, self.rank)
 
     def as_received(self) -> "Broadcast":
-        """The same with factors, tail and heads as they arrive: what a client does not send back is taken from here."""
+        """Return the broadcast as the client decodes it, which includes the factors that the client does not send."""
         tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
         tensors = rounded(tensors | products_to_tensors("tail", self.tail), self.precision)
         return replace(
@@ -159,11 +171,12 @@ class Broadcast:
         )
 
     def to_bytes(self) -> bytes:
+        """Serialize the broadcast."""
         tensors = _factor_tensors(self.factors) | with_prefix("head", self.heads)
-        tensors, changed = encode(tensors | products_to_tensors("tail", self.tail), self.precision)
+        tensors, dtypes = encode(tensors | products_to_tensors("tail", self.tail), self.precision)
         tensors |= patch_tensors(self.patch.entries, self.patch.total)
         names = ("client", "round", "rank", "scale", "method", "seed", "indices", "wants_validation", "precision")
-        facts = {name: getattr(self, name) for name in names} | {"plan": self.plan.to_json(), "changed": changed}
+        facts = {name: getattr(self, name) for name in names} | {"plan": self.plan.to_json(), "changed": dtypes}
         facts["patch"] = {
             "start": self.patch.start,
             "end": self.patch.end,
@@ -174,17 +187,22 @@ class Broadcast:
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> "Broadcast":
+        """Read a broadcast.
+
+        Raises:
+            FedeltaError: if the blob is damaged or has tensors that a broadcast does not have.
+        """
         tensors, facts = unpack(blob)
         tensors = decode(tensors, facts.pop("changed"))
-        log = facts.pop("patch")
-        versions = [] if log["dense"] else range(log["start"] + 1, log["end"] + 1)
+        patch = facts.pop("patch")
+        versions = [] if patch["dense"] else range(patch["start"] + 1, patch["end"] + 1)
         entries, total = take_patches(versions, tensors)
         delta = PatchDelta(
-            log["start"],
-            log["end"],
-            {int(v): digest for v, digest in log["digests"].items()},
+            patch["start"],
+            patch["end"],
+            {int(version): digest for version, digest in patch["digests"].items()},
             entries,
-            total if log["dense"] else None,
+            total if patch["dense"] else None,
         )
         plan = FactorPlan.from_json(facts.pop("plan"))
         indices = facts.pop("indices")
@@ -197,31 +215,36 @@ class Broadcast:
             patch=delta,
             **facts,
         )
-        nothing_left("broadcast", tensors)
+        check_all_taken("broadcast", tensors)
         return message
 
 
 def _factor_tensors(factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: tensor for name, found in factors.items() for key, tensor in with_prefix(name, found).items()}
+    return {key: tensor for name, by_module in factors.items() for key, tensor in with_prefix(name, by_module).items()}
 
 
 def _take_factors(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {name: take_prefix(name, tensors) for name in sorted(names)}
 
 
-@dataclass(frozen=True, eq=False)
+@pydantic.dataclasses.dataclass(frozen=True, eq=False, config=_STRICT)
 class ClientUpdate:
-    """One client to the server: the factors it trained, and how it went.
+    """Message from one client to the server: the trained factors and the metrics of the training.
+
+    The types of all fields are validated, because an update may come from a client that is faulty or malicious.
 
     Args:
-        client, round, scale: as in the broadcast that it answers.
-        rank: likewise, or lower if the client pruned itself.
-        version, digest: the base it trained on.
-        examples: number of training examples, its weight.
-        factors: as trained: "A" → module → (r_i, n), "B" → (m, r_i), "core" → (r_i, r_i).
-        heads: name → tensor.
-        metrics: e.g. `train_loss`, `validation_loss`.
-        precision: of factors and heads on their way.
+        client, round, scale: as in the broadcast that the update belongs to.
+        rank: as in the broadcast, or lower if the client pruned its adapter.
+        version, digest: version of the base that the client trained on, and its digest.
+        examples: number of training examples, the client's weight.
+        factors: trained factors: "A" → module → (r_i, n), "B" → module → (m, r_i), "core" → module → (r_i, r_i).
+        heads: name → tensor, the trained modules outside LoRA.
+        metrics: name → number, such as `train_loss` and `validation_loss`.
+        precision: precision of factors and heads in the message.
+
+    Raises:
+        pydantic.ValidationError: if a field has another type.
     """
 
     client: str
@@ -241,15 +264,15 @@ class ClientUpdate:
         """Factors and heads by their key in the message."""
         return _factor_tensors(self.factors) | with_prefix("head", self.heads)
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "ClientUpdate":
-        """The same with other factors and heads."""
-        left = dict(tensors)
-        return replace(self, factors=_take_factors(self.factors, left), heads=take_prefix("head", left))
+    def to_bytes(self, encoded: Encoded | None = None) -> bytes:
+        """Serialize the update.
 
-    def to_bytes(self) -> bytes:
-        tensors, changed = encode(self.tensors, self.precision)
+        Args:
+            encoded: tensors to send instead of the update's own, already encoded by `compensate`.
+        """
+        tensors, dtypes = encoded or encode(self.tensors, self.precision)
         names = ("client", "round", "rank", "scale", "version", "digest", "examples", "precision")
-        facts = {name: getattr(self, name) for name in names} | {"changed": changed}
+        facts = {name: getattr(self, name) for name in names} | {"changed": dtypes}
         return pack(tensors, facts | {"metrics": dict(self.metrics), "factors": sorted(self.factors)})
 
     @classmethod
@@ -257,14 +280,17 @@ class ClientUpdate:
         """Read an update.
 
         Raises:
-            BadUpdate: naming the sender, if the blob is damaged or holds what an update does not.
+            BadUpdate: naming the sender, if the blob is damaged or a field or tensor is missing, unknown or invalid.
         """
         try:
             tensors, facts = unpack(blob)
             tensors = decode(tensors, facts.pop("changed"))
             factors = _take_factors(facts.pop("factors"), tensors)
             heads = take_prefix("head", tensors)
-            nothing_left("update", tensors)
+            check_all_taken("update", tensors)
             return cls(factors=factors, heads=heads, **facts)
+        except ValidationError as error:
+            name, expected, value = first_error(error)
+            raise BadUpdate(sender, f"field {name[:80]} of its update: {expected}, found {show(value)}") from error
         except (FedeltaError, TypeError, KeyError, AttributeError) as error:
             raise BadUpdate(sender, str(error)) from error

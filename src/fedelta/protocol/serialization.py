@@ -1,6 +1,6 @@
-"""Tensors and JSON facts as one safetensors blob: what messages and checkpoints are made of.
+"""Serialization of tensors and JSON facts as one safetensors blob, the format of messages and checkpoints.
 
-Bytes are counted from the blob, never estimated. Pickle is never read.
+Byte counts are read from the blob, not estimated. Pickle is never read.
 """
 
 import json
@@ -19,10 +19,18 @@ from fedelta.lora.patch_log import Patch
 from fedelta.protocol.compression import Basis, ErrorFeedback
 
 METADATA_KEY = "fedelta"
+"""Key of the JSON facts in the metadata of a blob."""
 
 
 class ByteCount(NamedTuple):
-    """Bytes of serialized messages by content; `overhead` is names, shapes and metadata."""
+    """Number of bytes of serialized messages by content.
+
+    Args:
+        adapter: factors and tails.
+        heads: trained modules outside LoRA.
+        patch: base patches.
+        overhead: names, shapes, scales and metadata.
+    """
 
     adapter: int = 0
     heads: int = 0
@@ -31,16 +39,19 @@ class ByteCount(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Sum of all fields."""
         return sum(self)
 
     def plus(self, other: "ByteCount") -> "ByteCount":
+        """Return the field-wise sum of two counts."""
         return ByteCount(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def _header(blob: bytes) -> dict[str, Any]:
+    """Return the JSON header of a safetensors blob: tensor name → dtype, shape and offsets."""
     length = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or length > len(blob) - 8:
-        raise FedeltaError(f"truncated message: {len(blob)} bytes, its header alone claims {length}")
+        raise FedeltaError(f"truncated message: it has {len(blob)} bytes, but its header alone claims {length}")
     try:
         header = json.loads(blob[8 : 8 + length])
     except ValueError as error:
@@ -51,7 +62,7 @@ def _header(blob: bytes) -> dict[str, Any]:
 
 
 def count_bytes(blob: bytes) -> ByteCount:
-    """Bytes of a message by content, read from its own header."""
+    """Count the bytes of a message by content, from its header."""
     sizes = dict.fromkeys(("A", "B", "core", "tail", "head", "patch"), 0)
     for key, entry in _header(blob).items():
         if key != "__metadata__":
@@ -64,22 +75,22 @@ def count_bytes(blob: bytes) -> ByteCount:
 
 
 def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
-    """Tensors and JSON facts as one safetensors blob; equal content gives equal bytes."""
-    # safetensors refuses tensors of one storage; a method may well send the mean both as a factor and in a tail.
-    apart, storages = {}, set[int]()
+    """Serialize tensors and JSON facts as one safetensors blob. Equal content gives equal bytes."""
+    # safetensors refuses tensors that share storage, and a method may send the same mean as a factor and in a tail.
+    separate, storages = {}, set[int]()
     for key in sorted(tensors):
         tensor = tensors[key].detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        apart[key] = tensor.clone() if storage in storages else tensor
+        separate[key] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    return safetensors.torch.save(apart, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    return safetensors.torch.save(separate, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
 
 
 def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts of a blob.
+    """Return the tensors and facts of a blob.
 
     Raises:
-        FedeltaError: if the blob is truncated or is not one of ours.
+        FedeltaError: if the blob is truncated, damaged, or was not written by fedelta.
     """
     metadata = _header(blob).get("__metadata__") or {}
     if METADATA_KEY not in metadata:
@@ -91,28 +102,32 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with `prefix/` in front of their names."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def take_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take out, and remove, every tensor under a prefix; what nobody takes is an error in the end."""
+    """Remove every tensor under `prefix/` and return them by the rest of their names.
+
+    A reader takes all tensors that it knows; `check_all_taken` then refuses the rest.
+    """
     return {key.removeprefix(f"{prefix}/"): tensors.pop(key) for key in list(tensors) if key.startswith(f"{prefix}/")}
 
 
 def adapter_tensors(prefix: str, adapter: Adapter) -> dict[str, Tensor]:
-    """The factors under `prefix` + `A/…` and `B/…`."""
+    """Return the factors of an adapter under `prefix` + `A/…` and `prefix` + `B/…`."""
     A, B = ({module: getattr(pair, factor) for module, pair in adapter.items()} for factor in "AB")
     return with_prefix(f"{prefix}A", A) | with_prefix(f"{prefix}B", B)
 
 
 def take_adapter(prefix: str, scale: float, tensors: dict[str, Tensor]) -> Adapter:
-    """Take out what `adapter_tensors` put in."""
+    """Remove and return the adapter that `adapter_tensors` wrote."""
     A, B = take_prefix(f"{prefix}A", tensors), take_prefix(f"{prefix}B", tensors)
     return Adapter({module: LoraPair(A[module], B[module], scale) for module in A})
 
 
 def products_to_tensors(prefix: str, products: Mapping[str, Product]) -> dict[str, Tensor]:
-    """Matrices by module as tensors `prefix/module/part`, in factors or dense."""
+    """Return matrices in either form as tensors `prefix/module/part`."""
     return {
         f"{prefix}/{module}/{part}": tensor
         for module, product in products.items()
@@ -121,16 +136,16 @@ def products_to_tensors(prefix: str, products: Mapping[str, Product]) -> dict[st
 
 
 def take_products(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Product]:
-    """Take out what `products_to_tensors` put in."""
+    """Remove and return the matrices that `products_to_tensors` wrote."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in take_prefix(prefix, tensors).items():
         module, part = name.rsplit("/", 1)
         parts[module][part] = tensor
-    return {module: from_tensors(found) for module, found in parts.items()}
+    return {module: from_tensors(by_part) for module, by_part in parts.items()}
 
 
 def patch_tensors(entries: Mapping[int, Patch], total: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Base patches under `patch/…`, as messages and checkpoints hold them."""
+    """Return base patches as tensors under `patch/…`, for messages and checkpoints."""
     tensors = with_prefix("patch/total", total or {})
     for version, patch in entries.items():
         tensors |= products_to_tensors(f"patch/{version}", patch)
@@ -140,7 +155,11 @@ def patch_tensors(entries: Mapping[int, Patch], total: Mapping[str, Tensor] | No
 def take_patches(
     versions: Iterable[int], tensors: dict[str, Tensor]
 ) -> tuple[dict[int, dict[str, Product]], dict[str, Tensor]]:
-    """Take out what `patch_tensors` put in: the entries of these versions, and the dense sum (empty without one)."""
+    """Remove and return what `patch_tensors` wrote.
+
+    Returns:
+        Version → patch, for the given versions, and the dense sum by module (empty if there is none).
+    """
     entries = {}
     for version in versions:
         entries[version] = take_products(f"patch/{version}", tensors)
@@ -148,17 +167,31 @@ def take_patches(
 
 
 def error_feedback_tensors(prefix: str, feedback: ErrorFeedback) -> dict[str, Tensor]:
-    """What a client's message has left out, under `prefix/before/…` and `prefix/after/…`."""
+    """Return the tensors of an error feedback under `prefix/before/…` and `prefix/after/…`."""
     return with_prefix(f"{prefix}/before", feedback.before) | with_prefix(f"{prefix}/after", feedback.after)
 
 
 def take_error_feedback(prefix: str, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> ErrorFeedback:
-    """Take out what `error_feedback_tensors` put in."""
+    """Remove and return the error feedback that `error_feedback_tensors` wrote.
+
+    Args:
+        prefix: as given to `error_feedback_tensors`.
+        facts: `ErrorFeedback.facts`.
+        tensors: tensors to take from.
+    """
     before, after = (take_prefix(f"{prefix}/{part}", tensors) for part in ("before", "after"))
     return ErrorFeedback(facts["round"], Basis(*facts["basis"]), before, after)
 
 
-def nothing_left(kind: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what nobody took: a message is read whole, or not at all."""
+def check_all_taken(kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a message has tensors that its reader did not take."""
     if tensors:
-        raise FedeltaError(f"{kind} holds tensors that nothing reads: {', '.join(sorted(tensors)[:3])}")
+        raise FedeltaError(f"{kind} has unexpected tensors: {', '.join(sorted(tensors)[:3])}")
+
+
+def show(value: object) -> str:
+    """Return a value as at most 20 characters, so that a client can't fill the log with a huge number or text."""
+    try:
+        return repr(value)[:20]
+    except ValueError:
+        return f"a {type(value).__name__} that is too long to print"

@@ -1,4 +1,7 @@
-"""The door: an update is checked against the broadcast that it answers, once, and never again inside."""
+"""Validation of a client's update against the broadcast that it belongs to.
+
+This is the only place where the content of an update is checked. The code behind it relies on it.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,29 +13,22 @@ from fedelta.errors import BadUpdate, NotFinite
 from fedelta.lora.adapter import Adapter, LoraPair, Shapes, draw_basis, finite
 from fedelta.lora.contribution import Contribution
 from fedelta.protocol.messages import Broadcast, ClientUpdate
+from fedelta.protocol.serialization import show
 
 MAX_EXAMPLES = 10**12
-"""A client that claims more would drown all others by a slip or by intent."""
+"""Largest number of training examples that a client may report. A larger one would outweigh all other clients."""
 MAX_METRIC = 1e30
-"""Sums of metrics stay finite below this."""
-
-
-def shown(value: object) -> str:
-    """A value as a short text: a number of 400 digits, or one too long to be printed, is no way to fill a log."""
-    try:
-        return repr(value)[:20]
-    except ValueError:
-        return f"a {type(value).__name__} too long to print"
+"""Largest absolute value of a metric. Sums of metrics stay finite below it."""
 
 
 def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float | None = None) -> Contribution:
-    """Check an update against the broadcast that it answers. The door: nothing is checked again inside.
+    """Validate an update against its broadcast and fill in the factors that the client did not send.
 
     Args:
-        update: what the client sent.
-        sent: what it was sent.
+        update: the client's update.
+        sent: the broadcast that the client received.
         shapes: module → (m, n) of the adapted layers.
-        weight: w_i; None takes the number of examples.
+        weight: w_i; None uses the number of examples.
 
     Raises:
         BadUpdate: naming the client, what was found and what was expected.
@@ -41,32 +37,16 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
     def refuse(reason: str, kind: type[BadUpdate] = BadUpdate) -> BadUpdate:
         return kind(sent.client, reason)
 
-    for name in ("client", "round", "scale"):
-        found, expected = getattr(update, name), getattr(sent, name)
-        if found != expected:
-            raise refuse(f"its update says {name} {found}, expected {expected}")
-    lowest = 1 if sent.plan.prune else sent.rank
-    if type(update.rank) is not int or not lowest <= update.rank <= sent.rank:
-        raise refuse(f"its update says rank {str(update.rank)[:20]}, expected {sent.rank}")
-    if (update.version, update.digest) != (sent.patch.end, sent.patch.digests[sent.patch.end]):
-        raise refuse(f"it trained on base version {update.version}, expected {sent.patch.end}")
-    if type(update.examples) is not int or not 1 <= update.examples <= MAX_EXAMPLES:
-        raise refuse(f"it reports {str(update.examples)[:20]} training examples, expected 1 to {MAX_EXAMPLES}")
-    if not isinstance(update.metrics, Mapping):
-        raise refuse(f"its metrics are a {type(update.metrics).__name__}, expected names and numbers")
-    for name, value in update.metrics.items():
-        if not isinstance(value, int | float) or not abs(value) <= MAX_METRIC:
-            kind = NotFinite if isinstance(value, float) and not math.isfinite(value) else BadUpdate
-            raise refuse(f"it reports {name} {shown(value)}, expected a finite number", kind)
+    _check_facts(update, sent, refuse)
     start = sent.adapter(shapes).truncate(update.rank)
     if set(update.factors) != sent.plan.up:
         found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.plan.up))
-        raise refuse(f"it sent the factors {found}, expected {expected}")
+        raise refuse(f"its update has the factors {found}, expected {expected}")
     pairs = dict(start)
-    for name, found in update.factors.items():
-        wanted = {module: _expected_shape(name, pair) for module, pair in start.items()}
-        _same_tensors(found, wanted, f"{name} of module", refuse)
-        for module, tensor in found.items():
+    for name, tensors in update.factors.items():
+        expected_tensors = {module: _expected_shape(name, pair) for module, pair in start.items()}
+        _check_tensors(tensors, expected_tensors, f"{name} of module", refuse)
+        for module, tensor in tensors.items():
             pair = pairs[module]
             if name == "A":
                 pairs[module] = LoraPair(tensor, pair.B, pair.scale)
@@ -74,10 +54,31 @@ def receive(update: ClientUpdate, sent: Broadcast, shapes: Shapes, weight: float
                 B = tensor if name == "B" else draw_basis(module, pair.shape[0], pair.rank, sent.seed) @ tensor
                 pairs[module] = LoraPair(pair.A, B, pair.scale)
     heads = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sent.heads.items()}
-    _same_tensors(update.heads, heads, "head", refuse)
+    _check_tensors(update.heads, heads, "head", refuse)
     w = update.examples if weight is None else weight
     indices = None if sent.indices is None else torch.tensor(sent.indices)
     return Contribution(sent.client, w, Adapter(pairs), indices, update.heads, update.metrics)
+
+
+def _check_facts(update: ClientUpdate, sent: Broadcast, refuse: Callable[..., BadUpdate]) -> None:
+    """Raise unless everything but the tensors fits the broadcast. The types have been validated by `ClientUpdate`."""
+    for name in ("client", "round", "scale"):
+        found, expected = getattr(update, name), getattr(sent, name)
+        if found != expected:
+            raise refuse(f"its update says {name} {found}, expected {expected}")
+    min_rank = 1 if sent.plan.prune else sent.rank
+    if not min_rank <= update.rank <= sent.rank:
+        allowed = f"{sent.rank}" if min_rank == sent.rank else f"{min_rank} to {sent.rank}"
+        raise refuse(f"its update says rank {show(update.rank)}, expected {allowed}")
+    if (update.version, update.digest) != (sent.patch.end, sent.patch.digests[sent.patch.end]):
+        digest = "" if update.version != sent.patch.end else " of another history"
+        raise refuse(f"it trained on base version {show(update.version)}{digest}, expected {sent.patch.end}")
+    if not 1 <= update.examples <= MAX_EXAMPLES:
+        raise refuse(f"it reports {show(update.examples)} training examples, expected 1 to {MAX_EXAMPLES}")
+    for name, value in update.metrics.items():
+        if not abs(value) <= MAX_METRIC:
+            kind = BadUpdate if math.isfinite(value) else NotFinite
+            raise refuse(f"it reports {name} {show(value)}, expected a finite number of at most {MAX_METRIC:g}", kind)
 
 
 def _expected_shape(factor: str, pair: LoraPair) -> tuple[tuple[int, ...], torch.dtype]:
@@ -85,17 +86,18 @@ def _expected_shape(factor: str, pair: LoraPair) -> tuple[tuple[int, ...], torch
     return shapes[factor], pair.B.dtype
 
 
-def _same_tensors(
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+def _check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     what: str,
     refuse: Callable[..., BadUpdate],
 ) -> None:
-    if set(found) != set(wanted):
-        missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-        raise refuse(f"{what} {missing[0]} is missing" if missing else f"{what} {extra[0]} was not asked for")
-    for name, tensor in found.items():
-        shape, dtype = wanted[name]
+    """Raise unless the tensors have the expected names, shapes and dtypes and are finite."""
+    if set(tensors) != set(expected):
+        missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        raise refuse(f"{what} {missing[0]} is missing" if missing else f"{what} {extra[0]} was not requested")
+    for name, tensor in tensors.items():
+        shape, dtype = expected[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise refuse(f"{what} {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
         if not finite(tensor):

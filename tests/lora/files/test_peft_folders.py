@@ -1,4 +1,4 @@
-"""PEFT folders, both directions, against PEFT itself."""
+"""Reading and writing of PEFT folders, compared with PEFT."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_that_peft_wrote_means_the_same_here(
+def test_a_folder_written_by_peft_has_the_same_update_here(
     case: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     fixture, options = CASES[case]
@@ -75,10 +75,10 @@ def test_a_folder_that_peft_wrote_means_the_same_here(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_that_we_wrote_means_the_same_to_peft(
+def test_a_folder_written_here_has_the_same_update_in_peft(
     case: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Mixed ranks and scales included: they come out as one rank and one α."""
+    """This includes mixed ranks and scales, which are written as one rank and one α."""
     fixture, options = CASES[case]
     by_peft(tmp_path / "a", request.getfixturevalue(fixture), **options)
     found = open_adapter(tmp_path / "a")
@@ -129,7 +129,7 @@ def folder(tmp_path: Path, tiny_bert: Path) -> Path:
         ({"lora_bias": True}, "lora_bias is not supported"),
         ({"bias": "all"}, "bias='all' trains biases"),
         ({"peft_type": "IA3"}, "a IA3 adapter, expected LORA"),
-        ({"init_lora_weights": "pissa_niter_4"}, "moved a part of the base weight"),
+        ({"init_lora_weights": "pissa_niter_4"}, "moves a part of the base weight"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is not supported"),
         ({"r": 0}, "r is 0, expected a positive number"),
         ({"r": 3}, "has rank 4, but adapter_config.json says 3"),
@@ -139,7 +139,7 @@ def folder(tmp_path: Path, tiny_bert: Path) -> Path:
         ),
     ],
 )
-def test_what_would_be_read_wrongly_is_refused(folder: Path, change: dict, reason: str) -> None:
+def test_an_unsupported_folder_is_refused(folder: Path, change: dict, reason: str) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(FedeltaError, match=reason):
@@ -162,8 +162,8 @@ QUERY = f"{PREFIX}bert.encoder.layer.0.attention.self.query"
         ({f"{QUERY}.lora_A.weight": torch.full((4, 24), float("nan"))}, "A holds NaN or infinite"),
         ({f"{QUERY}.lora_B.weight": torch.ones(24, 3)}, "do not share a rank"),
         ({f"{QUERY}.lora_magnitude_vector": torch.ones(24)}, "lora_magnitude_vector"),
-        ({f"{QUERY}.lora_B.bias": torch.ones(24)}, "only weights of lora_A and lora_B are"),
-        ({"something.else": torch.ones(2)}, "tensor something.else is none of"),
+        ({f"{QUERY}.lora_B.bias": torch.ones(24)}, "expected only weights of lora_A and lora_B"),
+        ({"something.else": torch.ones(2)}, "unexpected tensor something.else"),
     ],
 )
 def test_damaged_weights_are_refused(folder: Path, change: dict, reason: str) -> None:

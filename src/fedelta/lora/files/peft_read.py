@@ -1,6 +1,7 @@
-"""Adapters from PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, nothing else.
+"""Reading of PEFT folders: `adapter_config.json` and `adapter_model.safetensors` only.
 
-A folder that would be read wrongly is refused with the reason: DoRA, `lora_bias`, LoRA on embeddings, pickles.
+A folder whose update is not s·B·A is refused with the reason: DoRA, `lora_bias`, LoRA on embeddings. Pickles are never
+loaded.
 """
 
 import json
@@ -21,7 +22,7 @@ PREFIX = "base_model.model."
 _REFUSED = {
     "use_dora": "DoRA rescales the weight by a magnitude, so its update is not s·B·A",
     "lora_bias": "a bias on B is not part of s·B·A",
-    "layer_replication": "replicated layers have no weight of their own in the base model",
+    "layer_replication": "replicated layers do not have their own weight in the base model",
     "use_qalora": "QALoRA pools the input before A",
     "alora_invocation_tokens": "an activated LoRA applies to some tokens only",
     "trainable_token_indices": "trained token embeddings are neither LoRA nor a head",
@@ -36,7 +37,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Layer(NamedTuple):
-    """What a folder says about one adapted layer: rank, shape out×in, and the scale s."""
+    """One adapted layer of a folder: its rank, its shape (m, n), out×in, and its scale s."""
 
     rank: int
     shape: tuple[int, int]
@@ -45,13 +46,13 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PeftFolder:
-    """A PEFT adapter whose configuration and header have been read and checked; its tensors are read when asked for.
+    """A PEFT adapter with a validated configuration and header. Tensors are read on demand.
 
     Args:
         path: the folder.
-        config: the whole `adapter_config.json`.
-        layers: module → rank, shape and scale (`rank_pattern`, `alpha_pattern` and rsLoRA honoured).
-        heads: `module.parameter` → shape of what `modules_to_save` holds.
+        config: content of `adapter_config.json`.
+        layers: module → rank, shape and scale, including `rank_pattern`, `alpha_pattern` and rsLoRA.
+        heads: `module.parameter` → shape, of the tensors of `modules_to_save`.
     """
 
     path: Path
@@ -60,7 +61,10 @@ class PeftFolder:
     heads: Mapping[str, tuple[int, ...]]
 
     def read(self, modules: Iterable[str] | None = None) -> Adapter:
-        """The pairs of these modules, or of all, in fp32 where the file has fewer bits.
+        """Read the pairs of some or all modules, in fp32.
+
+        Args:
+            modules: names of the modules; None reads all.
 
         Raises:
             FedeltaError: naming the module that holds NaN or infinite values.
@@ -78,7 +82,7 @@ class PeftFolder:
         return Adapter(pairs)
 
     def read_heads(self) -> dict[str, Tensor]:
-        """`module.parameter` → tensor.
+        """Read the heads: `module.parameter` → tensor.
 
         Raises:
             FedeltaError: naming the head that holds NaN or infinite values.
@@ -93,7 +97,7 @@ class PeftFolder:
 
 
 def open_adapter(folder: str | Path) -> PeftFolder:
-    """Read a PEFT LoRA folder's configuration and header, and check that they fit each other.
+    """Read the configuration and header of a PEFT LoRA folder and check that they are consistent.
 
     Raises:
         FedeltaError: naming the folder and what is missing, damaged or not supported.
@@ -103,7 +107,7 @@ def open_adapter(folder: str | Path) -> PeftFolder:
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).is_file():
             raise FedeltaError(
-                f"{folder}: {PICKLE} is a pickle, which can run code and is never loaded; open it with PEFT where "
+                f"{folder}: {PICKLE} is a pickle, which can run code and is never loaded; open it with PEFT if "
                 "you trust it and save it again: model.save_pretrained(folder, safe_serialization=True)"
             )
         raise FedeltaError(f"{folder}: no {WEIGHTS}")
@@ -132,7 +136,7 @@ def open_adapter(folder: str | Path) -> PeftFolder:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The folder itself, or the newest revision in it if it is one of the hub's cache (`models--owner--name`)."""
+    """Return the folder, or its newest revision if it is a folder of the Hub's cache (`models--owner--name`)."""
     if (folder / CONFIG).exists() or not (folder / "snapshots").is_dir():
         return folder
     main = folder / "refs" / "main"
@@ -144,6 +148,7 @@ def _snapshot(folder: Path) -> Path:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
+    """Open the weights of a folder; errors of the library become a `FedeltaError`."""
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as tensors:
             yield tensors
@@ -152,6 +157,7 @@ def _opened(folder: Path) -> Iterator[Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json` and raise if its update is not s·B·A."""
     if folder.is_file():
         raise FedeltaError(f"{folder}: a file, expected an adapter folder")
     if not folder.is_dir():
@@ -175,7 +181,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
         raise FedeltaError(
-            f"{folder}: init_lora_weights={initial!r} moved a part of the base weight into the adapter, so its "
+            f"{folder}: init_lora_weights={initial!r} moves a part of the base weight into the adapter, so its "
             "update is not s·B·A; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     if config.get("bias", "none") != "none":
@@ -192,17 +198,18 @@ Shape = tuple[int, ...]
 def _sort_keys(
     folder: Path, tensors: Mapping[str, Shape]
 ) -> tuple[dict[str, Shape], dict[str, Shape], dict[str, Shape]]:
+    """Split the shapes of all tensors into A and B by module, and heads by `module.parameter`."""
     A, B, heads = {}, {}, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key or "lora_embedding" in name or "lora_magnitude" in name or name.endswith(".base_layer.weight"):
-            raise FedeltaError(f"{folder}: tensor {key} is none of lora_A, lora_B or a head, expected no other")
+            raise FedeltaError(f"{folder}: unexpected tensor {key}, expected only lora_A, lora_B and heads")
         if name.endswith(".lora_A.weight"):
             A[name.removesuffix(".lora_A.weight")] = tensor
         elif name.endswith(".lora_B.weight"):
             B[name.removesuffix(".lora_B.weight")] = tensor
         elif ".lora_" in name:
-            raise FedeltaError(f"{folder}: tensor {key} is not supported: only weights of lora_A and lora_B are")
+            raise FedeltaError(f"{folder}: tensor {key} is not supported, expected only weights of lora_A and lora_B")
         else:
             heads[name] = tensor
     if not A:
@@ -215,6 +222,7 @@ def _positive(value: Any) -> bool:
 
 
 def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Return a module's value in `rank_pattern` or `alpha_pattern`, matched as PEFT does."""
     if not pattern:
         return default
     from peft.utils.other import get_pattern_key

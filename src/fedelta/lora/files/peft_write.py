@@ -1,4 +1,4 @@
-"""Adapters to PEFT folders, one module at a time, and base patches beside them."""
+"""Writing of PEFT folders, one module at a time, and of base patches."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -20,17 +20,17 @@ _DRAFT = "draft.safetensors"
 
 
 class AdapterWriter:
-    """Writes a folder that plain PEFT loads: one rank and one α for all modules, whatever theirs were.
+    """Context manager that writes a folder for plain PEFT, with one rank and one α for all modules.
 
-    Modules of smaller rank are padded with zeros, which leaves their product as it is and spares the reader
-    (vLLM, say) a `rank_pattern`. The largest rank is known in the end: if ranks differ, what was written is copied
-    once more with its padding, tensor by tensor.
+    Modules of smaller rank are padded with zeros. This does not change their product, and readers such as vLLM need no
+    `rank_pattern`. The largest rank is known only at the end: if ranks differ, the file is copied once more with the
+    padding, tensor by tensor.
 
     Args:
-        folder: where the two files go; not made here.
+        folder: existing folder for the two files.
         modules: names of all modules that will be added.
-        heads: `module.parameter` → tensor of `modules_to_save`.
-        config: an `adapter_config.json` whose rank, α and the like are replaced, and all else kept.
+        heads: `module.parameter` → tensor, of `modules_to_save`.
+        config: content of an `adapter_config.json`. Rank, α and related keys are replaced; the others are kept.
         scale: s of all modules.
     """
 
@@ -54,7 +54,7 @@ class AdapterWriter:
         return TensorFile(self._folder / name, [*self._names, *map(_head_key, self._heads)], {"format": "pt"})
 
     def add(self, module: str, pair: LoraPair) -> None:
-        """Write one module, of any rank and scale."""
+        """Write one module. Its pair may have any rank and scale."""
         pair = pair.with_scale(self._scale)
         self._ranks[module] = pair.rank
         self._draft.write(_key(module, "A"), pair.A)
@@ -72,7 +72,7 @@ class AdapterWriter:
 
     def _finish(self, rank: int) -> None:
         draft = self._folder / _DRAFT
-        if any(found < rank for found in self._ranks.values()):
+        if any(each < rank for each in self._ranks.values()):
             with self._open(WEIGHTS) as padded:
                 for module in self._ranks:
                     A, B = (self._draft.read(_key(module, factor)) for factor in "AB")
@@ -122,15 +122,16 @@ def write_adapter(
     fan_in_fan_out: bool = False,
     task_type: str | None = "SEQ_CLS",
 ) -> None:
-    """Write a whole adapter.
+    """Write an adapter as a PEFT folder.
 
     Args:
-        folder: appears whole, or not at all.
-        adapter: of any ranks and scales; a scale that all modules share is kept.
-        heads: `module.parameter` → tensor of `modules_to_save`.
-        base_model: what `base_model_name_or_path` says.
-        modules_to_save: names of the heads' modules.
-        fan_in_fan_out: whether the adapted layers are Conv1D.
+        folder: written atomically.
+        adapter: adapter of any ranks and scales. A scale that all modules share is kept.
+        heads: `module.parameter` → tensor, of `modules_to_save`.
+        base_model: value of `base_model_name_or_path`.
+        modules_to_save: names of the modules of the heads.
+        fan_in_fan_out: True if the adapted layers are Conv1D.
+        task_type: PEFT's task type.
     """
     import peft
 
@@ -141,7 +142,7 @@ def write_adapter(
         task_type=task_type,
         base_model_name_or_path=base_model,
     ).to_dict()
-    # PEFT keeps names in a set, whose order differs from process to process; equal runs leave equal files.
+    # PEFT stores names in a set, whose order differs between processes. Sorted, equal runs write equal files.
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     scales = {pair.scale for pair in adapter.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -151,13 +152,14 @@ def write_adapter(
 
 
 class PatchWriter:
-    """Writes `base_patch.safetensors`: `<module>.U` (m, q) and `<module>.V` (q, n), so that W + U·V is the new weight.
+    """Context manager that writes `base_patch.safetensors`.
 
-    Shapes are those of the layer as a Linear, out×in; scales are applied. Without a patch there is no file.
+    The file has `<module>.U` (m, q) and `<module>.V` (q, n), so that W + U·V is the new weight. Shapes are those of the
+    layer as a Linear, out×in; scales are applied. No file is written if no module has a patch.
 
     Args:
-        path: of the file.
-        modules: that may have a patch.
+        path: path of the file.
+        modules: names of the modules that may have a patch.
     """
 
     def __init__(self, path: Path, modules: Iterable[str]) -> None:
@@ -166,7 +168,7 @@ class PatchWriter:
         self._written = False
 
     def add(self, module: str, product: LowRank) -> None:
-        """Write one module's patch."""
+        """Write the patch of one module."""
         self._written = True
         for part, tensor in product.tensors.items():
             self._file.write(f"{module}.{part}", tensor)

@@ -1,7 +1,8 @@
-"""A safetensors file written one tensor at a time, so that a large one need not fit into memory.
+"""Writing of safetensors files one tensor at a time, so that a large file does not have to fit into memory.
 
-The library writes all tensors of a file at once. The format itself does not ask for that: an 8-byte length, a JSON
-header that may end in spaces, then the tensors' bytes. Room for the header is kept at the start and filled in the end.
+The safetensors library writes all tensors of a file at once, but the format does not require it: an 8-byte length, a
+JSON header that may end in spaces, then the bytes of the tensors. Space for the header is reserved at the start and
+filled at the end.
 """
 
 import json
@@ -30,16 +31,16 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 ENTRY = 200
-"""Bytes of a header entry besides the tensor's name: dtype, shape and two offsets have room to spare."""
+"""Bytes reserved for a header entry besides the name: more than dtype, shape and two offsets need."""
 
 
 class TensorFile:
-    """Context manager; the file is complete, and on disk, when the block ends without an error.
+    """Context manager that writes a file. It is complete and on disk once the block ends without an error.
 
     Args:
-        path: replaced.
-        names: of all tensors that will be written, in any order.
-        metadata: of the file.
+        path: path of the file; an existing file is replaced.
+        names: names of all tensors that will be written, in any order.
+        metadata: metadata of the file.
     """
 
     def __init__(self, path: Path, names: Iterable[str], metadata: dict[str, str] | None = None) -> None:
@@ -50,12 +51,12 @@ class TensorFile:
         self._offset = 0
         self._file = path.open("wb", buffering=0)
         self._file.seek(8 + self._room)
-        # One writer beside the arithmetic; one tensor may wait, so that no more than two are held.
+        # One thread writes while the caller computes. At most two tensors are pending, to bound memory.
         self._writer = ThreadPoolExecutor(1)
         self._pending: list[Future[None]] = []
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor; it must not change until the file is closed."""
+        """Append a tensor. It must not change until the file is closed."""
         flat = tensor.detach().contiguous()
         self._names.remove(name)
         self._header[name] = {
@@ -71,7 +72,7 @@ class TensorFile:
             self._pending.pop(0).result()
 
     def read(self, name: str) -> Tensor:
-        """A tensor that has been written, from the closed file; a copy, so that the file's pages are not held."""
+        """Read a written tensor from the closed file, as a copy that does not keep pages of the file in memory."""
         entry = self._header[name]
         begin, end = entry["data_offsets"]
         with self._path.open("rb", buffering=0) as file:
@@ -82,7 +83,7 @@ class TensorFile:
         return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
 
     def forget_unwritten(self) -> None:
-        """Leave out the names that have not been written: it was not known how many there would be."""
+        """Drop the names that have not been written, if their number was not known in advance."""
         self._names = set()
 
     def _append(self, data: memoryview) -> None:
@@ -110,5 +111,5 @@ class TensorFile:
 
 def _label(name: str, dtype: torch.dtype) -> str:
     if dtype not in _DTYPES:
-        raise FedeltaError(f"tensor {name} is {dtype}, which is not written; expected one of {list(_DTYPES)}")
+        raise FedeltaError(f"tensor {name} is {dtype}, which can't be written, expected one of {list(_DTYPES)}")
     return _DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""What vLLM takes of a PEFT adapter, as its documentation has it (vllm.lora.peft_helper, vllm.config.lora)."""
+"""Compatibility of PEFT adapters with vLLM, from its documentation (vllm.lora.peft_helper, vllm.config.lora)."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ DEFAULT_RANK = 16
 
 
 def _refusals(config: Mapping[str, Any]) -> list[str]:
-    """Why vLLM would not load an adapter of this configuration; empty where it would."""
+    """Return the reasons why vLLM refuses an adapter with this configuration; empty if it accepts the adapter."""
     reasons = []
     if config["r"] > MAX_RANKS[-1]:
         reasons.append(f"rank {config['r']} is above {MAX_RANKS[-1]}: cut it by --rank, or serve the merged model")
@@ -26,10 +26,10 @@ def _refusals(config: Mapping[str, Any]) -> list[str]:
 
 
 def vllm_line(folder: Path) -> str:
-    """What a person who serves an adapter has to know."""
+    """Return one line that says whether vLLM accepts the adapter, with the options that serve it."""
     config = json.loads((folder / CONFIG).read_text())
     if reasons := _refusals(config):
         return f"would refuse it: {'; '.join(reasons)}"
-    least = next(allowed for allowed in MAX_RANKS if config["r"] <= allowed)
-    flag = f" --max-lora-rank {least}" if least > DEFAULT_RANK else ""
+    max_rank = next(allowed for allowed in MAX_RANKS if config["r"] <= allowed)
+    flag = f" --max-lora-rank {max_rank}" if max_rank > DEFAULT_RANK else ""
     return f"takes it: --enable-lora{flag} --lora-modules NAME={folder}"
