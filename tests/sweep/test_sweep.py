@@ -300,7 +300,7 @@ def test_untuned_results_are_never_shown_as_tuned_ones(grid: Path, tmp_path: Pat
     folder = tmp_path / "untuned"
     assert fedelta("sweep", str(grid), "--no-tuning", "-o", str(folder)) == 0
     loaded = load_grid(grid)
-    assert all(not results.cells for results in gather(loaded, read_rows(folder)))
+    assert all(results.cells.empty for results in gather(loaded, read_rows(folder)))
 
 
 def test_results_of_other_overrides_are_not_mixed(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ class GridProgress(SweepObserver):
             score = "diverged"
             if row["validation"]:
                 metric = METRICS[row["metric"]]
-                score = f"validation {metric.title} {metric.show(row['validation'][metric.name])}"
+                score = f"validation {metric.title} {metric.format(row['validation'][metric.name])}"
             pace = (time.monotonic() - self._begin) / self._new
             left = timedelta(seconds=round(pace * len(self._left)))
             self.say(f"{done} of {self._all}: {name}: {score}; {left} left")
@@ -204,5 +204,5 @@ class TerminalProgress(Lines):
             self.progress.update(self.all, advance=1)
         if record["validation"]:
             metric = METRICS[record["metric"]]
-            score = metric.show(record["validation"][metric.name])
+            score = metric.format(record["validation"][metric.name])
             self.progress.update(self.clients, note=f"validation {metric.title} {score}")

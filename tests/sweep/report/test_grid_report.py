@@ -235,7 +235,7 @@ def test_a_seed_that_is_missing_is_left_out_of_pairs_and_said_to_be_missing(tmp_
     assert found is not None
     assert rows_of(final(results))["replication"][0] == f"63.00 ± 4.24 ({found.p:.3f})"
     _, page = write_grid_report(GRID, rows, tmp_path)
-    assert "1 runs of this experiment are still missing" in page.read_text()
+    assert "1 run of this experiment is still missing" in page.read_text()
 
 
 def test_what_diverged_is_counted_and_enters_no_mean() -> None:

@@ -37,8 +37,8 @@ class Metric:
         """Title and unit."""
         return f"{self.title}, %" if self.percent else self.title
 
-    def show(self, score: float, digits: int = 2) -> str:
-        """A score with its unit; one digit more where it is no share."""
+    def format(self, score: float, digits: int = 2) -> str:
+        """Write a score with its unit, with one more digit if it is not a percentage."""
         return f"{100 * score:.{digits}f} %" if self.percent else f"{score:.{digits + 1}f}"
 
     def best(self, scores: Sequence[float]) -> float:

@@ -96,7 +96,7 @@ def columns(metric: Metric, target: float) -> list[str]:
     return [
         "method",
         f"test {metric.heading}",
-        f"rounds to {metric.show(target, 1)}",
+        f"rounds to {metric.format(target, 1)}",
         "MB down",
         "MB up",
         "deviation",
