@@ -156,7 +156,7 @@ def test_every_method_makes_one_server_step_or_says_why_not(name: str, tiny_bert
             aggregate_folders(paths, tmp_path / "out", method=method)
         return
     if not method.factors(0).train >= {"A", "B"}:
-        with pytest.raises(FedeltaError, match=f"A of module .* differs from that of .*; method {name} is for clients"):
+        with pytest.raises(FedeltaError, match=f"A of module .* differs from that of .*; method {name} expects clients"):
             aggregate_folders(paths, tmp_path / "out", method=method)
         share_A(paths)
     done = aggregate_folders(
@@ -459,13 +459,13 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
         [],
         "lora_alpha 0, expected",
     ),
-    "weights for norms": (None, ["--method", "hetlora", "--weights", "1,2,3"], "there is no use for weights"),
+    "weights for norms": (None, ["--method", "hetlora", "--weights", "1,2,3"], "expected no weights"),
     "option called name": (None, ["--method", "fedex", "--option", "name=x"], "method fedex has no option 'name'"),
     "option that is no YAML": (None, ["--method", "fedex", "--option", "energy=["], "--option 'energy=['"),
     "option of many rounds": (
         None,
         ["--method", "fedex", "--option", "server_optimizer=fedadam"],
-        "--option server_optimizer is about many rounds",
+        "--option server_optimizer needs several rounds",
     ),
     "too few weights": (None, ["--weights", "1,2"], "2 weights, expected one for each of 3 folders"),
     "negative weight": (None, ["--weights", "1,-2,3"], "weight -2.0 of"),
@@ -474,7 +474,7 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
     "zero weights": (None, ["--weights", "0,0,0"], "all weights are 0"),
     "unknown method": (None, ["--method", "fedx"], "unknown method 'fedx'; did you mean 'fedex'"),
     "unknown option": (None, ["--method", "fedex", "--option", "rnk=2"], "method fedex has no option 'rnk'"),
-    "option without method": (None, ["--option", "rank=2"], "--option is of a method"),
+    "option without method": (None, ["--option", "rank=2"], "--option needs a method"),
     "option without value": (None, ["--method", "fedex", "--option", "rank"], "expected key=value"),
     "unequal ranks": (None, ["--method", "fedit"], "method fedit needs equal ranks; module"),
     "method of clients": (None, ["--method", "fedsa"], "method fedsa can't run on folders"),
@@ -516,7 +516,7 @@ def test_heads_that_differ_are_named(tiny_bert: Path, tmp_path: Path) -> None:
 
 def test_an_existing_output_is_kept(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(FedeltaError, match="exists already"):
+    with pytest.raises(FedeltaError, match="already exists"):
         aggregate_folders(folders, tmp_path / "out")
     with pytest.raises(FedeltaError, match="no adapter folders"):
         aggregate_folders([], tmp_path / "new")

@@ -92,7 +92,7 @@ MISTAKES = {
     "missing data file": (["data.source=nowhere.csv"], "data source nowhere.csv: no such file"),
     "missing model": (["model.name=./nowhere"], "model ./nowhere: no config.json in that folder"),
     "empty shard": (["partition.kind=iid", "partition.clients=400"], "400 clients, but only 172 rows"),
-    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 rows, too few to hold"),
+    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 row, too few to hold"),
     "weights": (["federation.weighting=[1, 2]"], "has 2 weights, expected one for each of 4 clients"),
     "negative weight": (["federation.weighting=[1, 2, 3, -1]"], "must be ≥ 0"),
     "ranks": (["ranks.per_client=[1, 2]"], "has 2 ranks, expected one for each of 4 clients"),
@@ -215,7 +215,7 @@ def test_ctrl_c_says_that_nothing_is_lost_and_fails(config: Path, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on from them" in printed
+    assert "--resume continues from them" in printed
 
 
 def test_a_missing_configuration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +256,7 @@ def test_a_truncated_checkpoint_is_refused(config: Path, tmp_path: Path, capsys:
 
 def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such option" in refusal(capsys, "run", "--nonsense")
-    assert "say --adapter OUT" in refusal(capsys, "export", "somewhere")
+    assert "pass --adapter OUT" in refusal(capsys, "export", "somewhere")
     assert "no finished run here" in refusal(capsys, "report", "somewhere")
 
 

@@ -339,7 +339,7 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
     [
         (["join", "--data", "absent.csv", "--insecure", "--name", "a"], "absent.csv: no such file"),
         (["join", "--insecure", "--name", "a"], "--data FILE"),
-        (["join", "--data", "rows.csv"], "say --keys FOLDER, or --insecure"),
+        (["join", "--data", "rows.csv"], "--keys FOLDER, or --insecure for a trial on loopback"),
         (["join", "--data", "rows.csv", "--keys", "nowhere"], "no site.key there"),
         (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org:1"], "is for loopback"),
         (["join", "--data", "r.csv", "--insecure", "--name", "a", "--server", "example.org"], "HOST:PORT"),
@@ -349,7 +349,7 @@ def test_sites_that_do_not_fit_are_told_why(tiny_config: Any, tmp_path: Path) ->
         (["serve", "--keys", "twins"], "are the same key"),
         (["serve", "--keys", "odd"], "is no public key as ssh-keygen writes it"),
         (["serve", "--insecure", "--sites", "a,../b"], "site '../b': expected letters"),
-        (["serve"], "say --keys FOLDER, or --insecure"),
+        (["serve"], "--keys FOLDER, or --insecure for a trial on loopback"),
         (["serve", "--insecure"], "no site"),
         (["serve", "--insecure", "--sites", "a", "--host", "0.0.0.0"], "is for loopback"),
         (["serve", "--insecure", "--sites", "a", "method=fedsa"], "not over Flower yet"),

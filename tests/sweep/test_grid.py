@@ -219,7 +219,7 @@ def test_results_outlive_a_setting_that_comes_to_be_but_not_a_default_that_chang
         ),
         (
             {"experiments": {"e": {"axes": {"method": "all"}, "rows": "method", "baseline": "x"}}},
-            "experiments.e.baseline 'x' is none of its rows",
+            "experiments.e.baseline is 'x', expected one of its rows",
         ),
         (
             {"experiments": {"e": {"axes": {"method": "all"}, "rows": "method", "show": ["everything"]}}},
@@ -227,7 +227,7 @@ def test_results_outlive_a_setting_that_comes_to_be_but_not_a_default_that_chang
         ),
         ({"tuning": TUNING | {"at": {"rank": "middle"}}}, "tuning.at: axis rank has no value 'middle'"),
         ({"tuning": TUNING | {"axes": ["refresh"]}}, "experiments.all lacks the axis 'refresh', which is tuned"),
-        ({"tuning": TUNING | {"seeds": [1, 7]}}, "tuning.seeds: 1 is a seed of the experiments too"),
+        ({"tuning": TUNING | {"seeds": [1, 7]}}, "tuning.seeds: 1 is also a seed of the experiments"),
         ({"tuning": TUNING | {"seeds": []}}, "tuning.seeds: tuple should have at least 1 item"),
         (
             {"tuning": TUNING | {"search": {"lora.alpha": []}}},
@@ -239,10 +239,10 @@ def test_results_outlive_a_setting_that_comes_to_be_but_not_a_default_that_chang
         ({"experiments": {"../e": {"axes": {"method": "all"}, "rows": "method"}}}, "should match pattern"),
         (
             {"experiments": {"e": {"axes": {"method": ["mean", "mean"]}, "rows": "method"}}},
-            r"method has the values \['mean', 'mean'\], expected some, each once",
+            r"method has the values \['mean', 'mean'\], expected at least one, each once",
         ),
         ({"seeds": [1, 1]}, "seeds: .*expected each once"),
-        ({"config": {"seed": 3}}, "seed is the grid's own to give each cell"),
+        ({"config": {"seed": 3}}, "seed: the grid sets it for each cell"),
         ({"sizes": ["small"]}, "sizes holds .*expected a name and keys for each"),
         ({"sizes": {"small": [1]}}, "sizes holds .*expected a name and keys for each"),
     ],
@@ -273,7 +273,7 @@ def test_two_names_for_one_configuration_are_refused(tmp_path: Path) -> None:
     grid = load(tmp_path).model_copy(update={"overrides": {"method": "fedex"}})
     with pytest.raises(FedeltaError, match="all: mean, low, seed 0 and all: exact, low, seed 0 are the same"):
         Expansion(grid).check()
-    with pytest.raises(FedeltaError, match="no cell of these experiments has these values"):
+    with pytest.raises(FedeltaError, match="these experiments have no cell with these values"):
         Expansion(load(tmp_path), ["again"], {"method": ["mean"]}).check()
     with pytest.raises(FedeltaError, match="training.stack: auto, expected a number"):
         Expansion(load(tmp_path, config={"training": {"stack": "auto"}})).check()

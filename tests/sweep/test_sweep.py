@@ -234,14 +234,14 @@ def test_a_cell_run_again_is_compared_with_its_row(grid: Path, done: Path, capsy
     key = next(key for key, row in rows.items() if len(row["rounds"]) == 3)
     command = ("sweep", str(grid), "-o", str(done), "--check")
     assert fedelta(*command, key) == 0
-    assert f"cell {key}: the same again" in capsys.readouterr().out
+    assert f"cell {key}: same result" in capsys.readouterr().out
     # A file of before they were measured.
     write_rows(done, rows | {key: rows[key] | {"base_parameters": None, "scaled_deviation": None}})
     assert fedelta(*command, key) == 0
     rows[key]["rounds"][1]["train_loss"] += 1e-9
     write_rows(done, rows)
     assert fedelta(*command, key) == 2
-    assert f"cell {key} came out otherwise: rounds, first in round 2" in " ".join(capsys.readouterr().err.split())
+    assert f"cell {key} gave a different result: rounds, first in round 2" in " ".join(capsys.readouterr().err.split())
     assert "no cell 'abc'" in refusal(capsys, *command, "abc")
     assert read_rows(done)[key] == rows[key], "a check writes nothing"
 
@@ -267,7 +267,7 @@ def test_memory_decides_how_many_cells_run_side_by_side(grid: Path, monkeypatch:
     loaded: Grid = load_grid(grid)
     sweep = Sweep(loaded, Expansion(loaded), Path("unused"))
     cells = Expansion(loaded).cells(None).cells
-    monkeypatch.setattr(Sweep, "_most", lambda _: 4)
+    monkeypatch.setattr(Sweep, "_max_parallel", lambda _: 4)
     name = next(iter(cells.values())).model.name
     sweep.rows = {"a": {"config": json.dumps({"model": {"name": name}}), "peak_mb": 1000.0}}
 
@@ -306,7 +306,7 @@ def test_untuned_results_are_never_shown_as_tuned_ones(grid: Path, tmp_path: Pat
 def test_results_of_other_overrides_are_not_mixed(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (done / "grid.yaml").read_bytes()
     line = refusal(capsys, "sweep", str(grid), "rounds=2", "-o", str(done))
-    assert "holds results with no overrides, now rounds=2; choose another folder by --output" in line
+    assert "holds results with no overrides, now rounds=2; choose another folder with --output" in line
     assert (done / "grid.yaml").read_bytes() == before
 
 
@@ -372,9 +372,9 @@ def test_what_always_diverges_can_not_be_tuned_and_may_be_tried_again(grid: Path
 def test_cells_of_several_threads_run_one_by_one(grid: Path, tmp_path: Path) -> None:
     loaded = load_grid(grid)
     loaded = loaded.model_copy(update={"config": {**loaded.config, "threads": 2, "workers": 1}})
-    with pytest.raises(FedeltaError, match="cells with threads: 2 run one by one"):
+    with pytest.raises(FedeltaError, match="cells with threads: 2 run one at a time"):
         Sweep(loaded, Expansion(loaded), tmp_path, 2).run()
-    assert Sweep(loaded, Expansion(loaded), tmp_path)._most() == 1
+    assert Sweep(loaded, Expansion(loaded), tmp_path)._max_parallel() == 1
 
 
 def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:

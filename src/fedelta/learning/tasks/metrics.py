@@ -38,7 +38,7 @@ class Metric:
         return f"{self.title}, %" if self.percent else self.title
 
     def format(self, score: float, digits: int = 2) -> str:
-        """Write a score with its unit, with one more digit if it is not a percentage."""
+        """Format a score with its unit: `digits` decimals for a percentage, one more otherwise."""
         return f"{100 * score:.{digits}f} %" if self.percent else f"{score:.{digits + 1}f}"
 
     def best(self, scores: Sequence[float]) -> float:
