@@ -151,13 +151,14 @@ class RunFolder:
         if changed:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
         if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
-            raise FedeltaError(f"{self.path} has {quantity(state.round, 'round')} already, asked for {self.config['rounds']}")
+            done = quantity(state.round, "round")
+            raise FedeltaError(f"{self.path} has {done} already, asked for {self.config['rounds']}")
         for file in (self.rounds_file, self.timings_file):
             found = file.read_text() if file.exists() else ""
             lines = found.splitlines(keepends=True)
             if len(lines) < state.round:
-                lengths = f"{quantity(len(lines), 'line')}, but the checkpoint {quantity(state.round, 'finished round')}"
-                raise FedeltaError(f"{file} has {lengths}")
+                present, finished = quantity(len(lines), "line"), quantity(state.round, "finished round")
+                raise FedeltaError(f"{file} has {present}, but the checkpoint {finished}")
             if len(lines) > state.round:
                 write_file(file, "".join(lines[: state.round]))
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))

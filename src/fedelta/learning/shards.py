@@ -98,7 +98,8 @@ def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, s
     if share > 0:
         held = max(1, round(share * len(rows)))
         if held >= len(rows):
-            raise FedeltaError(f"{client} has {quantity(len(rows), 'row')}, too few to hold out {held} and train on the rest")
+            size = quantity(len(rows), "row")
+            raise FedeltaError(f"{client} has {size}, too few to hold out {held} and train on the rest")
     order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
     return Shard(examples.select(sorted(order[held:])), examples.select(sorted(order[:held])))
 
