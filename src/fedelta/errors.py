@@ -60,3 +60,8 @@ def in_one_line(error: Exception) -> str:
     """Return an error as one line. Errors that are not a `FedeltaError` are prefixed with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, FedeltaError) else f"{type(error).__name__}: {text}"
+
+
+def quantity(number: int, noun: str) -> str:
+    """A number with its noun: `1 round`, `2 rounds`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

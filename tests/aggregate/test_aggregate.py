@@ -1,4 +1,4 @@
-"""`fedelta aggregate` on real PEFT folders: the exact mean in plain PEFT's forward pass, methods, refusals."""
+"""`fedelta aggregate` on real PEFT folders: the exact mean in a forward pass of plain PEFT, methods, mistakes."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def base(folder: Path) -> Any:
 
 
 def save(folder: Path, model: Path, seed: int, conv1d: bool = False, **options: Any) -> Path:
-    """An adapter with random weights, saved by PEFT; its head moved too."""
+    """Save an adapter with random weights and a random head, using PEFT."""
     targets = ["c_attn", "c_fc"] if conv1d else LAYERS
     settings = {"r": 3, "lora_alpha": 6, "target_modules": targets, "fan_in_fan_out": conv1d, **options}
     torch.manual_seed(seed)
@@ -70,7 +70,7 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
 def test_base_plus_result_is_the_weighted_mean_of_base_plus_adapters(
     case: str, tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
-    """In plain PEFT: merged weights, heads, and the logits of a forward pass."""
+    """Compare merged weights, heads, and the logits of a forward pass in plain PEFT."""
     model = tiny_gpt2 if case == "Conv1D" else tiny_bert
     paths = [save(tmp_path / str(i), model, i, **options) for i, options in enumerate(CASES[case])]
     weights = [1.0, 4.0, 2.5][: len(paths)]
@@ -101,7 +101,7 @@ def dense_mean(paths: list[Path], weights: list[float] | None = None) -> dict[st
 
 
 def dense_result(out: Path) -> dict[str, Tensor]:
-    """Adapter plus base patch."""
+    """The dense sum of adapter and base patch."""
     result = {m: pair.scale * pair.B.double() @ pair.A.double() for m, pair in open_adapter(out).read().items()}
     if (out / "base_patch.safetensors").exists():
         patch = safetensors.torch.load_file(out / "base_patch.safetensors")
@@ -115,19 +115,21 @@ def test_the_result_has_the_numerical_rank(tiny_bert: Path, tmp_path: Path) -> N
     one = save(tmp_path / "one", tiny_bert, 0)
     two = save(tmp_path / "two", tiny_bert, 1)
     done = aggregate_folders([one, two, one], tmp_path / "out")
-    assert {report.rank for report in done.modules} == {6}, "the third adds no direction"
+    assert {report.rank for report in done.modules} == {6}, "the third folder adds no direction"
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (6, 6)
 
 
-def test_a_wished_rank_is_the_best_of_that_rank_and_its_error_is_told(folders: list[Path], tmp_path: Path) -> None:
+def test_a_requested_rank_gives_the_best_approximation_and_reports_its_error(
+    folders: list[Path], tmp_path: Path
+) -> None:
     done = aggregate_folders(folders, tmp_path / "out", rank=2)
-    found, exact = dense_result(tmp_path / "out"), dense_mean(folders)
+    result, exact = dense_result(tmp_path / "out"), dense_mean(folders)
     for report in done.modules:
         sigma = torch.linalg.svdvals(exact[report.module])
         assert report.rank == 2
         assert report.cut == pytest.approx(float(sigma[2:].norm() / sigma.norm()), rel=1e-4)
-        off = (found[report.module] - exact[report.module]).norm() / exact[report.module].norm()
+        off = (result[report.module] - exact[report.module]).norm() / exact[report.module].norm()
         assert float(off) == pytest.approx(report.cut, rel=1e-4)
 
 
@@ -147,7 +149,7 @@ def test_deviation_is_that_of_averaging_zero_padded_factors(folders: list[Path],
 
 
 @pytest.mark.parametrize("name", methods())
-def test_every_method_makes_one_server_step_or_says_why_not(name: str, tiny_bert: Path, tmp_path: Path) -> None:
+def test_every_method_runs_one_server_step_or_says_why_it_cannot(name: str, tiny_bert: Path, tmp_path: Path) -> None:
     method = make_method(name)
     ranks = (2, 4, 3) if method.mixed_ranks else (3, 3, 3)
     paths = [save(tmp_path / f"{i}", tiny_bert, i, r=r) for i, r in enumerate(ranks)]
@@ -156,7 +158,9 @@ def test_every_method_makes_one_server_step_or_says_why_not(name: str, tiny_bert
             aggregate_folders(paths, tmp_path / "out", method=method)
         return
     if not method.factors(0).train >= {"A", "B"}:
-        with pytest.raises(FedeltaError, match=f"A of module .* differs from that of .*; method {name} is for clients"):
+        with pytest.raises(
+            FedeltaError, match=f"A of module .* differs from that of .*; method {name} expects clients"
+        ):
             aggregate_folders(paths, tmp_path / "out", method=method)
         share_A(paths)
     done = aggregate_folders(
@@ -165,15 +169,15 @@ def test_every_method_makes_one_server_step_or_says_why_not(name: str, tiny_bert
     assert done.method == name
     peft.PeftModel.from_pretrained(base(tiny_bert), str(tmp_path / "out"))
     exact = dense_mean(paths, [1, 2, 3])
-    found = dense_result(tmp_path / "out")
+    result = dense_result(tmp_path / "out")
     holds = method.holds().exact
     if holds == "always" or (holds == "equal ranks" and len(set(ranks)) == 1):
         for module, matrix in exact.items():
-            assert torch.allclose(found[module], matrix, atol=1e-5), module
+            assert torch.allclose(result[module], matrix, atol=1e-5), module
 
 
 def share_A(paths: list[Path]) -> None:
-    """Give all folders the rows of A that the largest one has."""
+    """Give every folder the rows of A of the largest folder."""
     files = [path / "adapter_model.safetensors" for path in paths]
     all_tensors = [safetensors.torch.load_file(file) for file in files]
     largest = max(all_tensors, key=lambda tensors: sum(t.numel() for t in tensors.values()))
@@ -184,8 +188,8 @@ def share_A(paths: list[Path]) -> None:
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_frozen_factor_is_shared_with_its_scale_and_module_by_module(tiny_bert: Path, tmp_path: Path) -> None:
-    """Crossing rank patterns: neither folder is the largest in every module."""
+def test_a_frozen_factor_is_compared_module_by_module(tiny_bert: Path, tmp_path: Path) -> None:
+    """The rank patterns cross: neither folder is the largest in every module."""
     paths = [
         save(tmp_path / "0", tiny_bert, 0, r=2, rank_pattern={"query": 4}),
         save(tmp_path / "1", tiny_bert, 1, r=3, rank_pattern={"intermediate.dense": 4}),
@@ -198,11 +202,11 @@ def test_a_frozen_factor_is_shared_with_its_scale_and_module_by_module(tiny_bert
     for file, tensors in zip(files, (one, two), strict=True):
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     aggregate_folders(paths, tmp_path / "out", method=make_method("ffa"))
-    found = dense_result(tmp_path / "out")
-    assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in dense_mean(paths).items())
+    result = dense_result(tmp_path / "out")
+    assert all(torch.allclose(result[m], matrix, atol=1e-5) for m, matrix in dense_mean(paths).items())
 
 
-def test_a_shared_B_is_shared_after_its_scale(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_shared_B_is_compared_after_scaling(tiny_bert: Path, tmp_path: Path) -> None:
     paths = [save(tmp_path / str(i), tiny_bert, i, lora_alpha=alpha) for i, alpha in enumerate((6, 12))]
     files = [path / "adapter_model.safetensors" for path in paths]
     one, two = (safetensors.torch.load_file(file) for file in files)
@@ -216,18 +220,18 @@ def test_a_shared_B_is_shared_after_its_scale(tiny_bert: Path, tmp_path: Path) -
         two[key] = one[key] / 2
     safetensors.torch.save_file(two, files[1], metadata={"format": "pt"})
     aggregate_folders(paths, tmp_path / "out", method=method)
-    found = dense_result(tmp_path / "out")
-    assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in dense_mean(paths).items())
+    result = dense_result(tmp_path / "out")
+    assert all(torch.allclose(result[m], matrix, atol=1e-5) for m, matrix in dense_mean(paths).items())
 
 
-def test_base_models_are_compared_with_whoever_names_one(folders: list[Path], tmp_path: Path) -> None:
+def test_base_models_are_compared_with_the_first_folder_that_names_one(folders: list[Path], tmp_path: Path) -> None:
     edit_config(folders[0], base_model_name_or_path=None)
     edit_config(folders[2], base_model_name_or_path="other")
     with pytest.raises(FedeltaError, match=r"site-2: base model other, but .*site-1 has"):
         aggregate_folders(folders, tmp_path / "out")
 
 
-def test_heads_of_whole_numbers_are_rounded(folders: list[Path], tmp_path: Path) -> None:
+def test_integer_heads_are_rounded(folders: list[Path], tmp_path: Path) -> None:
     for path in folders:
         file = path / "adapter_model.safetensors"
         tensors = safetensors.torch.load_file(file)
@@ -237,7 +241,7 @@ def test_heads_of_whole_numbers_are_rounded(folders: list[Path], tmp_path: Path)
     assert open_adapter(tmp_path / "out").read_heads()["counts"].tolist() == [7, 100]
 
 
-def test_fedex_leaves_a_patch_and_single_folds_it_in(tiny_bert: Path, tmp_path: Path) -> None:
+def test_fedex_writes_a_patch_and_single_folds_it_in(tiny_bert: Path, tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}", tiny_bert, i) for i in range(3)]
     exact = dense_mean(paths)
     two = aggregate_folders(paths, tmp_path / "two", method=make_method("fedex"))
@@ -246,8 +250,8 @@ def test_fedex_leaves_a_patch_and_single_folds_it_in(tiny_bert: Path, tmp_path: 
     assert {(r.rank, r.patch_width) for r in two.modules} == {(3, 6)}
     assert {(r.rank, r.patch_width) for r in one.modules} == {(9, 0)}
     for out in ("one", "two"):
-        found = dense_result(tmp_path / out)
-        assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in exact.items())
+        result = dense_result(tmp_path / out)
+        assert all(torch.allclose(result[m], matrix, atol=1e-5) for m, matrix in exact.items())
     cut = aggregate_folders(paths, tmp_path / "cut", method=make_method("fedex"), rank=2)
     assert {r.rank for r in cut.modules} == {2}
     assert not cut.patch
@@ -268,7 +272,7 @@ def test_groups_of_modules_do_not_change_the_result(
 
 
 @pytest.mark.parametrize("method", [None, "fedex"])
-def test_groups_side_by_side_give_the_same_bytes(
+def test_parallel_groups_give_the_same_bytes(
     method: str | None, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aggregate_module, "GROUP_BYTES", 2)
@@ -276,13 +280,13 @@ def test_groups_side_by_side_give_the_same_bytes(
     aggregate_folders(folders, tmp_path / "one", method=made)
     torch.set_num_threads(2)
     try:
-        seen: list[int] = []
-        aggregate_folders(folders, tmp_path / "two", method=made, progress=lambda done, _: seen.append(done))
-        assert seen == [1, 2, 3, 4]
+        counts: list[int] = []
+        aggregate_folders(folders, tmp_path / "two", method=made, progress=lambda done, _: counts.append(done))
+        assert counts == [1, 2, 3, 4]
         assert torch.get_num_threads() == 2
         for file in sorted((tmp_path / "one").iterdir()):
             assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-        spoil(folders[-1], float("nan"))
+        corrupt(folders[-1], float("nan"))
         with pytest.raises(FedeltaError, match="NaN or infinite"):
             aggregate_folders(folders, tmp_path / "three", method=made)
         assert not (tmp_path / "three").exists()
@@ -290,16 +294,16 @@ def test_groups_side_by_side_give_the_same_bytes(
         torch.set_num_threads(1)
 
 
-def test_many_folders_go_through_a_dense_sum(tiny_bert: Path, tmp_path: Path) -> None:
+def test_many_folders_use_a_dense_sum(tiny_bert: Path, tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}", tiny_bert, i, r=4) for i in range(9)]
     for name in (None, "fedex", "flora", "flexlora"):
         out = tmp_path / f"out-{name}"
         done = aggregate_folders(paths, out, method=name and make_method(name))
         assert done.modules[0].deviation > 0.1
         if name != "flexlora":
-            found = dense_result(out)
+            result = dense_result(out)
             for module, matrix in dense_mean(paths).items():
-                assert torch.allclose(found[module], matrix, atol=1e-5)
+                assert torch.allclose(result[module], matrix, atol=1e-5)
 
 
 def test_heads_are_averaged_by_the_same_weights_and_keep_their_dtype(tiny_bert: Path, tmp_path: Path) -> None:
@@ -321,8 +325,8 @@ def test_bf16_adapters_are_averaged_in_fp32(folders: list[Path], tmp_path: Path)
     for path in folders:
         half(path)
     aggregate_folders(folders, tmp_path / "out")
-    found = dense_result(tmp_path / "out")
-    assert all(torch.allclose(found[m], matrix, atol=1e-5) for m, matrix in dense_mean(folders).items())
+    result = dense_result(tmp_path / "out")
+    assert all(torch.allclose(result[m], matrix, atol=1e-5) for m, matrix in dense_mean(folders).items())
 
 
 def test_hetlora_weighs_folders_by_the_norm_of_the_whole_adapter(
@@ -333,27 +337,27 @@ def test_hetlora_weighs_folders_by_the_norm_of_the_whole_adapter(
     norms = [sum(float(m.norm() ** 2) for m in dense_mean([path]).values()) ** 0.5 for path in folders]
     assert [p for _, p in done.clients] == pytest.approx([norm / sum(norms) for norm in norms], rel=1e-5)
     pairs = [open_adapter(path).read() for path in folders]
-    found = open_adapter(tmp_path / "out").read()
-    for module, pair in found.items():
+    result = open_adapter(tmp_path / "out").read()
+    for module, pair in result.items():
         B, A = 0, 0
         for adapter, norm in zip(pairs, norms, strict=True):
-            mine = adapter[module]
-            B = B + norm / sum(norms) * torch.nn.functional.pad(mine.scale * mine.B, (0, 4 - mine.rank))
-            A = A + norm / sum(norms) * torch.nn.functional.pad(mine.A, (0, 0, 0, 4 - mine.rank))
+            own = adapter[module]
+            B = B + norm / sum(norms) * torch.nn.functional.pad(own.scale * own.B, (0, 4 - own.rank))
+            A = A + norm / sum(norms) * torch.nn.functional.pad(own.A, (0, 0, 0, 4 - own.rank))
         assert torch.allclose(pair.scale * pair.B @ pair.A, B @ A, atol=1e-5)
 
 
 def test_a_folder_of_the_hubs_cache_is_read(folders: list[Path], tmp_path: Path) -> None:
     cached = []
     for i, path in enumerate(folders):
-        home = tmp_path / f"models--owner--{i}"
-        (home / "snapshots").mkdir(parents=True)
-        path.rename(home / "snapshots" / "abc123")
+        cached_model = tmp_path / f"models--owner--{i}"
+        (cached_model / "snapshots").mkdir(parents=True)
+        path.rename(cached_model / "snapshots" / "abc123")
         if i:
-            (home / "refs").mkdir()
-            (home / "refs" / "main").write_text("abc123\n")
-            (home / "snapshots" / "newer").mkdir()
-        cached.append(home)
+            (cached_model / "refs").mkdir()
+            (cached_model / "refs" / "main").write_text("abc123\n")
+            (cached_model / "snapshots" / "newer").mkdir()
+        cached.append(cached_model)
     assert len(aggregate_folders(cached, tmp_path / "out").modules) == 4
 
 
@@ -405,7 +409,7 @@ def test_json_has_every_module(folders: list[Path], tmp_path: Path, capsys: pyte
     assert set(data["modules"][0]) == {"module", "ranks", "rank", "patch_width", "deviation", "cut", "bytes"}
 
 
-def test_an_alias_says_what_it_is(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_alias_names_its_method(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run(capsys, *folders, "-o", tmp_path / "out", "--method", "RBLA")
     assert "the rule of RBLA, arXiv 2408.08699 is called replication in fedelta" in err
     assert "one step of replication" in out
@@ -416,7 +420,7 @@ def edit_config(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def spoil(path: Path, value: float) -> None:
+def corrupt(path: Path, value: float) -> None:
     file = path / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)
     last = sorted(key for key in tensors if "lora_B" in key)[-1]
@@ -446,8 +450,8 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
     "missing weights": (lambda p: (p / "adapter_model.safetensors").unlink(), [], "no adapter_model.safetensors"),
     "missing config": (lambda p: (p / "adapter_config.json").unlink(), [], "no adapter_config.json"),
     "missing folder": (shutil.rmtree, [], "no such folder"),
-    "NaN": (lambda p: spoil(p, float("nan")), [], "B holds NaN or infinite values"),
-    "infinity": (lambda p: spoil(p, float("inf")), [], "B holds NaN or infinite values"),
+    "NaN": (lambda p: corrupt(p, float("nan")), [], "B holds NaN or infinite values"),
+    "infinity": (lambda p: corrupt(p, float("inf")), [], "B holds NaN or infinite values"),
     "truncated": (truncate, [], "adapter_model.safetensors: "),
     "pickle": (to_pickle, [], "is a pickle, which can run code and is never loaded; open it with PEFT"),
     "a file for a folder": (lambda p: (shutil.rmtree(p), p.write_text("x")), [], "a file, expected an adapter folder"),
@@ -459,13 +463,13 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
         [],
         "lora_alpha 0, expected",
     ),
-    "weights for norms": (None, ["--method", "hetlora", "--weights", "1,2,3"], "there is no use for weights"),
+    "weights for norms": (None, ["--method", "hetlora", "--weights", "1,2,3"], "expected no weights"),
     "option called name": (None, ["--method", "fedex", "--option", "name=x"], "method fedex has no option 'name'"),
-    "option that is no YAML": (None, ["--method", "fedex", "--option", "energy=["], "--option 'energy=['"),
+    "option that is not YAML": (None, ["--method", "fedex", "--option", "energy=["], "--option 'energy=['"),
     "option of many rounds": (
         None,
         ["--method", "fedex", "--option", "server_optimizer=fedadam"],
-        "--option server_optimizer is about many rounds",
+        "--option server_optimizer needs several rounds",
     ),
     "too few weights": (None, ["--weights", "1,2"], "2 weights, expected one for each of 3 folders"),
     "negative weight": (None, ["--weights", "1,-2,3"], "weight -2.0 of"),
@@ -474,7 +478,7 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
     "zero weights": (None, ["--weights", "0,0,0"], "all weights are 0"),
     "unknown method": (None, ["--method", "fedx"], "unknown method 'fedx'; did you mean 'fedex'"),
     "unknown option": (None, ["--method", "fedex", "--option", "rnk=2"], "method fedex has no option 'rnk'"),
-    "option without method": (None, ["--option", "rank=2"], "--option is of a method"),
+    "option without method": (None, ["--option", "rank=2"], "--option needs a method"),
     "option without value": (None, ["--method", "fedex", "--option", "rank"], "expected key=value"),
     "unequal ranks": (None, ["--method", "fedit"], "method fedit needs equal ranks; module"),
     "method of clients": (None, ["--method", "fedsa"], "method fedsa can't run on folders"),
@@ -482,24 +486,24 @@ MISTAKES: dict[str, tuple[Any, list[str], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_a_mistake_is_one_line_and_leaves_no_files(
     mistake: str, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    harm, arguments, expected = MISTAKES[mistake]
-    if harm:
-        harm(folders[1])
+    damage, arguments, expected = MISTAKES[mistake]
+    if damage:
+        damage(folders[1])
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(capsys, *folders, "-o", tmp_path / "out", *arguments)
     assert code == 2
     assert expected in err
     assert err.count("\n") == 1
     assert not out
-    if harm:
+    if damage:
         assert str(folders[1]) in err
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_target_modules_that_differ_are_named(tiny_bert: Path, tmp_path: Path) -> None:
+def test_different_target_modules_are_named(tiny_bert: Path, tmp_path: Path) -> None:
     one, two = save(tmp_path / "1", tiny_bert, 0), save(tmp_path / "2", tiny_bert, 1, target_modules=["query"])
     with pytest.raises(FedeltaError, match=r"2: does not adapt .*intermediate.dense, unlike .*1; expected the same"):
         aggregate_folders([one, two], tmp_path / "out")
@@ -507,16 +511,16 @@ def test_target_modules_that_differ_are_named(tiny_bert: Path, tmp_path: Path) -
         aggregate_folders([two, one], tmp_path / "out")
 
 
-def test_heads_that_differ_are_named(tiny_bert: Path, tmp_path: Path) -> None:
+def test_different_heads_are_named(tiny_bert: Path, tmp_path: Path) -> None:
     one = save(tmp_path / "1", tiny_bert, 0)
     two = save(tmp_path / "2", tiny_bert, 1, modules_to_save=["bert.pooler"])
     with pytest.raises(FedeltaError, match=r"head bert.pooler.dense.bias is \(24,\), but .* has none"):
         aggregate_folders([one, two], tmp_path / "out")
 
 
-def test_an_existing_output_is_kept(folders: list[Path], tmp_path: Path) -> None:
+def test_an_existing_output_is_not_overwritten(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(FedeltaError, match="exists already"):
+    with pytest.raises(FedeltaError, match="already exists"):
         aggregate_folders(folders, tmp_path / "out")
     with pytest.raises(FedeltaError, match="no adapter folders"):
         aggregate_folders([], tmp_path / "new")

@@ -1,4 +1,4 @@
-"""What a person types and sees: tables, plots, and one clear line with exit code 2 for every mistake."""
+"""The command line: tables, plots, and one clear line with exit code 2 for every mistake."""
 
 import json
 import os
@@ -92,7 +92,7 @@ MISTAKES = {
     "missing data file": (["data.source=nowhere.csv"], "data source nowhere.csv: no such file"),
     "missing model": (["model.name=./nowhere"], "model ./nowhere: no config.json in that folder"),
     "empty shard": (["partition.kind=iid", "partition.clients=400"], "400 clients, but only 172 rows"),
-    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 rows, too few to hold"),
+    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 row, too few to hold"),
     "weights": (["federation.weighting=[1, 2]"], "has 2 weights, expected one for each of 4 clients"),
     "negative weight": (["federation.weighting=[1, 2, 3, -1]"], "must be ≥ 0"),
     "ranks": (["ranks.per_client=[1, 2]"], "has 2 ranks, expected one for each of 4 clients"),
@@ -116,7 +116,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_a_mistake_is_one_line_and_leaves_no_files(
     mistake: str,
     config: Path,
     tmp_path: Path,
@@ -186,14 +186,18 @@ def test_a_damaged_result_is_one_line(
     assert "result.json is damaged" in refusal(capsys, "report", str(folder))
 
 
-def test_lost_lines_are_noticed(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_lines_of_the_run_log_are_reported(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fedelta("run", str(config))
     capsys.readouterr()
     (tmp_path / "runs" / "tiny" / "rounds.jsonl").write_text("")
     assert "rounds.jsonl has 0 lines, but the checkpoint 3" in refusal(capsys, "run", str(config), "--resume")
 
 
-def test_one_place_for_two_exports_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_exports_into_one_folder_are_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fedelta("run", str(config), "rounds=1")
     capsys.readouterr()
     same = str(tmp_path / "x")
@@ -202,7 +206,7 @@ def test_one_place_for_two_exports_is_refused(config: Path, tmp_path: Path, caps
     )
 
 
-def test_ctrl_c_says_that_nothing_is_lost_and_fails(config: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_that_finished_rounds_are_kept_and_fails(config: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fedelta.cli", "run", str(config), "rounds=500"],
         stderr=subprocess.PIPE,
@@ -215,7 +219,7 @@ def test_ctrl_c_says_that_nothing_is_lost_and_fails(config: Path, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on from them" in printed
+    assert "--resume continues from them" in printed
 
 
 def test_a_missing_configuration_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +234,7 @@ def test_a_mistake_in_compare_stops_it_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_second_run_in_the_same_place_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fedelta("run", str(config))
     capsys.readouterr()
     assert "holds a run already" in refusal(capsys, "run", str(config))
@@ -256,7 +260,7 @@ def test_a_truncated_checkpoint_is_refused(config: Path, tmp_path: Path, capsys:
 
 def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such option" in refusal(capsys, "run", "--nonsense")
-    assert "say --adapter OUT" in refusal(capsys, "export", "somewhere")
+    assert "pass --adapter OUT" in refusal(capsys, "export", "somewhere")
     assert "no finished run here" in refusal(capsys, "report", "somewhere")
 
 
@@ -273,6 +277,6 @@ def test_the_installed_command_exits_with_code_2(config: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_progress_is_quiet_when_not_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_silent_without_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fedelta("run", str(config)) == 0
     assert capsys.readouterr().err == ""

@@ -12,7 +12,7 @@ from fedelta.cli.progress import TerminalProgress
 from fedelta.runs.runner import run
 
 
-def shown(console: Console, progress: TerminalProgress) -> str:
+def rendered(console: Console, progress: TerminalProgress) -> str:
     console.print(progress.progress.get_renderable())
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -22,10 +22,10 @@ def terminal() -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=120)
 
 
-def test_a_terminal_sees_rounds_clients_and_the_time_left(terminal: Console, tiny_config: Any) -> None:
+def test_a_terminal_shows_rounds_clients_and_the_time_left(terminal: Console, tiny_config: Any) -> None:
     progress = TerminalProgress(terminal, all_rounds=6)
     run(tiny_config(rounds=3), observer=progress)
-    text = shown(terminal, progress)
+    text = rendered(terminal, progress)
     assert "replication, seed 0" in text
     assert "3/6" in text
     assert "3/3" in text
@@ -35,15 +35,15 @@ def test_a_terminal_sees_rounds_clients_and_the_time_left(terminal: Console, tin
     assert "-:--:--" not in text
 
 
-def test_a_resumed_run_counts_its_time_from_where_it_goes_on(terminal: Console) -> None:
+def test_a_resumed_run_measures_its_pace_from_where_it_resumes(terminal: Console) -> None:
     progress = TerminalProgress(terminal)
     progress.run_started("x", done=30, rounds=31)
-    text = shown(terminal, progress)
+    text = rendered(terminal, progress)
     assert "30/31" in text
-    assert "-:--:--" in text, "nothing is known of the pace yet"
+    assert "-:--:--" in text, "the pace is not known yet"
 
 
-def test_elsewhere_only_warnings_appear(tiny_config: Any) -> None:
+def test_without_a_terminal_only_warnings_appear(tiny_config: Any) -> None:
     console = Console(file=io.StringIO())
     with TerminalProgress(console) as progress:
         run(tiny_config(rounds=1), observer=progress)
@@ -51,7 +51,7 @@ def test_elsewhere_only_warnings_appear(tiny_config: Any) -> None:
     assert console.file.getvalue().strip() == "warning: client-001 skipped"  # type: ignore[attr-defined]
 
 
-def test_ctrl_c_that_a_library_swallows_ends_the_run_all_the_same() -> None:
+def test_ctrl_c_ends_the_run_even_if_a_library_swallows_it() -> None:
     before = signal.getsignal(signal.SIGINT)
     with TerminalProgress(Console(file=io.StringIO())) as progress:
         progress.client_done("a")

@@ -1,4 +1,4 @@
-"""The grids of FedEx-LoRA (arXiv 2410.09432): the paper's protocol, and every model of the full size started."""
+"""The grids of FedEx-LoRA (arXiv 2410.09432): the paper's protocol, and a start of every model of the full size."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ FOLDER = ROOT / "experiments" / "exact_aggregation"
 TASKS = {"CoLA": "matthews", "RTE": "accuracy", "MRPC": "accuracy", "SST-2": "accuracy", "QNLI": "accuracy"}
 ARCHITECTURE = {"GPT-2": "gpt2", "Mistral-7B": "mistral", "Gemma-2-9B": "gemma2", "Llama-3.2-3B": "llama"}
 LAYERS = {
-    "gpt2": 2 * 3,  # c_attn, and a c_proj of attention and one of the feed-forward part
+    "gpt2": 2 * 3,  # c_attn, and the c_proj of attention and of the feed-forward part
     "mistral": 2 * 7,
     "gemma2": 2 * 7,
     "llama": 2 * 7,
@@ -28,7 +28,7 @@ LAYERS = {
 
 
 def cells(grid: str, size: str, experiment: str, **values: str) -> dict[tuple[str, ...], Config]:
-    """Values of the axes → configuration, of the first seed."""
+    """Values of the axes → configuration under the first seed."""
     expansion = Expansion(load_grid(FOLDER / f"{grid}.yaml", size), [experiment])
     plan = expansion.cells(None)
     return {
@@ -49,13 +49,15 @@ def test_both_sizes_are_grids_with_the_papers_federation(grid: str, size: str) -
     plan, trials = expansion.trials()
     for trial in trials:
         candidates.setdefault(trial.values, []).append(trial.choice)
-    assert len({json.dumps(found) for found in candidates.values()}) == 1, "one budget for all methods and tasks"
-    tried, run = ({c.model.name for c in found.cells.values()} for found in (plan, expansion.cells(None)))
-    assert tried == run, "what is chosen with one model is for that model"
+    assert len({json.dumps(choices) for choices in candidates.values()}) == 1, "one budget for all methods and tasks"
+    tried, used = ({c.model.name for c in part.cells.values()} for part in (plan, expansion.cells(None)))
+    assert tried == used, "each model is tuned by itself"
     first = next(iter(loaded.experiments))
     if size == "full":
         tasks = [config.task for config in plan.cells.values() if isinstance(config.task, Completion)]
-        assert not any(task.generate for task in tasks), "nobody waits for what no candidate is chosen by"
+        assert not any(task.generate for task in tasks), (
+            "trials do not generate, because generated texts do not decide the choice"
+        )
     for values, config in cells(grid, size, first).items():
         assert config.federation.participation == 1
         assert config.partition.kind == "iid"
@@ -64,18 +66,18 @@ def test_both_sizes_are_grids_with_the_papers_federation(grid: str, size: str) -
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
-def test_clients_train_as_many_steps_however_many_they_are(size: str) -> None:
+def test_clients_train_the_same_number_of_steps_for_any_number_of_clients(size: str) -> None:
     Expansion(load_grid(FOLDER / "when.yaml", size)).check()
     for experiment in ("when", "when-refresh"):
         steps = {config.training.steps for config in cells("when", size, experiment).values()}
-        assert steps == {10 if size == "small" else 20}, "and not what their rows come to"
+        assert steps == {10 if size == "small" else 20}, "the number of steps does not depend on the number of rows"
     for config in cells("when", size, "when", participation="half").values():
         assert quota(config.federation.participation, config.partition.clients) > 1
 
 
-def test_the_full_size_of_glue_has_the_papers_settings() -> None:
-    found = cells("understanding", "full", "glue", model="first")
-    for (_, _, task, _), config in found.items():
+def test_the_full_size_of_glue_has_the_settings_of_the_paper() -> None:
+    configs = cells("understanding", "full", "glue", model="first")
+    for (_, _, task, _), config in configs.items():
         training = config.training
         assert (config.rounds, training.epochs, training.batch_size) == (50, 3, 128)
         assert (training.schedule, training.warmup, config.lora.alpha, config.lora.dropout) == ("linear", 0.06, 8, 0.1)
@@ -84,8 +86,8 @@ def test_the_full_size_of_glue_has_the_papers_settings() -> None:
         assert config.data.splits == {"test": "validation", "validation": None}
 
 
-def started(config: Config, **changes: Any) -> Config:
-    """The same, small enough to start: two rounds, short texts, a local model."""
+def shrunk(config: Config, **changes: Any) -> Config:
+    """Shrink a configuration so that it starts quickly: two rounds, short texts, a local model."""
     data = config.dump()
     small = {
         "rounds": 2,
@@ -128,10 +130,10 @@ def test_glue_starts_with_a_roberta(model: str, task: str, method: str, tiny_ber
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data.source": str(tmp_path), "data.configuration": None, "model.name": str(tmp_path / "model")}
-    (found,) = cells("understanding", "full", "glue", model=model, task=task, method=method).values()
-    finished = run(started(found, output=str(tmp_path / "runs"), **changes))
+    (config_of_paper,) = cells("understanding", "full", "glue", model=model, task=task, method=method).values()
+    finished = run(shrunk(config_of_paper, output=str(tmp_path / "runs"), **changes))
     assert len(finished.records) == 2
-    assert found.task.metric in finished.result["test"]
+    assert config_of_paper.task.metric in finished.result["test"]
     assert len(finished.result["clients"]) == (1 if method == "centralized" else 3)
 
 
@@ -139,9 +141,9 @@ def test_glue_starts_with_a_roberta(model: str, task: str, method: str, tiny_ber
 def test_generation_starts_with_every_architecture(experiment: str, causal: Any, tmp_path: Path) -> None:
     rows = []
     for i in range(90):
-        asked, told = f"the color of a ship {'small ' * (i % 3)}is :", "red ."
-        rows.append({"mr": asked, "ref": told, "mr_id": i // 2, "query": asked, "response": told})
-        rows[-1] |= {"instruction": asked, "output": told, "task": "boolq"}
+        prompt, response = f"the color of a ship {'small ' * (i % 3)}is :", "red ."
+        rows.append({"mr": prompt, "ref": response, "mr_id": i // 2, "query": prompt, "response": response})
+        rows[-1] |= {"instruction": prompt, "output": response, "task": "boolq"}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     models = set()
     for values, config in cells("generation", "full", experiment, method="FedEx-LoRA").items():
@@ -163,8 +165,8 @@ def test_generation_starts_with_every_architecture(experiment: str, causal: Any,
             assert config.evaluation.harness is not None
             assert config.evaluation.harness.include == "experiments/exact_aggregation/harness"
         if experiment == "e2e":
-            changes["task.scores"] = ["bleu", "nist", "rouge_l", "cider"]  # METEOR starts Java
-        finished = run(started(config, **changes))
+            changes["task.scores"] = ["bleu", "nist", "rouge_l", "cider"]  # without METEOR, which starts Java
+        finished = run(shrunk(config, **changes))
         assert len(finished.records) == 2
         modules = finished.records[0]["deviation"]
         assert len(modules) == LAYERS[ARCHITECTURE[name]]

@@ -1,4 +1,4 @@
-"""The published code of FedEx-LoRA is wrong on a Linear layer and right on a Conv1D; ours is right on both."""
+"""The published code of FedEx-LoRA is wrong for a Linear layer and right for a Conv1D layer; ours is right for both."""
 
 import subprocess
 import sys
@@ -14,8 +14,8 @@ MODULE = run_path(str(SCRIPT))
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_transposed_residual_is_wrong_on_linear_layers(seed: int) -> None:
-    found = MODULE["errors"](MODULE["published"], "BERT", seed)
-    for name, error in found.items():
+    errors = MODULE["errors"](MODULE["published"], "BERT", seed)
+    for name, error in errors.items():
         if "dense" in name:
             assert error == "torch refuses (64, 96) on (96, 64)"
         else:
@@ -26,9 +26,9 @@ def test_the_transposed_residual_is_wrong_on_linear_layers(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_on_conv1d_both_are_exact(seed: int) -> None:
     for step in ("published", "ours"):
-        found = MODULE["errors"](MODULE[step], "GPT-2", seed)
-        assert len(found) == 2
-        assert all(error < 1e-6 for error in found.values())
+        errors = MODULE["errors"](MODULE[step], "GPT-2", seed)
+        assert len(errors) == 2
+        assert all(error < 1e-6 for error in errors.values())
 
 
 def test_one_command_prints_the_errors() -> None:

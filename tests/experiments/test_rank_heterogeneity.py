@@ -1,4 +1,4 @@
-"""Byun & Lee's protocol (arXiv 2406.17477): the paper's figures of its models, and the grid in both sizes."""
+"""The protocol of Byun & Lee (arXiv 2406.17477): the paper's parameter counts, and the grid in both sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,16 @@ FIGURE_2 = [
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
-def test_both_sizes_have_the_papers_protocol(size: str) -> None:
+def test_both_sizes_follow_the_protocol_of_the_paper(size: str) -> None:
     grid = load_grid(GRID, size)
     expansion = Expansion(grid)
     expansion.check()
     plan = expansion.cells(None)
-    mine = [place for place in plan.places if place.experiment == "figure-2"]
-    assert {place.values["method"] for place in mine} == set(FIGURE_2)
-    assert len(mine) == 12 * 2 * 2 * len(grid.seeds)
+    cells = [place for place in plan.places if place.experiment == "figure-2"]
+    assert {place.values["method"] for place in cells} == set(FIGURE_2)
+    assert len(cells) == 12 * 2 * 2 * len(grid.seeds)
     assert len(grid.seeds) >= 3
-    for place in mine:
+    for place in cells:
         config = plan.cells[place.key]
         assert (config.partition.clients, config.partition.share) == (100, 0.1)
         assert config.federation.round_size(100) == 10
@@ -81,7 +81,7 @@ def test_lora_parameters_of_distilbert_are_those_of_the_paper() -> None:
 
 
 def _save(model: Any, folder: Path, tiny_bert: Path) -> Path:
-    """Random weights with a small tokenizer, as a folder that stands for a hub's name."""
+    """Save random weights and a small tokenizer in a folder that replaces a model of the hub."""
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_bert)
     tokenizer.add_tokens([f"[unused{i}]" for i in range(model.config.vocab_size - len(tokenizer))])
@@ -98,7 +98,7 @@ def test_the_full_size_runs_two_rounds_with_its_models_from_their_configurations
     if encoder == "first":
         model: Any = DistilBertModel(DistilBertConfig())
     else:
-        # albert-base-v2; the configuration's own defaults are those of xxlarge.
+        # albert-base-v2; the defaults of AlbertConfig are those of xxlarge.
         model = AlbertModel(AlbertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072))
     folder = _save(model, tmp_path / "model", tiny_bert)
     rows = ["text,label"]
@@ -107,16 +107,16 @@ def test_the_full_size_runs_two_rounds_with_its_models_from_their_configurations
         rows.append(f"the {words[i % 12]} and a {words[(i * 7) % 12]},{i % 4}")
     (tmp_path / "texts.csv").write_text("\n".join(rows) + "\n")
     overrides = [f"model.name={folder}", f"data.source={tmp_path / 'texts.csv'}", "rounds=2", "evaluation.every=1"]
-    picks = ["--only", "figure-2", "--where", f"encoder={encoder}", "--where", "data=AG News"]
-    picks += ["--where", "method=replication", "--where", "method=FedEx with replication"]
+    selection = ["--only", "figure-2", "--where", f"encoder={encoder}", "--where", "data=AG News"]
+    selection += ["--where", "method=replication", "--where", "method=FedEx with replication"]
     output = tmp_path / "results"
-    assert fedelta("sweep", str(GRID), "--size", "full", "--no-tuning", "-o", str(output), *picks, *overrides) == 0
-    found = read_rows(output)
-    assert len(found) == 2 * 3
-    for row in found.values():
+    assert fedelta("sweep", str(GRID), "--size", "full", "--no-tuning", "-o", str(output), *selection, *overrides) == 0
+    stored_rows = read_rows(output)
+    assert len(stored_rows) == 2 * 3
+    for row in stored_rows.values():
         assert (len(row["rounds"]), row["failed"]) == (2, None)
         parameters = {"5": 138_240, "20": 552_960} if encoder == "first" else {"5": 23_040, "20": 92_160}
         assert row["lora_parameters"] == parameters
     assert (output / "report.md").exists()
-    left = yaml.safe_load((output / "grid.yaml").read_text())
-    assert left["overrides"]["rounds"] == 2
+    stored = yaml.safe_load((output / "grid.yaml").read_text())
+    assert stored["overrides"]["rounds"] == 2

@@ -113,5 +113,5 @@ def test_updates_too_large_for_their_mean_stop_the_run() -> None:
 
 def test_too_few_updates_say_why() -> None:
     server, state = make(min_clients=2)
-    with pytest.raises(FedeltaError, match=r"1 usable updates, expected at least 2 \(b: RuntimeError: broken\)"):
+    with pytest.raises(FedeltaError, match=r"1 usable update, expected at least 2 \(b: RuntimeError: broken\)"):
         step(server, state, {"a": reply(server, state, "a", 1, 1.0), "b": RuntimeError("broken")})

@@ -1,4 +1,4 @@
-"""Grids as they run: each cell once, whatever happens in between, and the same results however they are run."""
+"""Running grids: each cell runs once, also after an interruption, with the same results in every way to run it."""
 
 import io
 import json
@@ -30,7 +30,7 @@ from fedelta.sweep.runner import Sweep
 
 @pytest.fixture(scope="module")
 def grid(tiny_bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods at two learning rates under two seeds, and a refresh: 6 cells besides 4 trials."""
+    """A grid of two methods at two learning rates under two seeds, and a refresh: 6 cells and 4 trials."""
     data = {
         "name": "little",
         "seeds": [0, 1],
@@ -74,7 +74,7 @@ def grid(tiny_bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def straight(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of the grid, its cells run one by one."""
+    """The results of the grid, with its cells run one at a time."""
     folder = tmp_path_factory.mktemp("straight")
     swept(grid, folder)
     return folder
@@ -82,7 +82,7 @@ def straight(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def done(straight: Path, tmp_path: Path) -> Path:
-    """A copy of them."""
+    """A copy of the results."""
     return Path(shutil.copytree(straight, tmp_path / "done"))
 
 
@@ -92,20 +92,20 @@ def swept(source: Path, folder: Path, parallel: int = 1) -> dict[str, Any]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What the file holds, but for the circumstances."""
+    """The rows of the file without their circumstances."""
     return {
         key: {name: value for name, value in row.items() if name not in CIRCUMSTANCES}
         for key, row in read_rows(folder).items()
     }
 
 
-def test_a_grid_ends_in_one_file_and_a_second_time_runs_nothing(
+def test_a_grid_ends_in_one_file_and_a_second_run_has_nothing_to_do(
     grid: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "little"
     rows = read_rows(done)
     assert len(rows) == 4 + 6
-    # One trial and one cell of the experiments are left to do.
+    # One trial and one cell of the experiments have not run.
     trials = Expansion(load_grid(grid)).trials()[0].cells
     last = [next(iter(trials)), list(rows)[-1]]
     write_rows(folder, {key: row for key, row in rows.items() if key not in last})
@@ -126,7 +126,7 @@ def test_a_grid_ends_in_one_file_and_a_second_time_runs_nothing(
     assert "experiments: 0 of 6 cells to run" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
-    # All but the results can be made again from them.
+    # Everything else can be written again from the results.
     for name in ("tables", "figures"):
         shutil.rmtree(folder / name)
     (folder / "report.md").unlink()
@@ -135,19 +135,19 @@ def test_a_grid_ends_in_one_file_and_a_second_time_runs_nothing(
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
 
 
-def test_a_row_says_what_a_run_of_the_same_configuration_says(grid: Path, done: Path, tmp_path: Path) -> None:
+def test_a_row_agrees_with_a_run_of_the_same_configuration(grid: Path, done: Path, tmp_path: Path) -> None:
     rows = read_rows(done)
     for key, config in Expansion(load_grid(grid)).trials()[0].cells.items():
         finished = run(config.model_copy(update={"name": key, "output": str(tmp_path / "runs")}))
         row = rows[key]
         assert row["test"] == finished.result["test"]
         assert row["lora_parameters"] == finished.result["lora_parameters"]
-        (record,), (told,) = finished.records, row["rounds"]
-        assert told["validation"] == record["validation"]
-        assert told["up"] | {"total": sum(told["up"].values())} == record["bytes_up"]
-        assert told["deviation"] == pytest.approx(record["deviation"], rel=1e-6)
+        (record,), (stored,) = finished.records, row["rounds"]
+        assert stored["validation"] == record["validation"]
+        assert stored["up"] | {"total": sum(stored["up"].values())} == record["bytes_up"]
+        assert stored["deviation"] == pytest.approx(record["deviation"], rel=1e-6)
         assert row["scaled_deviation"][0] == pytest.approx(record["scaled_deviation"], rel=1e-6)
-        assert {own["client"]: own["score"] for own in told["own"]} == {
+        assert {own["client"]: own["score"] for own in stored["own"]} == {
             client: scores["accuracy"] for client, scores in record["clients_validation"].items()
         }
         assert (row["method"], row["seed"], row["failed"]) == (config.method.name, 9, None)
@@ -155,27 +155,27 @@ def test_a_row_says_what_a_run_of_the_same_configuration_says(grid: Path, done: 
         assert rows[key]["seconds"] > 0
 
 
-def test_cells_side_by_side_give_what_they_give_one_by_one(grid: Path, done: Path, tmp_path: Path) -> None:
+def test_cells_give_the_same_results_side_by_side_and_one_at_a_time(grid: Path, done: Path, tmp_path: Path) -> None:
     swept(grid, tmp_path / "two", parallel=2)
     assert results(tmp_path / "two") == results(done)
 
 
-def test_a_grid_that_is_killed_goes_on_from_its_last_finished_round(grid: Path, done: Path, tmp_path: Path) -> None:
+def test_a_killed_grid_resumes_from_its_last_finished_round(grid: Path, done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "fedelta.cli", "sweep", str(grid), "-o", str(folder), "--parallel", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def rounds() -> int:
-        found = 0
+        lines = 0
         for file in folder.glob("running/*/rounds.jsonl"):
-            with suppress(FileNotFoundError):  # its cell has ended meanwhile
-                found += file.read_bytes().count(b"\n")
-        return found
+            with suppress(FileNotFoundError):  # the cell has ended in the meantime
+                lines += file.read_bytes().count(b"\n")
+        return lines
 
     kills = 0
     for cells in (1, 5):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        # In the midst of a cell: after a round of it, and after so many others.
+        # In the middle of a cell: after one of its rounds, and after `cells` finished cells.
         while process.poll() is None and not (len(read_rows(folder)) >= cells and rounds()):
             time.sleep(0.005)
         kills += process.poll() is None
@@ -190,7 +190,7 @@ def test_a_grid_that_is_killed_goes_on_from_its_last_finished_round(grid: Path, 
     assert results(folder) == results(done)
 
 
-def test_a_cell_that_diverges_is_a_result_and_the_grid_goes_on(grid: Path, tmp_path: Path) -> None:
+def test_a_cell_that_diverges_is_a_result_and_the_grid_continues(grid: Path, tmp_path: Path) -> None:
     data = yaml.safe_load(grid.read_text())
     data["tuning"] = None
     data["axes"]["method"]["FedEx"]["training.learning_rate"] = 1e30
@@ -205,17 +205,17 @@ def test_a_cell_that_diverges_is_a_result_and_the_grid_goes_on(grid: Path, tmp_p
     assert "–, 2 diverged" in (tmp_path / "some" / "tables" / "main-score.md").read_text()
 
 
-def test_bad_input_ends_the_grid_in_a_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_ends_the_grid_with_one_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("sweep", str(grid), "-o", str(tmp_path / "little"))
     assert "unknown key 'training.step'; did you mean 'steps'" in refusal(capsys, *command, "training.step=1")
-    assert not (tmp_path / "little").exists(), "nothing half-written"
+    assert not (tmp_path / "little").exists(), "no folder is left behind"
     assert "expected axis=value" in refusal(capsys, *command, "--where", "FedEx")
     assert fedelta(*command, "data.source=./nothing.csv", "--no-tuning") == 2
     printed = capsys.readouterr().err.splitlines()
     assert printed[-1] == "error: main: zero padding, seed 0: data source ./nothing.csv: no such file or folder"
 
 
-def test_overrides_and_picks_are_of_the_command_line(grid: Path, tmp_path: Path) -> None:
+def test_overrides_and_selections_come_from_the_command_line(grid: Path, tmp_path: Path) -> None:
     folder = tmp_path / "picked"
     options = ["--only", "restart", "--where", "refresh=often", "--no-tuning", "--keep", "-o", str(folder)]
     assert fedelta("sweep", str(grid), "rounds=1", "training.steps=1", *options) == 0
@@ -224,7 +224,7 @@ def test_overrides_and_picks_are_of_the_command_line(grid: Path, tmp_path: Path)
     assert {len(row["rounds"]) for row in rows.values()} == {1}
     assert all(json.loads(row["config"])["training"]["steps"] == 1 for row in rows.values())
     assert all((folder / "running" / key / "adapter" / "adapter_model.safetensors").exists() for key in rows)
-    # What was asked for is with the results.
+    # The overrides are stored with the results.
     assert fedelta("report", str(folder)) == 0
     assert "often" in (folder / "tables" / "restart-score.md").read_text()
 
@@ -234,19 +234,19 @@ def test_a_cell_run_again_is_compared_with_its_row(grid: Path, done: Path, capsy
     key = next(key for key, row in rows.items() if len(row["rounds"]) == 3)
     command = ("sweep", str(grid), "-o", str(done), "--check")
     assert fedelta(*command, key) == 0
-    assert f"cell {key}: the same again" in capsys.readouterr().out
-    # A file of before they were measured.
+    assert f"cell {key}: same result" in capsys.readouterr().out
+    # An older file, which lacks these fields.
     write_rows(done, rows | {key: rows[key] | {"base_parameters": None, "scaled_deviation": None}})
     assert fedelta(*command, key) == 0
     rows[key]["rounds"][1]["train_loss"] += 1e-9
     write_rows(done, rows)
     assert fedelta(*command, key) == 2
-    assert f"cell {key} came out otherwise: rounds, first in round 2" in " ".join(capsys.readouterr().err.split())
+    assert f"cell {key} gave a different result: rounds, first in round 2" in " ".join(capsys.readouterr().err.split())
     assert "no cell 'abc'" in refusal(capsys, *command, "abc")
-    assert read_rows(done)[key] == rows[key], "a check writes nothing"
+    assert read_rows(done)[key] == rows[key], "a check does not write"
 
 
-def test_rows_come_back_from_the_file_as_they_went_in(done: Path, tmp_path: Path) -> None:
+def test_rows_survive_writing_and_reading(done: Path, tmp_path: Path) -> None:
     again = read_rows(done)
     write_rows(tmp_path / "two", again)
     assert (tmp_path / "two" / "cells.parquet").read_bytes() == (done / "cells.parquet").read_bytes()
@@ -267,7 +267,7 @@ def test_memory_decides_how_many_cells_run_side_by_side(grid: Path, monkeypatch:
     loaded: Grid = load_grid(grid)
     sweep = Sweep(loaded, Expansion(loaded), Path("unused"))
     cells = Expansion(loaded).cells(None).cells
-    monkeypatch.setattr(Sweep, "_most", lambda _: 4)
+    monkeypatch.setattr(Sweep, "_max_parallel", lambda _: 4)
     name = next(iter(cells.values())).model.name
     sweep.rows = {"a": {"config": json.dumps({"model": {"name": name}}), "peak_mb": 1000.0}}
 
@@ -280,7 +280,7 @@ def test_memory_decides_how_many_cells_run_side_by_side(grid: Path, monkeypatch:
         assert sweep._fitting(cells) == expected
         assert sweep._first_of_unknown_memory(cells) is None
     sweep.rows = {"a": {"config": json.dumps({"model": {"name": "another"}}), "peak_mb": 1.0}}
-    assert sweep._first_of_unknown_memory(cells) == next(iter(cells)), "of this model nothing is known yet"
+    assert sweep._first_of_unknown_memory(cells) == next(iter(cells)), "the memory of this model is unknown"
 
 
 def test_a_part_of_a_tuned_grid_is_tuned_and_shown(grid: Path, tmp_path: Path) -> None:
@@ -300,17 +300,17 @@ def test_untuned_results_are_never_shown_as_tuned_ones(grid: Path, tmp_path: Pat
     folder = tmp_path / "untuned"
     assert fedelta("sweep", str(grid), "--no-tuning", "-o", str(folder)) == 0
     loaded = load_grid(grid)
-    assert all(not results.cells for results in gather(loaded, read_rows(folder)))
+    assert all(results.cells.empty for results in gather(loaded, read_rows(folder)))
 
 
 def test_results_of_other_overrides_are_not_mixed(grid: Path, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (done / "grid.yaml").read_bytes()
     line = refusal(capsys, "sweep", str(grid), "rounds=2", "-o", str(done))
-    assert "holds results with no overrides, now rounds=2; choose another folder by --output" in line
+    assert "holds results with no overrides, now rounds=2; choose another folder with --output" in line
     assert (done / "grid.yaml").read_bytes() == before
 
 
-def test_a_failure_that_is_no_divergence_ends_the_grid(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_failure_other_than_divergence_ends_the_grid(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from fedelta.federation.client import Trainer
 
     def fail(*_: Any) -> bytes:
@@ -327,31 +327,31 @@ def swept_untuned(source: Path, folder: Path, **options: Any) -> dict[str, Any]:
     return Sweep(grid, Expansion(grid), folder, **options).run()
 
 
-def test_lost_updates_are_told_and_counted(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_lost_updates_are_reported_and_counted(grid: Path, tmp_path: Path, monkeypatch: Any) -> None:
     from fedelta.federation.client import Trainer
 
-    answer = Trainer.reply
+    reply = Trainer.reply
 
     def sometimes(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if b"client-002" in blob:
             raise RuntimeError("out of memory")
-        return answer(self, blob, shard)
+        return reply(self, blob, shard)
 
-    class Heard(SweepObserver):
-        said: ClassVar[list[str]] = []
+    class Recorder(SweepObserver):
+        messages: ClassVar[list[str]] = []
 
         def say(self, message: str) -> None:
-            self.said.append(message)
+            self.messages.append(message)
 
     monkeypatch.setattr(Trainer, "reply", sometimes)
-    rows = swept_untuned(grid, tmp_path / "some", parallel=2, observer=Heard())
+    rows = swept_untuned(grid, tmp_path / "some", parallel=2, observer=Recorder())
     assert {(r["sampled"], r["clients"]) for row in rows.values() for r in row["rounds"]} == {(4, 3)}
-    assert any("client-002 skipped: RuntimeError: out of memory" in line for line in Heard.said)
+    assert any("client-002 skipped: RuntimeError: out of memory" in line for line in Recorder.messages)
     fedelta("report", str(tmp_path / "some"))
     assert "18 updates of clients were lost or refused" in (tmp_path / "some" / "report.md").read_text()
 
 
-def test_what_always_diverges_can_not_be_tuned_and_may_be_tried_again(grid: Path, tmp_path: Path) -> None:
+def test_tuning_fails_if_every_candidate_diverges_and_retry_runs_them_again(grid: Path, tmp_path: Path) -> None:
     data = yaml.safe_load(grid.read_text())
     data["tuning"]["search"] = {"training.learning_rate": [1e30]}
     source, folder = tmp_path / "diverging.yaml", tmp_path / "some"
@@ -369,12 +369,12 @@ def test_what_always_diverges_can_not_be_tuned_and_may_be_tried_again(grid: Path
         assert sum(not sweep._is_done(key, config) for key, config in plan.cells.items()) == left
 
 
-def test_cells_of_several_threads_run_one_by_one(grid: Path, tmp_path: Path) -> None:
+def test_cells_with_several_threads_run_one_at_a_time(grid: Path, tmp_path: Path) -> None:
     loaded = load_grid(grid)
     loaded = loaded.model_copy(update={"config": {**loaded.config, "threads": 2, "workers": 1}})
-    with pytest.raises(FedeltaError, match="cells with threads: 2 run one by one"):
+    with pytest.raises(FedeltaError, match="cells with threads: 2 run one at a time"):
         Sweep(loaded, Expansion(loaded), tmp_path, 2).run()
-    assert Sweep(loaded, Expansion(loaded), tmp_path)._most() == 1
+    assert Sweep(loaded, Expansion(loaded), tmp_path)._max_parallel() == 1
 
 
 def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
         while bars["rounds"].completed != 4 + 3 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert bars["rounds"].completed == 4 + 3
-        # Kept folders of cells that are done count once.
+        # Finished cells whose folders remain count once.
         progress.cell_done("b", "main: x", row)
         progress.cell_done("c", "main: y", row)
         assert bars["experiments"].completed == 3

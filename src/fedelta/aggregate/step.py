@@ -1,8 +1,8 @@
 """The mean of PEFT adapter folders, or one server step of a method on them, from disk to disk.
 
-Modules are taken in groups that fit a fixed amount of memory; for each group the folders are read one after the
-other, each is folded in and let go, and what comes out is written at once. So neither the number of folders
-nor the size of the model decides how much memory it takes.
+Modules are processed in groups that fit a fixed amount of memory. For each group the folders are read one after the
+other; each is added to the sums and then freed, and the result of the group is written at once. So the memory in use
+depends neither on the number of folders nor on the size of the model.
 """
 
 from collections import deque
@@ -24,25 +24,25 @@ from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import Method, MethodState
 
 GROUP_BYTES = 64 * 2**20
-"""Bytes of the sums of the modules that are in memory at once, over all workers. Each group opens every folder once."""
+"""Bytes of the sums that are in memory at once, over all workers. Each group opens every folder once."""
 
 MAX_WORKERS = 8
-"""Groups at once. More would make groups so small that opening folders is what takes the time."""
+"""Groups at once. With more workers the groups become so small that opening folders takes most of the time."""
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What became of one module.
+    """The result for one module.
 
     Args:
-        module: its name.
-        ranks: smallest and largest rank that came in.
-        rank: of the adapter that went out.
-        patch_width: of the base patch that went out, 0 without one.
+        module: name of the module.
+        ranks: smallest and largest rank among the folders.
+        rank: rank of the resulting adapter.
+        patch_width: width of the resulting base patch; 0 without one.
         deviation: ‖ΔW − B̄Ā‖_F / ‖ΔW‖_F, with ΔW the exact mean Σ p_i s_i B_i A_i and B̄, Ā the plain averages, missing
             rank indices counted as zeros.
-        cut: relative error ‖ΔW − result‖_F / ‖ΔW‖_F that a wished rank costs, 0 where none was asked.
-        bytes: that this module takes in the output.
+        cut: relative error ‖ΔW − result‖_F / ‖ΔW‖_F of the cut to the requested rank; 0 without one.
+        bytes: bytes of this module in the output.
     """
 
     module: str
@@ -56,14 +56,14 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What `aggregate_folders` did.
+    """The result of `aggregate_folders`.
 
     Args:
-        output: the folder that it wrote.
-        method: name, None for the exact mean.
-        clients: (folder, p_i) in order.
-        modules: one report a module, in the order of names.
-        patch: whether there is a base patch beside the adapter.
+        output: the folder that was written.
+        method: name of the method; None for the exact mean.
+        clients: (folder, p_i) in the order of the folders.
+        modules: one report per module, sorted by name.
+        patch: whether the folder holds a base patch next to the adapter.
     """
 
     output: Path
@@ -83,27 +83,27 @@ def aggregate_folders(
     single: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
 ) -> Aggregation:
-    """Write the aggregate of some PEFT adapter folders as a PEFT adapter folder.
+    """Aggregate PEFT adapter folders into one PEFT adapter folder.
 
     Args:
-        paths: the folders, of one base model and the same adapted modules.
-        output: appears whole, or not at all.
-        method: one server step of it, whose base patch, if it has one, goes into `base_patch.safetensors`; None is the
+        paths: the folders, all of one base model and with the same adapted modules.
+        output: the folder to write. It appears complete, or not at all.
+        method: the method whose server step is applied. Its base patch goes into `base_patch.safetensors`. None is the
             exact weighted mean Σ p_i s_i B_i A_i as one adapter of its numerical rank.
-        weights: w_i ≥ 0, normalized to p_i; None counts all alike.
+        weights: w_i ≥ 0, normalized to p_i; None weighs all folders equally.
         rank: cut the result to this rank by Eckart–Young; with a method this folds its base patch in.
-        single: fold a method's base patch into the adapter, which gets the rank that exactness needs.
-        progress: called with the numbers of finished and of all modules.
+        single: fold the base patch of a method into the adapter, whose rank grows until the result is exact.
+        progress: called with the number of finished modules and the number of all modules.
 
     Raises:
-        FedeltaError: naming the folder, module or weight that does not fit; nothing is written then.
+        FedeltaError: naming the folder, module or weight that does not fit; nothing is written in that case.
     """
     output = Path(output)
     folders, method = _opened(paths, output, method, weights, rank)
     heads = folders.mean_heads()
     step = _Step(folders, method, rank, single or rank is not None)
     sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
-    # Dense sums are few large products, which one group at a time does as fast and in less memory.
+    # Dense sums are a few large products: one group at a time is as fast and needs less memory.
     workers = 1 if folders.makes_dense(sums) else min(torch.get_num_threads(), MAX_WORKERS)
     whole = method is not None and not method.by_module
     groups = [list(folders.layers)] if whole else folders.groups(GROUP_BYTES // workers, sums)
@@ -113,7 +113,7 @@ def aggregate_folders(
         AdapterWriter(temporary, folders.layers, heads, folders.config()) as adapter_writer,
         PatchWriter(temporary / PATCH, folders.layers) as patch_writer,
     ):
-        for results in _side_by_side(step.run, groups, workers):
+        for results in _in_parallel(step.run, groups, workers):
             for result in results:
                 adapter_writer.add(result.module, result.pair)
                 if result.patch is not None:
@@ -132,15 +132,15 @@ def _opened(
     weights: Sequence[float] | None,
     rank: int | None,
 ) -> tuple[Folders, Method | None]:
-    """The folders, opened and checked, and the method without the weighting that they have by now.
+    """Open and check the folders; norm weighting moves from the method into the weights of the folders.
 
     Raises:
         FedeltaError: naming the folder, module or weight that does not fit.
     """
     if output.exists():
-        raise FedeltaError(f"{output} exists already")
+        raise FedeltaError(f"{output} already exists, expected a new folder")
     if rank is not None and rank < 1:
-        raise FedeltaError(f"a rank is at least 1, found {rank}")
+        raise FedeltaError(f"rank {rank}, expected at least 1")
     folders = Folders.open(paths, weights)
     if method is None:
         return folders, None
@@ -148,17 +148,17 @@ def _opened(
     if not method.norm_weighting:
         return folders, method
     if weights is not None:
-        raise FedeltaError(f"method {method.name} weighs adapters by their norm: there is no use for weights")
-    # The norm is of a whole adapter, so it takes a pass of its own; after that, modules stand alone.
+        raise FedeltaError(f"method {method.name} weighs adapters by their norm, expected no weights")
+    # The norm covers the whole adapter and needs its own pass; after that, modules are independent.
     return folders.by_norm(GROUP_BYTES), replace(method, norm_weighting=False)
 
 
-def _side_by_side(
+def _in_parallel(
     work: Callable[[list[str]], Iterator["_Result"]], groups: list[list[str]], workers: int
 ) -> Iterator[Iterable["_Result"]]:
-    """What each group gives, in order, some groups at once with one thread of torch each.
+    """Yield the results of the groups in order; several groups run at once, each with one thread of torch.
 
-    With factors most of the work is copying and small products, which more threads of torch do not make faster.
+    With factors most of the work is copying and small products, and more threads of torch do not speed these up.
     """
     if workers == 1:
         yield from map(work, groups)
@@ -180,6 +180,8 @@ def _side_by_side(
 
 @dataclass(frozen=True, eq=False)
 class _Result:
+    """Adapter pair and base patch of one module, with the errors that its report shows."""
+
     module: str
     pair: LoraPair
     patch: LowRank | None
@@ -196,7 +198,7 @@ class _Result:
 
 
 class _Step:
-    """The arithmetic of one group of modules."""
+    """Computes the result of a group of modules."""
 
     def __init__(self, folders: Folders, method: Method | None, rank: int | None, single: bool) -> None:
         self.folders = folders
@@ -215,28 +217,28 @@ class _Step:
         moments = self.method.fold(state, contributions, measured=True, ranks=self.folders.all_ranks)
         after, patch = self.method.conclude(state, moments)
         for module in group:
-            found = deviation_from_zero_padding(moments, module)
-            yield self._of_method(module, after.adapter[module], patch.get(module), found)
+            deviation = deviation_from_zero_padding(moments, module)
+            yield self._of_method(module, after.adapter[module], patch.get(module), deviation)
 
     def _of_method(self, module: str, pair: LoraPair, patch: Product | None, deviation: float) -> _Result:
         product = pair.product()
         if self.single:
             return self._single(module, product if patch is None else add([patch, product]), deviation)
-        # A sum of so many clients that it is dense has full rank: the SVD would find nothing to save.
+        # A dense patch sums over many clients and has full rank, so an SVD would not shrink it.
         low_rank = patch if patch is None or isinstance(patch, LowRank) else patch.as_product()
         if low_rank is not None and product.is_zero():
-            # A method that restarts: the pair that its server sends for merging is the adapter here.
+            # The method restarts the adapter. The pair that its server sends for merging is the adapter here.
             return _Result(module, LoraPair(low_rank.V, low_rank.U), None, deviation, 0.0)
         return _Result(module, pair, low_rank, deviation, 0.0)
 
     def _single(self, module: str, whole: Product, deviation: float) -> _Result:
         svd = whole.svd()
         numerical = svd.rank(whole.dtype)
-        kept = numerical if self.rank is None else min(self.rank, numerical)
-        product = svd.cut(0, kept, whole.dtype)
+        rank = numerical if self.rank is None else min(self.rank, numerical)
+        product = svd.cut(0, rank, whole.dtype)
         squares = svd.sigma.square()
-        cut = float((squares[kept:numerical].sum() / squares.sum()).sqrt()) if kept < numerical else 0.0
-        # PEFT knows no rank 0: a module that nobody changed keeps one rank index of zeros.
+        cut = float((squares[rank:numerical].sum() / squares.sum()).sqrt()) if rank < numerical else 0.0
+        # PEFT has no rank 0: a module without a change keeps one rank index of zeros.
         m, n = whole.shape
-        pair = LoraPair(product.V, product.U) if kept else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))
+        pair = LoraPair(product.V, product.U) if rank else LoraPair(torch.zeros(1, n), torch.zeros(m, 1))
         return _Result(module, pair, None, deviation, cut)

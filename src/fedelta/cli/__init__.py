@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line of fedelta."""
 
 from fedelta.cli.app import main
 

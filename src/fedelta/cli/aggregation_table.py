@@ -1,4 +1,4 @@
-"""What `fedelta aggregate` prints: a table for people, JSON for machines."""
+"""The output of `fedelta aggregate`: a table, or JSON."""
 
 import json
 import re
@@ -10,14 +10,15 @@ from statistics import mean
 from rich.table import Table
 
 from fedelta.aggregate.step import Aggregation, ModuleReport
+from fedelta.errors import quantity
 from fedelta.lora.files.peft_write import PATCH
 
 MAX_ROWS = 40
-"""A model with more modules is shown by kind: the same name with its layer's number left out."""
+"""Modules of a larger model are combined by kind: modules whose names differ only in the layer's number."""
 
 
 def aggregation_json(done: Aggregation) -> str:
-    """Every module by itself."""
+    """Format an aggregation as JSON, with every module."""
     return json.dumps(
         {
             "output": str(done.output),
@@ -32,7 +33,7 @@ def aggregation_json(done: Aggregation) -> str:
 
 
 def aggregation_table(done: Aggregation) -> Table:
-    """Rank in and out, deviation, what a cut cost, bytes; modules of one kind together if there are many."""
+    """Tabulate ranks, deviation, error of a cut and bytes, with modules combined by kind if there are many."""
     cut = any(report.cut for report in done.modules)
     kinds = _kinds(done.modules)
     caption = "deviation: what averaging A and B apart would miss of the exact mean, ‖ΔW − B̄Ā‖ / ‖ΔW‖"
@@ -51,9 +52,9 @@ def aggregation_table(done: Aggregation) -> Table:
 
 
 def aggregation_lines(done: Aggregation) -> list[str]:
-    """What was written and where."""
+    """Lines that say what was written and where."""
     what = "exact weighted mean" if done.method is None else f"one step of {done.method}"
-    lines = [f"{what} of {len(done.clients)} adapters"]
+    lines = [f"{what} of {quantity(len(done.clients), 'adapter')}"]
     if any(report.cut for report in done.modules):
         error = _overall_cut(done.modules)
         lines.append(f"the cut costs a relative error of {error:.3g} (root mean square over modules)")

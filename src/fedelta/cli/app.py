@@ -1,4 +1,4 @@
-"""The command line. Errors are one line and exit code 2."""
+"""The commands and the entry point. An error is one line with exit code 2."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from fedelta import __version__
 from fedelta.cli.sites import join, keys, serve
-from fedelta.cli.sweep import show, sweep
+from fedelta.cli.sweep import print_grid_report, sweep
 from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config
 from fedelta.errors import FedeltaError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
-_python_shows = warnings.showwarning
+_python_showwarning = warnings.showwarning
 
 
 class EngineName(StrEnum):
@@ -41,10 +41,10 @@ def run(
     resume: Resume = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
     engine: Annotated[
-        EngineName, typer.Option(help="One process and its workers, or Flower: with its nodes, or simulated on Ray.")
+        EngineName, typer.Option(help="One process with workers, Flower with its nodes, or Flower simulated on Ray.")
     ] = (EngineName.local),
 ) -> None:
-    """Train one configuration to its end."""
+    """Train one configuration."""
     from fedelta.cli.profile_table import profile_table
     from fedelta.cli.progress import TerminalProgress
     from fedelta.runs.runner import run as run_config
@@ -53,7 +53,7 @@ def run(
     with TerminalProgress(err) as progress:
         if engine is not EngineName.local:
             if profile:
-                raise FedeltaError("--profile is of the local engine")
+                raise FedeltaError(f"--profile works with --engine local only, found --engine {engine}")
             on_loopback = flower_part("loopback").run_on_loopback
             finished = on_loopback(config, resume, progress, ray=engine is EngineName.ray)
         else:
@@ -71,11 +71,11 @@ for command in (sweep, serve, join, keys):
 @app.command()
 def compare(
     arguments: Arguments = None,
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs of each method.", min=1)] = None,
+    methods: Annotated[str | None, typer.Option(help="Names of methods, separated by commas.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; each method runs once per seed.", min=1)] = None,
     resume: Resume = False,
 ) -> None:
-    """Train several methods on the same data and initial weights: one table, one plot."""
+    """Compare several methods on the same data and initial weights, in one table and one plot."""
     from fedelta.cli.progress import TerminalProgress
     from fedelta.runs.comparison import comparison_configs, comparison_folder, in_order
     from fedelta.runs.runner import run as run_config
@@ -86,19 +86,19 @@ def compare(
     if not resume:
         from fedelta.federation.run_folder import RunFolder
 
-        for each in configs:
-            RunFolder(each.folder, {}).refuse_existing()
+        for one in configs:
+            RunFolder(one.folder, {}).refuse_existing()
     finished = []
-    with TerminalProgress(err, sum(each.rounds for each in configs)) as progress:
-        # Seed by seed, so that an interrupted comparison still compares.
-        for each in sorted(configs, key=lambda c: c.seed):
-            finished.append(run_config(each, resume=resume, observer=progress))
+    with TerminalProgress(err, sum(one.rounds for one in configs)) as progress:
+        # Seed by seed, so that even an interrupted comparison has every method.
+        for one in sorted(configs, key=lambda c: c.seed):
+            finished.append(run_config(one, resume=resume, observer=progress))
     finish(in_order(finished), comparison_folder(config))
 
 
 @app.command()
 def methods() -> None:
-    """List the methods and the properties that they hold."""
+    """List the methods and the properties of each."""
     from fedelta.cli.methods_table import print_methods
 
     print_methods(out)
@@ -108,9 +108,15 @@ def methods() -> None:
 def aggregate(
     folders: Annotated[list[str], typer.Argument(metavar="DIR…", help="PEFT adapter folders of one base model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    method: Annotated[str | None, typer.Option(help="One server step of this method; none: the exact mean.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Of the method, as key=value; may be repeated.")] = None,
-    weights: Annotated[str | None, typer.Option(help="One for each folder, separated by commas.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Method whose server step is applied; default: the exact mean.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the method, as key=value; may be repeated.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weight of each folder, separated by commas; default: equal weights.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Cut the result to this rank.", min=1)] = None,
     single: Annotated[bool, typer.Option("--single", help="Fold a base patch into the adapter.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -118,12 +124,12 @@ def aggregate(
     """Aggregate PEFT adapter folders offline: their exact weighted mean, or one server step of a method."""
     from fedelta.aggregate.step import aggregate_folders
     from fedelta.cli.aggregation_table import aggregation_json, aggregation_lines, aggregation_table
-    from fedelta.cli.progress import counted
+    from fedelta.cli.progress import progress_bar
 
     chosen = None if method is None else _method(method, option or [])
     if option and chosen is None:
-        raise FedeltaError("--option is of a method: say --method too")
-    with counted(err, "modules") as progress:
+        raise FedeltaError("--option needs a method: add --method NAME")
+    with progress_bar(err, "modules") as progress:
         done = aggregate_folders(
             folders,
             output,
@@ -174,7 +180,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     if (folder / FILE).exists():
         from fedelta.sweep.report.report import open_grid
 
-        show(*open_grid(folder), folder)
+        print_grid_report(*open_grid(folder), folder)
         return
     finish(open_runs(folder), folder)
 
@@ -186,11 +192,11 @@ def export(
     merged: Annotated[Path | None, typer.Option(help="Write the merged model and its tokenizer here.")] = None,
     rank: Annotated[int | None, typer.Option(help="Cut the adapter to this rank.", min=1)] = None,
 ) -> None:
-    """Export the model after a run's last finished round, base patches folded in."""
+    """Export the model after the last finished round of a run, with base patches folded in."""
     from fedelta.runs.export import export_run
 
     if adapter is None and merged is None:
-        raise FedeltaError("export: say --adapter OUT, --merged OUT, or both")
+        raise FedeltaError("export: pass --adapter OUT, --merged OUT, or both")
     for line in export_run(folder, adapter, merged, rank):
         out.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -202,37 +208,37 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point: bad input is one line on standard error and exit code 2."""
-    # Idle OpenMP threads spin by default, which slows every process beside them; a short spin is free when the machine
-    # is quiet. The OpenMP runtime reads this once, when torch loads it.
+    """Run the command line; bad input is one line on standard error and exit code 2."""
+    # Idle OpenMP threads spin by default, which slows down other processes; a short spin costs nothing on an idle
+    # machine. The OpenMP runtime reads this variable once, when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show_warning
     try:
-        # Without its standalone mode Typer returns the exit code, also that of Ctrl-C.
+        # Without standalone mode Typer returns the exit code, including that of Ctrl-C.
         code = app(standalone_mode=False) or 0
     except FedeltaError as error:
         code = _fail(str(error))
     except OSError as error:
         code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except click.ClickException as error:
-        # Typer's own usage errors (an unknown option, a missing argument) are for people too.
+        # Typer's own usage errors, such as an unknown option or a missing argument, are one line too.
         code = _fail(error.format_message()) if error.format_message() else 2
     if code == INTERRUPTED:
         trains = sys.argv[1:2] in (["run"], ["compare"], ["serve"])
-        kept = "finished rounds are kept, --resume goes on from them" if trains else "nothing was written"
+        saved = "finished rounds are kept; --resume continues from them" if trains else "nothing was written"
         if sys.argv[1:2] == ["sweep"]:
-            kept = "finished rounds are kept, the same command goes on from them"
-        err.print(f"stopped; {kept}")
+            saved = "finished rounds are kept; the same command continues from them"
+        err.print(f"stopped; {saved}")
     sys.exit(code)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """Ours as a line for people; those of libraries as Python has them."""
+    """Print a warning of fedelta as one line, and a warning of a library as Python does."""
     if category.__module__.startswith("fedelta"):
         err.print(escape(str(message)), highlight=False, soft_wrap=True)
     else:
-        _python_shows(message, category, *place, **more)
+        _python_showwarning(message, category, *place, **more)
 
 
 def _fail(message: str) -> int:

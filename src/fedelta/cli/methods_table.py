@@ -1,4 +1,4 @@
-"""What methods there are, and what each guarantees, as `fedelta methods` shows it."""
+"""The list of methods and their properties that `fedelta methods` prints."""
 
 from dataclasses import fields
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 from fedelta.methods import Method, Properties, aliases, methods
 
-# Short enough for a terminal of 80 columns.
+# Short headings, so that the table fits a terminal of 80 columns.
 _COLUMNS = {
     "exact": "exact",
     "no_op_invariant": "no-op",
@@ -19,7 +19,7 @@ _COLUMNS = {
 
 
 def print_methods(console: Console) -> None:
-    """The table of properties, then each method with its paper and options."""
+    """Print the table of properties, then each method with its paper and options."""
     shared = {field.name: field.default for field in fields(Method)}
     table = Table(caption="where each property holds (equal: at equal ranks); docs/methods.md 5")
     for name in ("method", "ranks", *(_COLUMNS[field] for field in Properties._fields)):

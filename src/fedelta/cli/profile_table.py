@@ -1,4 +1,4 @@
-"""Where the time of a run went, and how far that is from what the machine could do at best."""
+"""The table of `fedelta run --profile`: time by phase, compared with the limit of the machine."""
 
 from rich.table import Table
 
@@ -6,7 +6,7 @@ from fedelta.runs.profile import Profile
 
 
 def profile_table(profile: Profile) -> Table:
-    """Seconds and shares; the clients' time by phase, and what is left of it as waiting."""
+    """Tabulate seconds and shares of each phase; the clients' time is split into phases and waiting."""
     total = sum(profile.wall.values())
     table = Table(title=f"{total:.1f} s in rounds, workers: {profile.limit.workers}", title_justify="left")
     for name in ("phase", "seconds", "share", "of the FLOP limit"):

@@ -1,8 +1,7 @@
-"""Progress on a terminal: rounds with the time left, the clients of the round, evaluation. Quiet elsewhere."""
+"""Progress bars on a terminal: rounds with the time left, clients of the round, evaluation. Elsewhere only messages."""
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from fedelta.errors import quantity
 from fedelta.federation.engines import Observer
 from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.config import Config
@@ -22,36 +22,52 @@ from fedelta.sweep.observer import SweepObserver
 
 
 class TimeLeft(ProgressColumn):
-    """Time used and time left, by the mean pace so far.
+    """Time used and time left, by the mean pace since the bar started.
 
-    Rich's own column looks back half a minute, in which a round may not end.
+    Rich's own estimate (`TimeRemainingColumn`, `Task.speed`) needs two steps, ignores the first one, and counts steps
+    that a resumed run had finished before. A run of few long rounds would have no estimate for most of its time.
     """
 
     def render(self, task: Task) -> Text:
-        used = task.elapsed or 0.0
-        done = task.completed - task.fields.get("before", 0)
-        left = timedelta(seconds=round(used / done * (task.remaining or 0))) if done > 0 else "-:--:--"
-        return Text(f"{timedelta(seconds=round(used))}, {left} left")
+        left = time_left(task)
+        used = timedelta(seconds=round(task.elapsed or 0.0))
+        return Text(f"{used}, {'-:--:--' if left is None else left} left")
+
+
+def time_left(task: Task) -> timedelta | None:
+    """Estimate the remaining time of a task by its mean pace; None before its first step.
+
+    The field `before` of a task is the number of steps that were finished before it started; they have no pace.
+    """
+    steps = task.completed - task.fields.get("before", 0)
+    return timedelta(seconds=round((task.elapsed or 0.0) / steps * (task.remaining or 0))) if steps > 0 else None
 
 
 @contextmanager
-def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal for work that says how much of it is done: a function of (done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=None)
+def progress_bar(console: Console, noun: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal.
+
+    Args:
+        noun: what the bar counts.
+
+    Yields:
+        A function of (done, total) that moves the bar.
+    """
+    with _bars(console, noted=False) as progress:
+        task = progress.add_task(noun, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _bars(console: Console) -> Progress:
-    """Bars that appear only on a terminal, each with the fields `note` and `before`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    note = TextColumn("{task.fields[note]}")
-    return Progress(*columns, note, console=console, disable=not console.is_terminal, transient=True)
+def _bars(console: Console, noted: bool = True) -> Progress:
+    """Bars that appear only on a terminal; with `noted`, each has the fields `note` and `before`."""
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft()]
+    if noted:
+        columns.append(TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-class Lines(Observer):
-    """Shows what is said, and nothing else."""
+class MessagePrinter(Observer):
+    """Print messages and warnings of a run, and nothing else."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -64,7 +80,7 @@ class Lines(Observer):
 
 
 class GridProgress(SweepObserver):
-    """Shows a grid: bars where there is a terminal, a line for each cell where there is none."""
+    """Show the progress of a grid: bars on a terminal, a line per finished cell elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -74,9 +90,8 @@ class GridProgress(SweepObserver):
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._lock = threading.Lock()
-        self._left: dict[str, int] = {}
-        self._all = self._finished = self._new = 0
-        self._begin = time.monotonic()
+        self._rounds_left: dict[str, int] = {}
+        self._finished_rounds = 0
         self._running = Path()
 
     def __enter__(self) -> "GridProgress":
@@ -91,57 +106,52 @@ class GridProgress(SweepObserver):
 
     def planned(self, what: str, cells: Mapping[str, Config], left: Collection[str], running: Path) -> None:
         with self._lock:
-            self._running, self._all = running, len(cells)
-            self._left = {key: cells[key].rounds for key in left}
-            self._finished = sum(config.rounds for key, config in cells.items() if key not in left)
-            self._new, self._begin = 0, time.monotonic()
+            self._running = running
+            self._rounds_left = {key: cells[key].rounds for key in left}
+            self._finished_rounds = sum(config.rounds for key, config in cells.items() if key not in left)
             total = sum(config.rounds for config in cells.values())
             done = len(cells) - len(left)
-            # What an interrupted cell had done before is no pace of now.
-            before = self._finished + sum(self._under_way().values())
+            # Rounds that an interrupted cell had finished earlier say nothing about the pace.
+            before = self._finished_rounds + self._running_rounds()
             self.progress.reset(self._cells, total=len(cells), completed=done, before=done, note="", description=what)
             self.progress.reset(self._rounds, total=total, completed=before, before=before, note="")
-        self.say(f"{what}: {len(left)} of {len(cells)} cells to run")
+        self.say(f"{what}: {len(left)} of {quantity(len(cells), 'cell')} to run")
 
     def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
         with self._lock:
-            self._finished += self._left.pop(key)
-            self._new += 1
-            done = self._all - len(self._left)
-            self.progress.update(self._cells, completed=done, note=name)
+            self._finished_rounds += self._rounds_left.pop(key)
+            self.progress.update(self._cells, advance=1, note=name)
         if not self.console.is_terminal:
             score = "diverged"
             if row["validation"]:
                 metric = METRICS[row["metric"]]
-                score = f"validation {metric.title} {metric.show(row['validation'][metric.name])}"
-            pace = (time.monotonic() - self._begin) / self._new
-            left = timedelta(seconds=round(pace * len(self._left)))
-            self.say(f"{done} of {self._all}: {name}: {score}; {left} left")
+                score = f"validation {metric.title} {metric.format(row['validation'][metric.name])}"
+            task = self.progress.tasks[self._cells]
+            self.say(f"{task.completed} of {task.total}: {name}: {score}; {time_left(task)} left")
 
     def say(self, message: str) -> None:
         self.console.print(escape(message), highlight=False, soft_wrap=True)
 
-    def _under_way(self) -> dict[str, int]:
-        """Finished rounds of each cell that has begun, from its file: it runs in a process of its own."""
-        found = {}
-        for key in self._left:
+    def _running_rounds(self) -> int:
+        """Finished rounds of the cells that are running, counted in their files: each cell has a process of its own."""
+        rounds = 0
+        for key in self._rounds_left:
             with suppress(OSError):
-                found[key] = (self._running / key / "rounds.jsonl").read_bytes().count(b"\n")
-        return found
+                rounds += (self._running / key / "rounds.jsonl").read_bytes().count(b"\n")
+        return rounds
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
             with self._lock:
-                rounds = self._finished + sum(self._under_way().values())
-                self.progress.update(self._rounds, completed=rounds)
+                self.progress.update(self._rounds, completed=self._finished_rounds + self._running_rounds())
 
 
-class TerminalProgress(Lines):
-    """Shows a run, or the runs of a comparison, as bars.
+class TerminalProgress(MessagePrinter):
+    """Show a run, or the runs of a comparison, as bars.
 
     Args:
-        console: bars appear only if it is a terminal; warnings always do.
-        all_rounds: rounds of all the runs that will follow one another; None for a single run.
+        console: bars appear only if it is a terminal; warnings always appear.
+        all_rounds: total rounds of the runs that follow one another; None for a single run.
     """
 
     def __init__(self, console: Console, all_rounds: int | None = None) -> None:
@@ -173,14 +183,14 @@ class TerminalProgress(Lines):
         raise KeyboardInterrupt
 
     def _stop_if_interrupted(self) -> None:
-        """Ctrl-C may have hit a library where it catches everything; then the next thing that is told ends the run."""
+        """End the run at the next event after Ctrl-C, in case a library has swallowed the exception."""
         if self._interrupted:
             raise KeyboardInterrupt
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
         self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
         if self.all is not None:
-            before = next(task.fields.get("before", 0) for task in self.progress.tasks if task.id == self.all)
+            before = self.progress.tasks[self.all].fields["before"]
             self.progress.update(self.all, advance=done, before=before + done)
 
     def clients_started(self, round: int, clients: int) -> None:  # noqa: ARG002
@@ -204,5 +214,5 @@ class TerminalProgress(Lines):
             self.progress.update(self.all, advance=1)
         if record["validation"]:
             metric = METRICS[record["metric"]]
-            score = metric.show(record["validation"][metric.name])
+            score = metric.format(record["validation"][metric.name])
             self.progress.update(self.clients, note=f"validation {metric.title} {score}")

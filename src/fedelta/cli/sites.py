@@ -1,4 +1,4 @@
-"""The commands of a deployment: a server, its sites, and keys for both."""
+"""Commands of a deployment: serve, join and keys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,17 +15,17 @@ def serve(
         Path | None, typer.Option(help="Folder with server.crt, server.key and sites/NAME.pub of each site.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int, typer.Option(help="Where sites reach this server.", min=1, max=65535)] = 9092,
-    patience: Annotated[float, typer.Option(help="Seconds to wait for all sites.", min=1)] = 3600,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no keys: on loopback alone.")] = False,
-    sites: Annotated[str, typer.Option(help="With --insecure: the names of the sites, separated by commas.")] = "",
+    port: Annotated[int, typer.Option(help="Port on which sites reach this server.", min=1, max=65535)] = 9092,
+    patience: Annotated[float, typer.Option(help="Seconds to wait until all sites have joined.", min=1)] = 3600,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and keys; on loopback only.")] = False,
+    sites: Annotated[str, typer.Option(help="With --insecure: names of the sites, separated by commas.")] = "",
     resume: Resume = False,
 ) -> None:
-    """Be the server of sites elsewhere: wait for all of them, train, and tell them when it is over."""
+    """Run the server of a deployment: wait for all sites, train, and tell them when training has ended."""
     from fedelta.cli.progress import TerminalProgress
 
     if insecure == (keys is not None):
-        raise FedeltaError("serve: say --keys FOLDER, or --insecure for a trial on loopback")
+        raise FedeltaError("serve: pass --keys FOLDER, or --insecure for a trial on loopback")
     config = read_config(arguments)
     with TerminalProgress(err) as progress:
         finished = flower_part("server.serve").serve(
@@ -43,21 +43,21 @@ def serve(
 
 def join(
     arguments: Arguments = None,
-    server: Annotated[str, typer.Option(help="Of the server, as HOST:PORT.")] = "127.0.0.1:9092",
-    data: Annotated[str, typer.Option(help="This site's rows: a file or a folder. They stay here.")] = "",
-    rank: Annotated[int, typer.Option(help="That this site can afford.", min=1)] = 16,
+    server: Annotated[str, typer.Option(help="Address of the server, as HOST:PORT.")] = "127.0.0.1:9092",
+    data: Annotated[str, typer.Option(help="Rows of this site: a file or a folder. They stay on this machine.")] = "",
+    rank: Annotated[int, typer.Option(help="Largest LoRA rank that this site can train.", min=1)] = 16,
     keys: Annotated[Path | None, typer.Option(help="Folder with site.key and the server's ca.crt.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no key: on loopback alone.")] = False,
-    name: Annotated[str | None, typer.Option(help="With --insecure: of this site.")] = None,
-    folder: Annotated[Path, typer.Option(help="For this site's logs.")] = Path("site"),
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and key; on loopback only.")] = False,
+    name: Annotated[str | None, typer.Option(help="With --insecure: name of this site.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for the logs of this site.")] = Path("site"),
 ) -> None:
-    """Be a site of a federation: train on rows of your own, until the server says that it is over."""
-    from fedelta.cli.progress import Lines
+    """Run a site of a deployment: train on its own rows until the server ends the training."""
+    from fedelta.cli.progress import MessagePrinter
 
     if not data:
-        raise FedeltaError("join: say --data FILE, the rows of this site")
+        raise FedeltaError("join: pass --data FILE, the rows of this site")
     if insecure == (keys is not None):
-        raise FedeltaError("join: say --keys FOLDER, or --insecure for a trial on loopback")
+        raise FedeltaError("join: pass --keys FOLDER, or --insecure for a trial on loopback")
     config = read_config(arguments)
     flower_part("site.join").join(
         config,
@@ -67,15 +67,15 @@ def join(
         keys=keys,
         name=name,
         folder=folder,
-        observer=Lines(err),
+        observer=MessagePrinter(err),
     )
 
 
 def keys(
-    folder: Annotated[Path, typer.Argument(help="Must not exist.")],
-    sites: Annotated[str, typer.Option(help="Their names, separated by commas.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")],
+    sites: Annotated[str, typer.Option(help="Names of the sites, separated by commas.")],
     hosts: Annotated[str, typer.Option(help="Names or addresses of the server, separated by commas.")] = "",
 ) -> None:
-    """Make certificates and keys for a deployment: a folder for the server, one for each site."""
+    """Create certificates and keys for a deployment: one folder for the server, one for each site."""
     for written in flower_part("certificates").make_certificates(folder, names(sites), names(hosts)):
         out.print(written, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The command line of grids."""
+"""The command `fedelta sweep`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,22 +12,24 @@ from fedelta.errors import FedeltaError
 def sweep(
     source: Annotated[Path, typer.Argument(metavar="GRID.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]…", help="Of every cell's configuration.")
+        list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings of every cell, over those of the grid.")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="One of the grid's sizes; none: the first.")] = None,
+    size: Annotated[str | None, typer.Option(help="One of the grid's sizes; default: the first.")] = None,
     only: Annotated[str | None, typer.Option(help="Experiments, separated by commas.")] = None,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="axis=value: of experiments with this axis, these cells alone; may be repeated."),
+        typer.Option(help="axis=value: of experiments with this axis, run these cells only; may be repeated."),
     ] = None,
-    tuning: Annotated[bool, typer.Option(help="Choose by the grid's trials first.")] = True,
-    parallel: Annotated[int | None, typer.Option(help="Cells at once; none: as cores and memory allow.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the run folder of each cell.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Run cells again that diverged.")] = False,
+    tuning: Annotated[bool, typer.Option(help="Run the grid's trials first and use what they choose.")] = True,
+    parallel: Annotated[
+        int | None, typer.Option(help="Cells at once; default: as many as cores and memory allow.", min=1)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run folder of each cell.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run cells that diverged again.")] = False,
     check: Annotated[str | None, typer.Option(help="Run this cell (cells.md names them) again and compare.")] = None,
 ) -> None:
-    """Run a grid of configurations, each cell once: one Parquet file, tables and figures (docs/grids.md)."""
+    """Run each cell of a grid of configurations once; write a Parquet file, tables and figures (docs/grids.md)."""
     from fedelta.cli.progress import GridProgress
     from fedelta.runs.config import read_override
     from fedelta.sweep.cells import Expansion
@@ -45,17 +47,17 @@ def sweep(
         if check is not None:
             difference = sweep.check(check)
             if difference is not None:
-                raise FedeltaError(f"cell {check} came out otherwise: {difference}")
+                raise FedeltaError(f"cell {check} gave a different result: {difference}")
         else:
             rows = sweep.run()
     if check is not None:
-        out.print(f"cell {check}: the same again", highlight=False)
+        out.print(f"cell {check}: same result", highlight=False)
         return
-    show(grid, rows, sweep.folder)
+    print_grid_report(grid, rows, sweep.folder)
 
 
-def show(grid: Any, rows: Any, folder: Path) -> None:
-    """Tables on the terminal; tables, figures and page in the folder."""
+def print_grid_report(grid: Any, rows: Any, folder: Path) -> None:
+    """Write the tables, figures and page of a grid into the folder, and print the tables."""
     from fedelta.sweep.report.report import write_grid_report
     from fedelta.sweep.results import FILE
 

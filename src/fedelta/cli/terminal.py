@@ -1,4 +1,4 @@
-"""What the commands share: the two consoles, how a configuration is named, and how finished runs are shown."""
+"""Shared parts of the commands: consoles, arguments that name a configuration, output of finished runs."""
 
 import importlib
 from pathlib import Path
@@ -13,26 +13,30 @@ out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="No file: the built-in example."),
+    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="Without a file: the built-in example."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last finished round, if there is one.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last finished round, if there is one.")]
 
 
 def names(text: str) -> list[str]:
-    """Those in a list separated by commas."""
+    """Split a list separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def flower_part(part: str) -> Any:
-    """A part of Flower's engine, if that is installed."""
+    """Import a module of `fedelta.flower`.
+
+    Raises:
+        FedeltaError: if Flower is not installed.
+    """
     try:
         return importlib.import_module(f"fedelta.flower.{part}")
     except ModuleNotFoundError as error:
-        raise FedeltaError(f"this needs the extra: pip install 'fedelta[flower]' ({error})") from error
+        raise FedeltaError(f"this command needs Flower: pip install 'fedelta[flower]' ({error})") from error
 
 
 def read_config(arguments: list[str] | None) -> Any:
-    """The configuration that a command names: a file or the built-in example, and key=value after it."""
+    """Load the configuration that a command names: a file or the built-in example, then key=value settings."""
     from fedelta.runs.config import load_config
 
     arguments = list(arguments or [])
@@ -41,7 +45,7 @@ def read_config(arguments: list[str] | None) -> Any:
 
 
 def finish(runs: list[Any], folder: Path) -> None:
-    """Table on the terminal; plot, table and page in the folder."""
+    """Write the plot, table and page of finished runs into the folder, and print the table."""
     from fedelta.runs.report.page import write_page
     from fedelta.runs.report.plot import plot_scores
     from fedelta.runs.report.summary import console_table, write_table
@@ -50,7 +54,7 @@ def finish(runs: list[Any], folder: Path) -> None:
     plots = plot_scores(runs, folder)
     page = write_page(runs, folder)
     out.print(console_table(runs))
-    # soft_wrap: a path that is cut in two can't be copied.
+    # soft_wrap: a path that is broken over two lines cannot be copied.
     out.print("plots    ", *plots, highlight=False, soft_wrap=True)
     out.print("report   ", page, highlight=False, soft_wrap=True)
     for run in runs:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fedelta.errors import Diverged, FedeltaError
+from fedelta.errors import Diverged, FedeltaError, quantity
 from fedelta.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedelta.federation.records import Result, RoundRecord
 from fedelta.federation.server import ServerState
@@ -134,12 +134,14 @@ class RunFolder:
         if changed:
             raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
         if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
-            raise FedeltaError(f"{self.path} has {state.round} rounds already, asked for {self.config['rounds']}")
+            done = quantity(state.round, "round")
+            raise FedeltaError(f"{self.path} has {done} already, asked for {self.config['rounds']}")
         for file in (self.rounds_file, self.timings_file):
             found = file.read_text() if file.exists() else ""
             lines = found.splitlines(keepends=True)
             if len(lines) < state.round:
-                raise FedeltaError(f"{file} has {len(lines)} lines, but the checkpoint {state.round} finished rounds")
+                present, finished = quantity(len(lines), "line"), quantity(state.round, "finished round")
+                raise FedeltaError(f"{file} has {present}, but the checkpoint {finished}")
             if len(lines) > state.round:
                 write_file(file, "".join(lines[: state.round]))
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
+from fedelta.errors import Diverged, FedeltaError, TooFewUpdates, quantity
 from fedelta.federation.ranks import RankSettings, initial_ranks, promote
 from fedelta.federation.settings import FederationSettings
 from fedelta.federation.update_collector import ClientReply, UpdateCollector
@@ -241,7 +241,7 @@ class Server:
         if usable < self.settings.min_clients:
             reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(updates.skipped.items())[:3])
             raise TooFewUpdates(
-                f"round {state.round}: {usable} usable updates, "
+                f"round {state.round}: {quantity(usable, 'usable update')}, "
                 f"expected at least {self.settings.min_clients} ({reasons})",
                 dict(updates.skipped),
                 diverged=bool(updates.skipped) and updates.diverged == set(updates.skipped),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.partition import PartitionSettings, partition
 from fedelta.learning.data.sources import DataSettings, load_rows, load_splits
@@ -98,7 +98,8 @@ def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, s
     if share > 0:
         held = max(1, round(share * len(rows)))
         if held >= len(rows):
-            raise FedeltaError(f"{client} has {len(rows)} rows, too few to hold out {held} and train on the rest")
+            size = quantity(len(rows), "row")
+            raise FedeltaError(f"{client} has {size}, too few to hold out {held} and train on the rest")
     order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
     return Shard(examples.select(sorted(order[held:])), examples.select(sorted(order[:held])))
 

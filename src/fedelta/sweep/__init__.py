@@ -1,1 +1,1 @@
-"""Grids of runs: what a YAML file asks for, its cells as they are run, and their results in one Parquet file."""
+"""Grids of runs: the YAML file, its cells, how they are run, and their results in one Parquet file."""

@@ -1,4 +1,4 @@
-"""The runs that a grid stands for: which configuration each has, and where it belongs."""
+"""The cells of a grid: the configuration of each run, and its place in the experiments."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from fedelta.sweep.grid import Grid
 from fedelta.sweep.results import Row, late_loss, late_score, metric_of, result_settings
 
 Choice = dict[str, Any]
-"""Key → value that tuning chose."""
+"""Key → value that tuning has chosen."""
 
 Tuned = tuple[str, ...]
 """One value of each tuned axis."""
@@ -24,11 +24,13 @@ Tuned = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """A cell's part in an experiment.
+    """The place of a cell in an experiment.
 
     Args:
+        experiment: name of the experiment, or `tuning`.
         values: axis → value.
-        key: of the cell.
+        seed: seed of the cell.
+        key: key of the cell.
     """
 
     experiment: str
@@ -39,7 +41,7 @@ class Place:
 
 @dataclass
 class Plan:
-    """Cells by key, each once, in the order in which they are to run; and the places that they fill."""
+    """Cells by key, each once, in the order in which they run, and their places in the experiments."""
 
     cells: dict[str, Config] = field(default_factory=dict)
     places: list[Place] = field(default_factory=list)
@@ -52,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate of a tuning, for one combination of values."""
+    """One candidate of the tuning for one combination of values, with the keys of its cells."""
 
     values: Tuned
     choice: Choice
@@ -60,17 +62,17 @@ class Trial:
 
 
 def cell_key(config: Config) -> str:
-    """Names a cell by all that its result depends on: 16 hexadecimal digits.
+    """The key of a cell: 16 hexadecimal digits of a hash of all settings that its result depends on.
 
-    Settings at their defaults are left out, so that results outlive a setting that comes to be.
+    Settings at their defaults are left out, so that results stay valid when a new setting is added.
     """
-    said = _without(result_settings(config), result_settings(Config()))
-    said |= {"method": config.dump()["method"], "seed": config.seed}
-    return hashlib.sha256(json.dumps(_plain(said), sort_keys=True).encode()).hexdigest()[:16]
+    settings = _without(result_settings(config), result_settings(Config()))
+    settings |= {"method": config.dump()["method"], "seed": config.seed}
+    return hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
-    """The same with whole numbers as such: 1.0 and 1 are one setting."""
+    """Write whole numbers as integers, because 1.0 and 1 are the same setting."""
     if isinstance(value, Mapping):
         return {key: _plain(below) for key, below in value.items()}
     if isinstance(value, list):
@@ -79,22 +81,23 @@ def _plain(value: Any) -> Any:
 
 
 def _without(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults, level by level."""
-    found = {}
+    """The settings that differ from the defaults, level by level."""
+    differing = {}
     for key, value in data.items():
         if key in defaults and value == defaults[key]:
             continue
         nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
-        found[key] = _without(value, defaults[key]) if nested else value
-    return found
+        differing[key] = _without(value, defaults[key]) if nested else value
+    return differing
 
 
 class Expansion:
-    """A grid's cells.
+    """The cells of a grid, or of a part of it.
 
     Args:
-        only: names of experiments; none is all.
-        where: axis → values; cells with others are left out.
+        grid: the grid.
+        only: names of experiments; empty means all.
+        where: axis → values; cells with other values are left out.
 
     Raises:
         FedeltaError: for a name that the grid lacks.
@@ -113,7 +116,7 @@ class Expansion:
                     raise FedeltaError(f"axis {axis!r} has no value {value!r} in the grid")
 
     def trials(self) -> tuple[Plan, list[Trial]]:
-        """What has to run before anything can be chosen; only for what the experiments ask for."""
+        """Plan the trials of the tuning, for the values that the experiments need."""
         plan = Plan()
         trials: list[Trial] = []
         tuning = self.grid.tuning
@@ -135,11 +138,11 @@ class Expansion:
         return plan, trials
 
     def cells(self, chosen: Mapping[Tuned, Choice] | None) -> Plan:
-        """The experiments' cells.
+        """Plan the cells of the experiments.
 
         Args:
-            chosen: values of the tuned axes → what was chosen for them. Cells without a choice are left out; None takes
-                all, as they are without any tuning.
+            chosen: values of the tuned axes → their choice. Cells without a choice are left out. None plans all cells
+                without tuning.
         """
         plan = Plan()
         for name, experiment in self.experiments.items():
@@ -152,19 +155,19 @@ class Expansion:
         return plan
 
     def decided(self, rows: Mapping[str, Row]) -> tuple[Plan, Plan]:
-        """The trials, and the cells that those of them that have run decide."""
+        """Plan the trials, and the cells for which the trials that have run decide the choice."""
         plan, trials = self.trials()
         return plan, self.cells(chosen_by(self.grid, trials, rows))
 
     def check(self) -> None:
-        """Whether there are cells, each with a valid configuration of its own, before the first one runs.
+        """Check, before the first cell runs, that there are cells and that their configurations are valid and distinct.
 
         Raises:
             FedeltaError: naming the cell.
         """
         cells = self.cells(None)
         if not cells.places:
-            raise FedeltaError(f"grid {self.grid.name}: no cell of these experiments has these values")
+            raise FedeltaError(f"grid {self.grid.name}: these experiments have no cell with these values")
         for plan in (self.trials()[0], cells):
             for place in plan.places:
                 config = plan.cells[place.key]
@@ -173,14 +176,16 @@ class Expansion:
                 except FedeltaError as error:
                     raise FedeltaError(f"{describe(place)}: {error}") from error
                 if config.training.stack == "auto":
-                    raise FedeltaError(f"{describe(place)}: training.stack: auto, expected a number: it changes bits")
+                    raise FedeltaError(
+                        f"{describe(place)}: training.stack: auto, expected a number, because auto changes bits"
+                    )
         seen: dict[tuple[str, int, str], Place] = {}
         for place in cells.places:
             other = seen.setdefault((place.experiment, place.seed, place.key), place)
             if other is not place:
                 raise FedeltaError(f"{describe(other)} and {describe(place)} are the same configuration")
-            shown = self.grid.experiments[place.experiment].show
-            if "first-aggregation" in shown and not cells.cells[place.key].evaluation.clients:
+            views = self.grid.experiments[place.experiment].show
+            if "first-aggregation" in views and not cells.cells[place.key].evaluation.clients:
                 raise FedeltaError(f"{describe(place)}: first-aggregation needs evaluation.clients: 1 or more")
 
     def _crossed(self, name: str) -> Iterator[dict[str, str]]:
@@ -203,7 +208,7 @@ class Expansion:
 
 
 def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> None:
-    """Set each key of a nested or dotted layer, leaving what is beside it."""
+    """Set each key of a nested or dotted layer and keep the other keys."""
     for key, value in layer.items():
         if isinstance(value, Mapping) and value:
             _apply(data, value, f"{prefix}{key}.")
@@ -212,14 +217,18 @@ def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> 
 
 
 def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[Tuned, Choice]:
-    """The best candidate for each combination, by its validation score.
+    """Choose the best candidate for each combination of values by its validation score.
+
+    The score is the mean over seeds and late evaluations. Of candidates with equal scores, the one with the lower loss
+    wins: as long as no candidate separates the classes, the loss tells which one is closest to that.
 
     Args:
-        last: share of evaluations, from the end, over which and over the seeds the mean is taken.
+        trials: the candidates.
+        rows: key → row of the trials that have run.
+        last: share of the evaluations, from the end, that count.
 
     Returns:
-        Nothing for one of which a trial is missing, or all diverged. Among equals the one with the lower loss: where
-        nothing has learned to tell classes apart yet, that says which was nearest to it.
+        Values → choice, without the values for which a trial is missing or every candidate diverged.
     """
     missing = {trial.values for trial in trials if any(key not in rows for key in trial.keys)}
     best: dict[Tuned, tuple[tuple[float, float], Choice]] = {}
@@ -228,20 +237,20 @@ def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dic
             continue
         scores = [late_score(rows[key], last) for key in trial.keys]
         if None in scores:
-            continue  # one that diverged under any seed is no choice
+            continue  # a candidate that diverged under any seed is never chosen
         score = mean(s for s in scores if s is not None)
         loss = mean(late_loss(rows[key], last) for key in trial.keys)
-        place = (score if metric_of(rows[trial.keys[0]]).lower else -score, loss)
-        if trial.values not in best or place < best[trial.values][0]:
-            best[trial.values] = place, trial.choice
+        order = (score if metric_of(rows[trial.keys[0]]).lower else -score, loss)
+        if trial.values not in best or order < best[trial.values][0]:
+            best[trial.values] = order, trial.choice
     return {values: choice for values, (_, choice) in best.items()}
 
 
 def chosen_by(grid: Grid, trials: Sequence[Trial], rows: Mapping[str, Row]) -> Mapping[Tuned, Choice] | None:
-    """What the trials in these rows decide; None where nothing is tuned."""
+    """The choice that the trials in these rows decide; None for a grid without tuning."""
     return choose(trials, rows, grid.tuning.last) if grid.tuning else None
 
 
 def describe(place: Place) -> str:
-    """A cell in words."""
+    """Describe a cell in words."""
     return f"{place.experiment}: {', '.join(place.values.values())}, seed {place.seed}"

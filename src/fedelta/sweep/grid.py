@@ -1,4 +1,4 @@
-"""A grid: axes with named values, experiments that cross some of them, and what is chosen on validation data before.
+"""A grid: axes with named values, experiments that cross some of them, and tuning on validation data before that.
 
 name: ranks
 config: {rounds: 20}                    # keys of `fedelta run`, for every cell
@@ -44,19 +44,19 @@ View = Literal[
 ]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""What may become the name of a file."""
+"""A name that can be the name of a file."""
 
 
 class Tuning(Settings):
-    """Keys chosen by the best validation score; the test split has no part in it.
+    """Choice of keys by the best validation score; the test split is not used.
 
     Args:
-        axes: each combination of their values is tuned for itself, with the same candidates.
-        at: the value of every other axis that is crossed meanwhile.
+        axes: each combination of values of these axes is tuned separately, with the same candidates.
+        at: axis → value, for every other axis that the trials need.
         search: key → candidates; all combinations are tried.
-        seeds: of the trials; other than those of the experiments.
-        config: further keys of the trials alone.
-        last: share of a trial's evaluations, from its end, whose mean score is compared: one of them is noisy.
+        seeds: seeds of the trials; they must differ from those of the experiments.
+        config: further keys that apply to the trials only.
+        last: share of a trial's evaluations, from the end, whose mean score is compared; a single evaluation is noisy.
     """
 
     axes: tuple[str, ...] = Field(min_length=1)
@@ -68,16 +68,16 @@ class Tuning(Settings):
 
 
 class Experiment(Settings):
-    """Some axes crossed, and how what comes of it is shown.
+    """A product of some axes, and the tables and plots of its results.
 
     Args:
-        title: a line above its tables and in its plots.
-        axes: axis → its values, or all of them.
-        config: keys for its cells alone.
-        rows: the axis whose values are compared: rows of tables, lines of plots. The other axes make the columns.
-        baseline: the value of `rows` against which the others are tested; None is the first.
-        show: tables and plots to make.
-        tuned: whether its cells have what was chosen; without it an axis may go through the candidates.
+        title: title of its tables and plots.
+        axes: axis → values, or all values of the axis.
+        config: keys that apply to its cells only.
+        rows: the axis whose values are compared, as rows of tables and lines of plots. The other axes make the columns.
+        baseline: the value of `rows` against which the others are tested; None means the first.
+        show: tables and plots to write.
+        tuned: whether its cells use the tuned keys; if false, an axis may list the candidates itself.
     """
 
     title: str = ""
@@ -100,23 +100,25 @@ class Experiment(Settings):
     def _each_once(cls, axes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         for axis, values in axes.items():
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{axis} has the values {list(values)}, expected some, each once")
+                raise ValueError(f"{axis} has the values {list(values)}, expected at least one, each once")
         return axes
 
 
 class Grid(Settings):
-    """What a YAML file asks for, in one of its sizes.
+    """A grid in one of its sizes, as read from a YAML file.
 
     Args:
-        name: of the folder that it leaves.
-        output: where that folder is.
-        size: which of the sizes this is; empty where there are none.
-        seeds: of every cell of every experiment.
-        config: of every cell.
-        axes: axis → value → keys of the configuration. Where two axes set the same key the later one wins, then an
-            experiment's own keys, then what was tuned.
-        overrides: key → value, stronger than all of these.
-        labels: value of an axis → what tables and plots call it.
+        name: name of the folder for the results.
+        output: folder that holds that folder.
+        size: name of this size; empty if the grid has no sizes.
+        seeds: seeds of every cell of every experiment.
+        config: keys of every cell.
+        axes: axis → value → keys of the configuration. If two axes set the same key, the later axis wins; the keys of
+            an experiment come after all axes, and tuned keys after those.
+        tuning: the keys to tune; None means no tuning.
+        experiments: name → experiment.
+        overrides: key → value, applied after everything else.
+        labels: value of an axis → its name in tables and plots.
     """
 
     name: Name
@@ -133,7 +135,7 @@ class Grid(Settings):
     @model_validator(mode="before")
     @classmethod
     def _all_values(cls, data: Any) -> Any:
-        """`all` stands for the values of an axis in their order, and a value with nothing after it for no keys."""
+        """Replace `all` by the values of the axis in their order, and an empty value by no keys."""
         axes, experiments = data.get("axes"), data.get("experiments")
         if not isinstance(axes, Mapping) or not isinstance(experiments, Mapping):
             return data
@@ -162,14 +164,14 @@ class Grid(Settings):
         layers = [self.config, *(keys for values in self.axes.values() for keys in values.values()), self.overrides]
         for key in ("name", "output", "seed"):
             if any(key in layer for layer in layers):
-                raise ValueError(f"{key} is the grid's own to give each cell")
+                raise ValueError(f"{key}: the grid sets it for each cell, expected no such key")
         for name, experiment in self.experiments.items():
             for axis, values in experiment.axes.items():
                 self._check(f"experiments.{name}.axes", axis, values)
             if experiment.rows not in experiment.axes:
                 raise ValueError(f"experiments.{name}.rows is {experiment.rows!r}, expected one of its axes")
             if experiment.baseline not in (None, *experiment.axes[experiment.rows]):
-                raise ValueError(f"experiments.{name}.baseline {experiment.baseline!r} is none of its rows")
+                raise ValueError(f"experiments.{name}.baseline is {experiment.baseline!r}, expected one of its rows")
             for axis in self.tuning.axes if self.tuning is not None and experiment.tuned else ():
                 if axis not in experiment.axes:
                     raise ValueError(f"experiments.{name} lacks the axis {axis!r}, which is tuned")
@@ -179,7 +181,7 @@ class Grid(Settings):
             for axis, value in self.tuning.at.items():
                 self._check("tuning.at", axis, (value,))
             if shared := set(self.tuning.seeds) & set(self.seeds):
-                raise ValueError(f"tuning.seeds: {min(shared)} is a seed of the experiments too")
+                raise ValueError(f"tuning.seeds: {min(shared)} is also a seed of the experiments, expected other seeds")
         return self
 
     def _check(self, where: str, axis: str, values: tuple[str, ...]) -> None:
@@ -190,25 +192,29 @@ class Grid(Settings):
                 raise ValueError(f"{where}: axis {axis} has no value {value!r}{nearest(value, list(self.axes[axis]))}")
 
     def label(self, value: str) -> str:
-        """What people are shown for a value of an axis."""
+        """The name of a value in tables and plots."""
         return self.labels.get(value, value)
 
     def labels_of(self, values: Iterable[str]) -> str:
-        """The same for several, in a line."""
+        """The names of several values, separated by commas."""
         return ", ".join(map(self.label, values))
 
     @property
     def folder(self) -> Path:
-        """Where its results are."""
+        """The folder of its results."""
         return Path(self.output).expanduser() / self.name / self.size
 
     def dump(self) -> dict[str, Any]:
-        """As plain data, in this size."""
+        """The grid in this size as plain data."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
 def load_grid(source: Path, size: str | None = None) -> Grid:
     """Read a grid in one of its sizes.
+
+    Args:
+        source: the YAML file.
+        size: name of the size; None means the first.
 
     Raises:
         FedeltaError: one line that names the key, what was found and what was expected.
@@ -237,7 +243,7 @@ def load_grid(source: Path, size: str | None = None) -> Grid:
 
 
 def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, level by level; where only one can be, that above."""
+    """Merge two nested mappings level by level; `above` wins where both have a value."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)

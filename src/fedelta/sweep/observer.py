@@ -1,4 +1,4 @@
-"""What a grid tells about its progress. The base class ignores all of it."""
+"""Events of a running grid."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,20 +8,26 @@ from fedelta.runs.config import Config
 
 
 class SweepObserver:
-    """Called as a grid goes on; subclasses show it to people."""
+    """Receives the events of a running grid and ignores them; subclasses display them."""
 
     def planned(self, what: str, cells: Mapping[str, Config], left: Collection[str], running: Path) -> None:
         """A part of the grid begins.
 
         Args:
-            what: it is.
-            cells: key → configuration, of all its cells.
-            left: keys of those that have not been run.
-            running: the folder of those that are under way, by key.
+            what: name of the part.
+            cells: key → configuration of all its cells.
+            left: keys of the cells that have not run.
+            running: folder that holds, by key, the run folders of the cells that are running.
         """
 
     def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
-        """A cell is run and its row is written; the name says in words which it is."""
+        """A cell has run and its row is written.
+
+        Args:
+            key: key of the cell.
+            name: the cell in words.
+            row: its row in the Parquet file.
+        """
 
     def say(self, message: str) -> None:
-        """Something that is good to know."""
+        """Show a message."""

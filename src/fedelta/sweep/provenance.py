@@ -1,4 +1,4 @@
-"""What a result was made on and with, and how much memory that took."""
+"""Provenance of a result: machine, versions, commit, and peak memory."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy")
 
 
 def machine_name() -> str:
-    """Processor and number of cores, and the accelerator if there is one."""
+    """Name of the processor, number of cores, and the accelerator if there is one."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -26,16 +26,16 @@ def machine_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of what results depend on most, and of fedelta itself: with the commit, where it is a checkout."""
-    found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return found | {"fedelta": __version__, "commit": commit()}
+    """Versions of Python, of the main packages, and of fedelta with its commit, if it is a checkout."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | packages | {"fedelta": __version__, "commit": commit()}
 
 
 @functools.cache
 def commit() -> str:
-    """Of the checkout that this package was loaded from, marked if its code has changes; empty elsewhere."""
+    """Commit of the checkout that this package was loaded from, marked if its code has changes; empty elsewhere."""
     try:
-        # Whatever repository an installed package may lie in, it is not ours.
+        # An installed package may lie in another repository; its commit is not fedelta's.
         _git("ls-files", "--error-unmatch", __file__)
         changed = _git("status", "--porcelain", "--untracked-files=no", ".")
         return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
@@ -49,9 +49,9 @@ def _git(*arguments: str) -> str:
 
 
 def peak_mb() -> float:
-    """Peak memory of this process in MB; 0 where the system does not tell.
+    """Peak memory of this process in MB; 0 where the system does not report it.
 
-    (`ru_maxrss` would also hold what its parent had before it.)
+    `ru_maxrss` is not used because it includes the memory that the parent process had before the fork.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

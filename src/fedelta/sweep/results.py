@@ -1,4 +1,4 @@
-"""The results of a grid: one Parquet file, one row a cell, its rounds in it."""
+"""The results of a grid: a Parquet file with one row per cell, which holds the rounds of the cell."""
 
 import io
 import itertools
@@ -28,18 +28,18 @@ _BYTES = pa.struct([(name, pa.int64()) for name in ByteCount._fields])
 _ROUND = pa.struct(
     [
         ("round", pa.int32()),  # finished rounds
-        ("sampled", pa.int32()),  # clients that were sent something
-        ("clients", pa.int32()),  # whose updates were used
-        ("validation", _SCORES),  # null where the round was not evaluated
+        ("sampled", pa.int32()),  # clients that were sent a message
+        ("clients", pa.int32()),  # clients whose updates were used
+        ("validation", _SCORES),  # null if the round was not evaluated
         ("train_loss", pa.float64()),
-        ("down", _BYTES),  # of all clients
+        ("down", _BYTES),  # summed over clients
         ("up", _BYTES),
-        ("ranks", pa.map_(pa.string(), pa.int32())),  # rank → clients that have it
+        ("ranks", pa.map_(pa.string(), pa.int32())),  # rank → number of clients
         ("promoted", pa.list_(pa.string())),
         ("deviation", pa.map_(pa.string(), pa.float32())),  # module → relative deviation
         ("energy", pa.list_(pa.float32())),  # by rank index
         ("patch_width", pa.int32()),
-        # Each client's own model before it was averaged in, where evaluation.clients asks for it.
+        # Each client's own model before averaging, if evaluation.clients asks for it.
         ("own", pa.list_(pa.struct([("client", pa.string()), ("rank", pa.int32()), ("score", pa.float64())]))),
     ]
 )
@@ -48,19 +48,19 @@ SCHEMA = pa.schema(
         ("cell", pa.string()),
         ("method", pa.string()),
         ("seed", pa.int64()),
-        ("metric", pa.string()),  # the score that it is judged by
-        ("failed", pa.string()),  # why training left the finite numbers; null where it did not
+        ("metric", pa.string()),  # the score that the cell is judged by
+        ("failed", pa.string()),  # why training diverged; null if it did not
         ("test", _SCORES),  # of the final model
         ("validation", _SCORES),
-        ("constant_score", pa.float64()),  # what always giving the same answer scores; null where that says nothing
+        ("constant_score", pa.float64()),  # score of always giving the same answer; null if meaningless
         ("clients", pa.int32()),
         ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
-        ("base_parameters", pa.int64()),  # of the whole model without LoRA; null in files of before it was counted
+        ("base_parameters", pa.int64()),  # of the model without LoRA; null in older files
         ("rounds", pa.list_(_ROUND)),
-        # Module → scaled deviation, a round; null in files of before it was measured.
+        # For each round, module → scaled deviation; null in older files.
         ("scaled_deviation", pa.list_(pa.map_(pa.string(), pa.float32()))),
         ("config", pa.string()),  # JSON
-        ("seconds", pa.float64()),  # in rounds
+        ("seconds", pa.float64()),  # summed over rounds
         ("peak_mb", pa.float64()),
         ("finished", pa.string()),
         ("machine", pa.string()),
@@ -68,20 +68,22 @@ SCHEMA = pa.schema(
     ]
 )
 FROM_RESULT = ("test", "validation", "constant_score", "lora_parameters", "base_parameters")
-"""What a row takes from `result.json` as it is."""
+"""Fields that a row copies from `result.json`."""
 CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
-"""What may differ between two runs of the same cell."""
+"""Fields that may differ between two runs of the same cell."""
 ADDED = ("base_parameters", "scaled_deviation")
-"""What files of before it was measured lack."""
+"""Fields that files from before their introduction lack."""
 
 
 def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | None, failed: str | None = None) -> Row:
-    """A cell's line, as plain data.
+    """Make the row of a cell as plain data.
 
     Args:
-        made_with: versions, as `versions` gives them.
-        run: as it ended; None if it failed.
-        failed: why it did.
+        key: key of the cell.
+        config: its configuration.
+        made_with: versions as `provenance.versions` returns them.
+        run: the finished run; None if it failed.
+        failed: why it failed.
     """
     row: Row = dict.fromkeys(SCHEMA.names)
     row |= {
@@ -104,7 +106,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
             **{name: result[name] for name in FROM_RESULT},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
-            # A run that was begun before it was measured lacks it.
+            # A run that was started before this was measured lacks it.
             "scaled_deviation": [record.get("scaled_deviation", {}) for record in run.records],
             "seconds": round(sum(sum(timing["seconds"].values()) for timing in timings), 2),
         }
@@ -112,7 +114,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """All settings that a result depends on, as plain data: not where it is written, nor by how many processes."""
+    """The settings that a result depends on, as plain data: without output folders and numbers of processes."""
     data = json.loads(json.dumps(config.dump()))
     for key in ("name", "output", "workers", "compare"):
         del data[key]
@@ -121,12 +123,12 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 
 def is_result_of(row: Row, config: Config) -> bool:
-    """Whether a row was made under this configuration, as far as both know the same settings."""
+    """Whether a row has this configuration, compared on the settings that both have."""
     return agree(json.loads(row["config"]), result_settings(config))
 
 
 def agree(before: Any, now: Any) -> bool:
-    """Whether settings are equal, as far as both sides know them: a file may be older than a setting."""
+    """Whether settings are equal, compared on the keys that both sides have: a file may be older than a setting."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return all(agree(before[key], now[key]) for key in before.keys() & now.keys())
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
@@ -152,7 +154,7 @@ def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, rows: Mapping[str, Row]) -> Path:
-    """Replace the file by these rows."""
+    """Replace the file with these rows."""
     table = pa.Table.from_pylist(list(rows.values()), schema=SCHEMA)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", compression_level=15)
@@ -161,10 +163,10 @@ def write_rows(folder: Path, rows: Mapping[str, Row]) -> Path:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """Cell → row; empty where there is no file yet.
+    """Read the rows of a folder by the key of their cell; empty if there is no file yet.
 
     Raises:
-        FedeltaError: if the file is damaged, or of another shape.
+        FedeltaError: if the file is damaged or has another schema.
     """
     file = folder / FILE
     if not file.exists():
@@ -177,15 +179,15 @@ def read_rows(folder: Path) -> dict[str, Row]:
 
 
 def as_stored(row: Row) -> Row:
-    """A row as it comes back from the file: with its precision."""
+    """Convert a row to the precision of the file, as if it had been written and read again."""
     table = pa.Table.from_pylist([row], schema=SCHEMA)
     return table.to_pylist(maps_as_pydicts="strict")[0]
 
 
 def first_difference(old: Row, new: Row) -> str | None:
-    """Where two rows of one cell differ in more than their circumstances; None where they do not.
+    """Name the first difference of two rows of one cell, other than their circumstances; None if there is none.
 
-    What only one of them knows, because the other was made before it was measured, is no difference.
+    A field that only one of the rows has, because the other one is older, is not a difference.
     """
     old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
@@ -204,42 +206,42 @@ def first_difference(old: Row, new: Row) -> str | None:
 
 
 def _in_common(row: Row, other: Row) -> Row:
-    """A row with only those scores that the other has too."""
+    """A row without the scores that the other row lacks."""
 
-    def common(mine: Row, theirs: Row) -> Row:
-        known = {name: mine[name] for name in ("validation", "test") if mine.get(name) and theirs.get(name)}
-        return mine | {name: {k: v for k, v in known[name].items() if k in theirs[name]} for name in known}
+    def common(one: Row, two: Row) -> Row:
+        shared = {name: one[name] for name in ("validation", "test") if one.get(name) and two.get(name)}
+        return one | {name: {k: v for k, v in shared[name].items() if k in two[name]} for name in shared}
 
     pairs: Iterable[tuple[Row, Row]] = itertools.zip_longest(
         row["rounds"], other["rounds"][: len(row["rounds"])], fillvalue={}
     )
-    return common(row, other) | {"rounds": [common(mine, theirs) for mine, theirs in pairs]}
+    return common(row, other) | {"rounds": [common(one, two) for one, two in pairs]}
 
 
 def metric_of(row: Row) -> Metric:
-    """The score that a cell is judged by."""
+    """The metric that a cell is judged by."""
     return METRICS[row["metric"]]
 
 
 def score(row: Row, split: str = "test") -> float:
-    """Of the final model."""
+    """Score of the final model on a split."""
     return row[split][row["metric"]]
 
 
 def evaluations(row: Row) -> list[tuple[int, float]]:
-    """(finished rounds, validation score) of each round that was evaluated."""
+    """(finished rounds, validation score) of each evaluated round."""
     return [(r["round"], r["validation"][row["metric"]]) for r in row["rounds"] if r["validation"] is not None]
 
 
 def late_score(row: Row, share: float) -> float | None:
-    """Mean validation score over the last share of evaluations; None for a cell that failed."""
+    """Mean validation score over the last share of the evaluations; None for a cell that diverged."""
     if row["failed"] is not None:
         return None
     return _late([value for _, value in evaluations(row)], share)
 
 
 def late_loss(row: Row, share: float) -> float:
-    """The same of the validation loss."""
+    """Mean validation loss over the last share of the evaluations."""
     return _late([r["validation"]["loss"] for r in row["rounds"] if r["validation"] is not None], share)
 
 

@@ -1,4 +1,4 @@
-"""Runs a grid's cells, each once: those in the Parquet file are done, one that was interrupted goes on."""
+"""Run the cells of a grid, each once: cells in the Parquet file are done, an interrupted cell resumes."""
 
 import json
 import shutil
@@ -24,21 +24,21 @@ from fedelta.sweep.observer import SweepObserver
 from fedelta.sweep.provenance import versions
 from fedelta.sweep.results import Row, as_stored, first_difference, is_result_of, read_rows, row_of, write_rows
 
-SPARE = 0.8
-"""Share of the free memory that cells may take."""
+MAX_MEMORY_SHARE = 0.8
+"""Share of the free memory that running cells may use."""
 
 
 class Sweep:
-    """A grid on this machine.
+    """Runs a grid on this machine.
 
     Args:
-        grid: what is asked for.
-        expansion: its cells, perhaps not all of them.
-        folder: of the results.
-        parallel: cells at once; `auto` takes as many as there are cores and memory for.
-        keep: leave each cell's run folder, adapter and checkpoint included.
-        retry: run cells again that diverged.
-        observer: is told of progress.
+        grid: the grid.
+        expansion: its cells, or a part of them.
+        folder: folder for the results.
+        parallel: number of cells that run at once; `auto` means as many as cores and memory allow.
+        keep: keep the run folder of each cell, including adapter and checkpoint.
+        retry: run cells that diverged again.
+        observer: receives the progress.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Sweep:
         self.folder = folder
         self.running = self.folder / "running"
         self.rows: dict[str, Row] = {}
-        # Of the code that is loaded now, whatever is written beside it before the last cell ends.
+        # Versions of the code that is loaded now, even if its files change before the last cell ends.
         self.versions = versions()
 
     def run(self) -> dict[str, Row]:
-        """Run what has not been run: the trials, then, with what they decide, the experiments.
+        """Run the cells that have not run: first the trials, then the experiments with the choice of the trials.
 
         Returns:
-            Cell → row, of all that the file holds.
+            Key → row of every cell in the file.
 
         Raises:
-            FedeltaError: for bad input, naming the cell. Whatever had finished is kept.
+            FedeltaError: for bad input, naming the cell. Finished cells are kept.
         """
         self.expansion.check()
         self._check_machine()
@@ -86,19 +86,20 @@ class Sweep:
         return self.rows
 
     def check(self, key: str) -> str | None:
-        """Run a cell of the file again, from the beginning, and compare; nothing of it is kept.
+        """Run a cell of the file again from the beginning and compare the rows; the new row is not stored.
 
         Returns:
-            The first difference, None where the new row is the old one.
+            The first difference; None if the rows are equal.
 
         Raises:
-            FedeltaError: for a cell that is not in the file, or not in the grid any more.
+            FedeltaError: for a cell that is not in the file, or no longer in the grid.
         """
         self.rows = read_rows(self.folder)
         trials, decided = self.expansion.decided(self.rows)
         cells = trials.cells | decided.cells
         if key not in self.rows or key not in cells:
-            raise FedeltaError(f"no cell {key!r} in {self.folder}{' as the grid is now' if key in self.rows else ''}")
+            place = f"the grid of {self.folder}" if key in self.rows else self.folder
+            raise FedeltaError(f"no cell {key!r} in {place}")
         with tempfile.TemporaryDirectory() as scratch:
             self.running = Path(scratch)
             self.observer.planned(key, {key: cells[key]}, [key], self.running)
@@ -106,15 +107,15 @@ class Sweep:
         return first_difference(self.rows[key], as_stored(result.facts["row"]))
 
     def _keep_grid(self) -> None:
-        """Leave the grid beside its results, from which reports are made."""
+        """Write the grid next to its results; reports need both."""
         file = self.folder / "grid.yaml"
         if file.exists() and self.rows:
-            # No more than this: the grid itself may have come to have another form.
+            # Only the overrides are compared; the grid itself may have changed since.
             before = (yaml.safe_load(file.read_text()) or {}).get("overrides", {})
             if before != self.grid.overrides:
                 raise FedeltaError(
                     f"{self.folder} holds results with {_overrides(before)}, now {_overrides(self.grid.overrides)}; "
-                    "choose another folder by --output"
+                    "choose another folder with --output"
                 )
         write_file(file, yaml.safe_dump(self.grid.dump(), sort_keys=False))
 
@@ -123,7 +124,9 @@ class Sweep:
         if wanted > 1 and not can_fork():
             raise FedeltaError(f"--parallel {wanted} needs Linux and a machine without a GPU, expected 1")
         if wanted > 1 and self._threads() > 1:
-            raise FedeltaError(f"--parallel {wanted}: cells with threads: {self._threads()} run one by one, expected 1")
+            raise FedeltaError(
+                f"--parallel {wanted}: cells with threads: {self._threads()} run one at a time, expected 1"
+            )
 
     def _threads(self) -> int:
         return max(config.threads for config in self.expansion.cells(None).cells.values())
@@ -144,14 +147,14 @@ class Sweep:
         if not left:
             return
         names = {place.key: describe(place) for place in reversed(plan.places)}
-        # All, before the first cell: bad input must not show after an hour.
+        # Load all data before the first cell runs, so that bad input does not surface after an hour.
         for key, config in {splits_key(config): (key, config) for key, config in reversed(left.items())}.values():
             try:
                 warm(config)
             except FedeltaError as error:
                 raise FedeltaError(f"{names[key]}: {error}") from error
-        while self.parallel == "auto" and self._most() > 1 and (new := self._first_of_unknown_memory(left)):
-            # How much memory a cell needs is seen from the first one.
+        while self.parallel == "auto" and self._max_parallel() > 1 and (new := self._first_of_unknown_memory(left)):
+            # The first cell of a model shows how much memory its cells need.
             self._run_some({new: left.pop(new)}, names, 1)
         if left:
             self._run_some(left, names, self.parallel if self.parallel != "auto" else self._fitting(left))
@@ -181,23 +184,23 @@ class Sweep:
             self.observer.cell_done(key, names[key], self.rows[key])
 
     def _placed(self, key: str, config: Config, parallel: int) -> Config:
-        """The same with its folder; where cells share the cores, each has one process."""
+        """Set the run folder of a cell; cells that run side by side have one process each."""
         workers = config.workers if parallel == 1 else 1
         return config.model_copy(update={"name": key, "output": str(self.running), "workers": workers})
 
-    def _most(self) -> int:
-        """Cells for which there are cores. A GPU serves one at a time, as do cores that a cell takes several of."""
+    def _max_parallel(self) -> int:
+        """Number of cells that cores allow: one on a GPU, and one if a cell uses several threads."""
         import joblib
 
         return joblib.cpu_count(only_physical_cores=True) if can_fork() and self._threads() == 1 else 1
 
     def _peaks(self) -> dict[str, float]:
-        """Model → MB that its cells have been seen to take."""
-        found: dict[str, float] = {}
+        """Model → largest peak memory of its cells in MB."""
+        peaks: dict[str, float] = {}
         for row in self.rows.values():
             name = json.loads(row["config"])["model"]["name"]
-            found[name] = max(found.get(name, 0.0), row["peak_mb"])
-        return found
+            peaks[name] = max(peaks.get(name, 0.0), row["peak_mb"])
+        return peaks
 
     def _first_of_unknown_memory(self, cells: Mapping[str, Config]) -> str | None:
         known = self._peaks()
@@ -206,8 +209,8 @@ class Sweep:
     def _fitting(self, cells: Mapping[str, Config]) -> int:
         known = self._peaks()
         peak = max(known.get(config.model.name, 0.0) for config in cells.values())
-        room = SPARE * psutil.virtual_memory().available / 2**20
-        return max(1, min(self._most(), int(room / peak) if peak else self._most()))
+        room = MAX_MEMORY_SHARE * psutil.virtual_memory().available / 2**20
+        return max(1, min(self._max_parallel(), int(room / peak) if peak else self._max_parallel()))
 
 
 def _overrides(overrides: Mapping[str, Any]) -> str:
@@ -216,22 +219,22 @@ def _overrides(overrides: Mapping[str, Any]) -> str:
 
 class _Warnings(Observer):
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.messages: list[str] = []
 
     def warn(self, message: str) -> None:
-        self.found.append(message)
+        self.messages.append(message)
 
 
 def _run_cell(key: str, config: Config, made_with: Mapping[str, str]) -> Result:
-    """In whichever process: a cell to its end, from where it was left."""
-    told = _Warnings()
+    """Run a cell to its end, in any process; an interrupted cell resumes."""
+    warnings = _Warnings()
     try:
-        row = row_of(key, config, made_with, run(config, resume=True, observer=told))
+        row = row_of(key, config, made_with, run(config, resume=True, observer=warnings))
     except Diverged as error:
         row = row_of(key, config, made_with, None, str(error))
     except TooFewUpdates as error:
-        # A result of these settings if training diverged; anything else has to be looked into, and ends the grid.
+        # Divergence is a result of these settings. Any other failure needs attention and ends the grid.
         if not error.diverged:
             raise
         row = row_of(key, config, made_with, None, str(error))
-    return Result({"row": row, "warnings": told.found})
+    return Result({"row": row, "warnings": warnings.messages})

@@ -200,7 +200,7 @@ def test_a_client_with_too_few_rows_to_hold_some_out_is_named(texts: Path, tiny_
     settings = DataSettings(source=str(texts), limit=10)
     splits, classes = read_splits(settings, Classification())
     tokenized = tokenize_splits(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
-    with pytest.raises(FedeltaError, match="client-000 has 1 rows, too few to hold out 1"):
+    with pytest.raises(FedeltaError, match="client-000 has 1 row, too few to hold out 1"):
         build_data(tokenized, settings, PartitionSettings(clients=10), seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures of a grid: what they say is what the rows say, and what is missing is said to be."""
+"""Tables and figures of a grid: they agree with the rows, and they report missing runs."""
 
 import io
 import json
@@ -62,8 +62,8 @@ FIGURES = (
 BYTES = {"adapter": 4_000_000, "heads": 1_000_000, "patch": 0, "overhead": 500_000}
 
 
-def made_up_rows() -> dict[str, Row]:
-    """Four rounds each; validation accuracy climbs by 0.1 a round to the test accuracy."""
+def synthetic_rows() -> dict[str, Row]:
+    """Rows of four rounds each, in which validation accuracy rises by 0.1 per round to the test accuracy."""
     plan, rows = Expansion(GRID).cells(None), {}
     for place in plan.places:
         final = ACCURACY[place.values["method"], place.values["data"]][place.seed]
@@ -116,24 +116,24 @@ def rows_of(table: TextTable) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in table.rows}
 
 
-def test_the_paired_test_is_students() -> None:
+def test_the_paired_test_is_students_t_test() -> None:
     ours, theirs = [0.60, 0.61, 0.66, 0.58], [0.50, 0.52, 0.54, 0.55]
-    found = paired(ours, theirs)
-    assert found is not None
+    difference = paired(ours, theirs)
+    assert difference is not None
     d = [a - b for a, b in zip(ours, theirs, strict=True)]
     t = mean(d) / (stdev(d) / math.sqrt(4))
-    # Student's distribution with three degrees of freedom, in closed form.
+    # Student's t distribution with three degrees of freedom has a closed form.
     x = t / math.sqrt(3)
     p = 1 - 2 / math.pi * (math.atan(x) + x / (1 + x * x))
-    assert found.p == pytest.approx(p, rel=1e-9)
-    assert found.mean == pytest.approx(mean(d))
+    assert difference.p == pytest.approx(p, rel=1e-9)
+    assert difference.mean == pytest.approx(mean(d))
     # Its 97.5 % quantile is 3.18245.
-    assert found.high - found.mean == pytest.approx(3.18245 * stdev(d) / 2, rel=1e-5)
-    assert found.low + found.high == pytest.approx(2 * found.mean)
-    assert found.pairs == 4
+    assert difference.high - difference.mean == pytest.approx(3.18245 * stdev(d) / 2, rel=1e-5)
+    assert difference.low + difference.high == pytest.approx(2 * difference.mean)
+    assert difference.pairs == 4
 
 
-def test_what_can_not_be_tested_is_not() -> None:
+def test_no_paired_test_without_two_pairs_or_without_spread() -> None:
     assert paired([0.5], [0.4]) is None
     assert paired([0.5, 0.6], [0.5, 0.6]) is None
     assert paired([0.3, 0.5, 0.9], [0.1, 0.3, 0.7]) is None, "equal up to rounding"
@@ -141,7 +141,7 @@ def test_what_can_not_be_tested_is_not() -> None:
 
 
 def test_differences_by_axis_are_paired_over_seeds_within_the_columns_of_a_value() -> None:
-    rows = made_up_rows()
+    rows = synthetic_rows()
     for row in rows.values():
         if row["method"] == "replication":
             row["rounds"][0]["validation"]["accuracy"] += 0.05
@@ -163,18 +163,19 @@ def test_differences_by_axis_are_paired_over_seeds_within_the_columns_of_a_value
             [mean(ACCURACY[method, c][seed] for c in columns) for seed in range(3)]
             for method in ("replication", "zero padding")
         )
-        found = paired([value + more for value in ours], theirs)
-        assert found is not None
-        return f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f}, p {found.p:.3f})"
+        difference = paired([value + more for value in ours], theirs)
+        assert difference is not None
+        low, high = 100 * difference.low, 100 * difference.high
+        return f"{100 * difference.mean:+.2f} ({low:+.2f} to {high:+.2f}, p {difference.p:.3f})"
 
     for row, columns in ((first, ["first_set"]), (second, ["second_set"]), (both, ["first_set", "second_set"])):
         assert row[2:] == [expected(columns, more) for more in (0.05, 0, 0.1)]
-    # (0 + 0.1 + 0.2 + 0.3)/4 of one layer, twice that of the other.
+    # (0 + 0.1 + 0.2 + 0.3)/4 in one layer, twice that in the other.
     assert both[1] == "22.50 ± 0.00"
 
 
-def test_a_tasks_column_stands_where_the_task_has_that_score() -> None:
-    rows = made_up_rows()
+def test_all_scores_has_columns_for_the_scores_of_each_task() -> None:
+    rows = synthetic_rows()
     for row in rows.values():
         if json.loads(row["config"])["lora"]["alpha"] == 1:
             row["test"] = {"pearson": row["test"]["accuracy"], "loss": 1.5}
@@ -185,8 +186,8 @@ def test_a_tasks_column_stands_where_the_task_has_that_score() -> None:
     assert rows_of(table)["zero padding"][1:] == ["1.500 ± 0.000", "70.00 ± 0.00"]
 
 
-def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:
-    (results,) = gather(GRID, made_up_rows())
+def test_scores_are_mean_and_spread_over_seeds_with_tests_against_the_baseline() -> None:
+    (results,) = gather(GRID, synthetic_rows())
     table = final(results)
     assert table.head == [
         "method",
@@ -202,10 +203,10 @@ def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline(
     first, second = (
         paired(ACCURACY["replication", s], ACCURACY["zero padding", s]) for s in ("first_set", "second_set")
     )
-    # Columns under one seed are not independent: their mean is one value.
+    # Columns under one seed are not independent, so their mean counts as one value.
     both = paired(
         *(
-            [mean(found) for found in zip(ACCURACY[row, "first_set"], ACCURACY[row, "second_set"], strict=True)]
+            [mean(pair) for pair in zip(ACCURACY[row, "first_set"], ACCURACY[row, "second_set"], strict=True)]
             for row in ("replication", "zero padding")
         )
     )
@@ -221,25 +222,25 @@ def test_accuracy_is_mean_and_spread_over_seeds_with_tests_against_the_baseline(
         f"{both.p:.3f}",
     ]
     assert "against zero padding" in table.note
-    # The last quarter of three evaluations is one of them.
+    # The last quarter of three evaluations is one evaluation.
     assert rows_of(late(results))["zero padding"][0] == "52.00 ± 2.00"
 
 
-def test_a_seed_that_is_missing_is_left_out_of_pairs_and_said_to_be_missing(tmp_path: Path) -> None:
-    rows = made_up_rows()
+def test_a_missing_seed_is_left_out_of_pairs_and_reported(tmp_path: Path) -> None:
+    rows = synthetic_rows()
     key = next(p.key for p in Expansion(GRID).cells(None).places if p.values["method"] == "replication" and p.seed == 1)
     del rows[key]
     (results,) = gather(GRID, rows)
     assert results.missing == 1
-    found = paired([0.60, 0.66], [0.50, 0.54])
-    assert found is not None
-    assert rows_of(final(results))["replication"][0] == f"63.00 ± 4.24 ({found.p:.3f})"
+    difference = paired([0.60, 0.66], [0.50, 0.54])
+    assert difference is not None
+    assert rows_of(final(results))["replication"][0] == f"63.00 ± 4.24 ({difference.p:.3f})"
     _, page = write_grid_report(GRID, rows, tmp_path)
-    assert "1 runs of this experiment are still missing" in page.read_text()
+    assert "1 run of this experiment is still missing" in page.read_text()
 
 
-def test_what_diverged_is_counted_and_enters_no_mean() -> None:
-    rows = made_up_rows()
+def test_diverged_runs_are_counted_and_left_out_of_means() -> None:
+    rows = synthetic_rows()
     place = next(
         p for p in Expansion(GRID).cells(None).places if p.values == {"method": "replication", "data": "first_set"}
     )
@@ -249,9 +250,9 @@ def test_what_diverged_is_counted_and_enters_no_mean() -> None:
 
 
 def test_rounds_to_target_counts_finished_rounds() -> None:
-    (results,) = gather(GRID, made_up_rows())
+    (results,) = gather(GRID, synthetic_rows())
     table = rounds_to_target(results)
-    # 95 % of the best: 0.627 and 0.684.
+    # The targets are 95 % of the best scores: 0.627 and 0.684.
     assert table.head[1:] == ["AG & News_4 % to 62.7 %", "second_set to 68.4 %"]
     assert rows_of(table) == {
         "zero padding": ["not reached", "4.0 ± 0.0"],
@@ -259,23 +260,23 @@ def test_rounds_to_target_counts_finished_rounds() -> None:
     }
 
 
-def test_traffic_is_of_a_client_in_a_round() -> None:
-    (results,) = gather(GRID, made_up_rows())
-    # Three of four clients have 10 parameters, one has 20; four were sent something, though two answered.
+def test_traffic_is_per_client_and_round() -> None:
+    (results,) = gather(GRID, synthetic_rows())
+    # Three of four clients have 10 parameters and one has 20. Four clients were sent a message, and two replied.
     table = traffic(results)
-    # One column for both sets, of which α alone differs. Of fp32: 1 MB down and half of it up are 375,000 numbers.
+    # One column for both sets, because only α differs. In fp32, 1 MB down and half of it up are 375,000 numbers.
     assert table.head[1:3] == ["LoRA parameters", "communicated"]
-    found = rows_of(table)
-    assert found["replication"] == ["12", "375,000", "1.000", "0.500", "0.000", "0.500", "2.250"]
-    assert found["full fine-tuning, computed"] == ["1,000,000", "2,000,000", "4.000", "4.000", "–", "–", "8.000"]
+    texts = rows_of(table)
+    assert texts["replication"] == ["12", "375,000", "1.000", "0.500", "0.000", "0.500", "2.250"]
+    assert texts["full fine-tuning, computed"] == ["1,000,000", "2,000,000", "4.000", "4.000", "–", "–", "8.000"]
 
 
-def test_columns_of_traffic_are_named_by_what_tells_them_apart() -> None:
-    rows = made_up_rows()
+def test_columns_of_traffic_are_named_by_the_values_in_which_they_differ() -> None:
+    rows = synthetic_rows()
     for row in rows.values():
         config = json.loads(row["config"])
         if config["lora"]["alpha"] == 2:
-            row["clients"] = 30  # whose patches are wider
+            row["clients"] = 30  # their patches are wider
             config["federation"]["precision"] = "int8"
         row["config"] = json.dumps(config)
     (results,) = gather(GRID, rows)
@@ -284,11 +285,11 @@ def test_columns_of_traffic_are_named_by_what_tells_them_apart() -> None:
         "AG & News_4 % LoRA parameters",
         "second_set LoRA parameters",
     ]
-    assert rows_of(table)["replication"][8] == "–", "bytes of int8 are no fourth parts of numbers"
+    assert rows_of(table)["replication"][8] == "–", "with int8, four bytes are not one number"
 
 
 def test_the_first_round_has_no_patch_to_send() -> None:
-    rows = made_up_rows()
+    rows = synthetic_rows()
     for row in rows.values():
         for record in row["rounds"][1:]:
             record["down"] = BYTES | {"patch": 700_000 * record["sampled"]}
@@ -297,9 +298,9 @@ def test_the_first_round_has_no_patch_to_send() -> None:
     assert rows_of(traffic(results))["replication"][1] == "550,000"
 
 
-def test_what_changes_no_bytes_makes_no_column() -> None:
-    """α chosen for a data set, and a row that is older than a setting."""
-    rows = made_up_rows()
+def test_settings_that_change_no_bytes_add_no_column() -> None:
+    """α is chosen for a data set, and one row is older than a setting."""
+    rows = synthetic_rows()
     for row in rows.values():
         config = json.loads(row["config"])
         if row["test"]["accuracy"] >= 0.69:
@@ -310,17 +311,17 @@ def test_what_changes_no_bytes_makes_no_column() -> None:
     assert len(traffic(results).head) == 8
 
 
-def test_a_configured_target_is_the_target() -> None:
+def test_a_configured_target_is_used() -> None:
     grid = GRID.model_copy(update={"config": {**GRID.config, "evaluation": {"target": 0.55, "clients": 1}}})
-    (results,) = gather(grid, made_up_rows())
+    (results,) = gather(grid, synthetic_rows())
     table = rounds_to_target(results)
     assert table.head[1] == "AG & News_4 % to 55.0 %"
-    # Validation accuracies 0.1 below the last in the third round: 0.50, 0.51 and 0.56.
+    # In the third round the validation accuracies are 0.1 below the last: 0.50, 0.51 and 0.56.
     assert rows_of(table)["replication"][0] == "3.7 ± 0.6"
 
 
-def test_energy_is_above_the_lowest_rank_and_a_dash_where_there_is_none() -> None:
-    rows = made_up_rows()
+def test_energy_above_the_lowest_rank_is_a_dash_without_energy_or_with_equal_ranks() -> None:
+    rows = synthetic_rows()
     for row in rows.values():
         if row["method"] == "replication":
             row["rounds"][-1]["energy"] = [0.0, 0.0]
@@ -334,26 +335,28 @@ def test_energy_is_above_the_lowest_rank_and_a_dash_where_there_is_none() -> Non
     assert rows_of(energy(gather(GRID, rows)[0]))["zero padding"][0] == "–"
 
 
-def test_the_first_aggregation_compares_high_rank_clients_with_what_they_get_back() -> None:
-    (results,) = gather(GRID, made_up_rows())
+def test_the_first_aggregation_compares_high_rank_clients_with_the_model_that_they_get_back() -> None:
+    (results,) = gather(GRID, synthetic_rows())
     cells = rows_of(first_aggregation(results))["zero padding"]
     assert cells[:3] == ["90.00 ± 0.00", "22.00 ± 2.00", "-68.00 ± 2.00"]
 
 
-def test_who_has_the_high_rank_is_counted_from_the_start_and_from_promotions() -> None:
-    rows = made_up_rows()
+def test_high_rank_clients_are_those_from_the_start_and_the_promoted_ones() -> None:
+    rows = synthetic_rows()
     (results,) = gather(GRID, rows)
-    assert rows_of(high_rank_clients(results))["replication"][:2] == ["–", "–"], "nobody is balanced by design"
+    assert rows_of(high_rank_clients(results))["replication"][:2] == ["–", "–"], (
+        "this partition has no balanced clients"
+    )
     for row in rows.values():
         config = json.loads(row["config"])
         config["partition"]["kind"] = "two-quality"
         row["config"] = json.dumps(config)
     (results,) = gather(GRID, rows)
-    # The first five of ten from the start and one later; the partition's balanced tenth is client-000.
+    # Five of ten clients from the start and one later; the balanced tenth of the partition is client-000.
     assert rows_of(high_rank_clients(results))["replication"][:2] == ["6.0 ± 0.0", "17 ± 0"]
 
 
-def test_a_table_reads_well_in_markdown_and_is_escaped_in_latex(tmp_path: Path) -> None:
+def test_tables_are_escaped_in_markdown_latex_and_on_the_terminal(tmp_path: Path) -> None:
     table = TextTable("t", "A & B", ["method", "share_%"], [["x_y", "1.50 ± 0.20"], ["a|b [/] c", ""]], "A note.")
     console = Console(file=io.StringIO(), width=100)
     console.print(table.console())
@@ -370,7 +373,7 @@ def test_a_table_reads_well_in_markdown_and_is_escaped_in_latex(tmp_path: Path) 
 
 
 def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(tmp_path: Path) -> None:
-    rows = made_up_rows()
+    rows = synthetic_rows()
     tables, page = write_grid_report(GRID, rows, tmp_path / "one")
     text = page.read_text()
     assert "12.00 hours of rounds, summed over runs side by side, 2026-01-02, on a machine." in text
@@ -390,18 +393,18 @@ def test_the_page_holds_every_table_and_figure_and_equal_rows_make_equal_files(t
 
 
 def test_the_table_of_deviation_is_of_means_over_modules_and_rounds() -> None:
-    rows = made_up_rows()
+    rows = synthetic_rows()
     results = gather(GRID, rows)[0]
-    found = rows_of(grid_deviations.deviation(results))["replication"]
-    assert found[:2] == ["22.50 ± 0.00", "3.00e-03 ± 0.0e+00"]
+    texts = rows_of(grid_deviations.deviation(results))["replication"]
+    assert texts[:2] == ["22.50 ± 0.00", "3.00e-03 ± 0.0e+00"]
     for row in rows.values():
-        row["scaled_deviation"] = None  # as in a file of before it was measured
+        row["scaled_deviation"] = None  # as in an older file
     without = grid_deviations.deviation(gather(GRID, rows)[0])
     assert without.head[1:] == ["AG & News_4 % relative, %", "second_set relative, %"]
 
 
-def test_deviations_by_layer_matrix_and_round_are_means_over_all_else() -> None:
-    rows = made_up_rows()
+def test_deviations_by_layer_matrix_and_round_are_means_over_everything_else() -> None:
+    rows = synthetic_rows()
     for row in rows.values():
         if row["method"] == "replication":
             for record, scaled in zip(row["rounds"], row["scaled_deviation"], strict=True):
@@ -410,7 +413,7 @@ def test_deviations_by_layer_matrix_and_round_are_means_over_all_else() -> None:
         else:
             for record in row["rounds"]:
                 record["deviation"] = dict.fromkeys(record["deviation"], 0.0)
-            row["scaled_deviation"] = [dict.fromkeys(found, 0.0) for found in row["scaled_deviation"]]
+            row["scaled_deviation"] = [dict.fromkeys(by_module, 0.0) for by_module in row["scaled_deviation"]]
     results = gather(GRID, rows)[0]
     layers, matrices, rounds = (
         table(results) for table in (grid_deviations.by_layer, grid_deviations.by_matrix, grid_deviations.by_round)
@@ -420,7 +423,7 @@ def test_deviations_by_layer_matrix_and_round_are_means_over_all_else() -> None:
             ["replication", "AG & News_4 %"],
             ["replication", "second_set"],
             ["replication", "all"],
-        ], "what loses nothing is left out"
+        ], "methods without a deviation are left out"
     assert layers.head[2:] == ["layer 0, relative, %", "layer 1, relative, %", "layer 0, scaled", "layer 1, scaled"]
     assert layers.rows[0][2:] == ["15.00 ± 0.00", "30.00 ± 0.00", "1.50e-03 ± 0.0e+00", "4.50e-03 ± 0.0e+00"]
     assert layers.rows[2][2:] == ["15.00", "30.00", "1.50e-03", "4.50e-03"]
@@ -436,7 +439,7 @@ def test_deviations_by_layer_matrix_and_round_are_means_over_all_else() -> None:
 
 
 def test_differences_round_by_round_are_paired_over_seeds() -> None:
-    rows = made_up_rows()
+    rows = synthetic_rows()
     gains = {0: (0.05, 0.04, 0.06), 2: (0.01, -0.01, 0.0), 3: (0.02, 0.02, 0.03)}
     for row in rows.values():
         if row["method"] == "replication":
@@ -452,26 +455,26 @@ def test_differences_round_by_round_are_paired_over_seeds() -> None:
 
     for (r, gain), row in zip(gains.items(), table.rows, strict=True):
         ours = [accuracy("replication", seed) - 0.1 * (3 - r) + gain[seed] for seed in range(3)]
-        found = paired(ours, [accuracy("zero padding", seed) - 0.1 * (3 - r) for seed in range(3)])
-        assert found is not None
-        low, high = 100 * found.low, 100 * found.high
-        assert row[1] == f"{100 * found.mean:+.2f} ({low:+.2f} to {high:+.2f}, p {found.p:.3f})"
+        difference = paired(ours, [accuracy("zero padding", seed) - 0.1 * (3 - r) for seed in range(3)])
+        assert difference is not None
+        low, high = 100 * difference.low, 100 * difference.high
+        assert row[1] == f"{100 * difference.mean:+.2f} ({low:+.2f} to {high:+.2f}, p {difference.p:.3f})"
 
 
 @pytest.mark.parametrize("draw", [grid_figures.deviation, grid_figures.deviation_by_round])
 def test_panels_of_deviation_share_a_scale_that_holds_all_of_them(
     draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = made_up_rows()
+    rows = synthetic_rows()
     for row in rows.values():
-        if row["test"]["accuracy"] >= 0.69:  # of the second panel
+        if row["test"]["accuracy"] >= 0.69:  # the second panel
             for record in row["rounds"]:
                 record["deviation"] = {module: 7 * value for module, value in record["deviation"].items()}
-    seen = []
-    monkeypatch.setattr(grid_figures, "save", lambda figure, *_: seen.append(figure) or [])
+    figures = []
+    monkeypatch.setattr(grid_figures, "save", lambda figure, *_: figures.append(figure) or [])
     draw(gather(GRID, rows)[0], tmp_path)
-    assert len(seen) == 2
-    for figure in seen:
+    assert len(figures) == 2
+    for figure in figures:
         panels = [axes for axes in figure.axes if axes.lines]
         assert len({axes.get_ylim() for axes in panels}) == 1
         for axes in panels:
@@ -480,15 +483,15 @@ def test_panels_of_deviation_share_a_scale_that_holds_all_of_them(
             assert max(max(line.get_ydata()) for line in axes.lines) <= high
 
 
-def test_what_all_columns_share_is_in_the_title() -> None:
+def test_values_that_all_columns_share_are_in_the_title() -> None:
     shown = GRID.model_dump() | {"experiments": {}}
     shown["experiments"]["one"] = {"axes": {"method": "all", "data": "first_set"}, "rows": "method", "title": "One"}
     grid = Grid.model_validate(shown)
-    assert gather(grid, made_up_rows())[0].title == "One, AG & News_4 %"
-    assert gather(GRID, made_up_rows())[0].title == "Main"
+    assert gather(grid, synthetic_rows())[0].title == "One, AG & News_4 %"
+    assert gather(GRID, synthetic_rows())[0].title == "Main"
 
 
-def test_a_modules_short_name_tells_it_from_its_neighbors() -> None:
+def test_short_names_of_modules_are_unique_within_a_layer() -> None:
     names = [f"bert.encoder.layer.0.{name}.dense" for name in ("attention.output", "intermediate", "output")]
     assert short_names(names) == ["0 attention.output.dense", "0 layer.intermediate.dense", "0 layer.output.dense"]
     assert short_names(["h.0.attn.c_proj", "h.1.attn.c_proj"]) == ["0 c_proj", "1 c_proj"]
@@ -501,15 +504,15 @@ def test_layer_ten_comes_after_layer_two() -> None:
 
 
 def test_an_experiment_without_results_is_left_out(tmp_path: Path) -> None:
-    some: dict[str, Any] = {"other": {"lora_parameters": {}, **next(iter(made_up_rows().values()))}}
+    some: dict[str, Any] = {"other": {"lora_parameters": {}, **next(iter(synthetic_rows().values()))}}
     tables, page = write_grid_report(GRID, some, tmp_path)
     assert tables == []
     assert "Main" not in page.read_text()
 
 
-def test_names_for_people_are_on_rows_and_columns() -> None:
+def test_labels_name_rows_and_columns() -> None:
     labels = {"zero padding": "Zeros", "first_set": "First"}
-    (results,) = gather(GRID.model_copy(update={"labels": labels}), made_up_rows())
+    (results,) = gather(GRID.model_copy(update={"labels": labels}), synthetic_rows())
     table = final(results)
     assert table.head[1] == "First"
     assert "Zeros" in rows_of(table)

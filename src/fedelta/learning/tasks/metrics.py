@@ -37,7 +37,7 @@ class Metric:
         """Title with the unit."""
         return f"{self.title}, %" if self.percent else self.title
 
-    def show(self, score: float, digits: int = 2) -> str:
+    def format(self, score: float, digits: int = 2) -> str:
         """Format a score with its unit: `digits` decimals for a percentage, one more otherwise."""
         return f"{100 * score:.{digits}f} %" if self.percent else f"{score:.{digits + 1}f}"
 

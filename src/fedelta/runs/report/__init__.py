@@ -1,1 +1,1 @@
-"""What a person sees in the end: a table, a plot, a page. Plots are slow to import: take what you need by module."""
+"""Report of finished runs: table, plot and page. Plots are slow to import, so import each module by itself."""

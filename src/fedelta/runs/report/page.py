@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run or a comparison."""
+"""A self-contained HTML page of a run or a comparison."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from fedelta.runs.runner import Run
 
 
 def write_page(runs: Sequence[Run], folder: Path) -> Path:
-    """Write `report.html` beside the plot, with the plot, the tables and the configuration in it."""
+    """Write `report.html` with the plot, the tables and the configuration, next to the plot, and return its path."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedelta", "runs/report"), autoescape=True, undefined=jinja2.StrictUndefined
     )

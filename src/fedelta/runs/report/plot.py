@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fedelta.errors import quantity
 from fedelta.files import write_file
 from fedelta.runs.report.statistics import deviation
 from fedelta.runs.runner import Run
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float, float]]]:
-    """Method → (finished rounds, mean score, standard deviation over seeds), where rounds were evaluated."""
+    """Method → (finished rounds, mean score, standard deviation over seeds) of each evaluated round."""
     result = {}
     for method in dict.fromkeys(run.config.method.name for run in runs):
         by_round: dict[int, list[float]] = {}
@@ -36,14 +37,15 @@ def plot_scores(runs: Sequence[Run], folder: Path) -> list[Path]:
     if (constant_score := runs[0].result["constant_score"]) is not None:
         axes.axhline(constant_score, color="grey", linewidth=1, linestyle=":", label="most frequent class")
     axes.set(
-        ylabel=f"validation {runs[0].config.task.judged.title}", title=f"{runs[0].config.data.source}, {len(runs)} runs"
+        ylabel=f"validation {runs[0].config.task.judged.title}",
+        title=f"{runs[0].config.data.source}, {quantity(len(runs), 'run')}",
     )
     axes.legend(frameon=False)
     return save(figure, folder, "score")
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files: text stays text, and equal runs draw equal files."""
+    """Import matplotlib.pyplot for drawing to files: text stays text, and equal runs draw equal files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,10 +56,12 @@ def pyplot() -> Any:
 
 
 def draw_curve(axes: Any, points: Sequence[tuple[int, float, float]], **style: Any) -> None:
-    """A line with a band around it, over rounds.
+    """Draw a line over rounds with a band around it.
 
     Args:
+        axes: the axes to draw on.
         points: (finished rounds, mean, standard deviation).
+        style: options of `axes.plot`.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -72,7 +76,7 @@ def draw_curve(axes: Any, points: Sequence[tuple[int, float, float]], **style: A
 
 
 def save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """Write `NAME.svg` and `NAME.png`, and close the figure."""
+    """Write `NAME.svg` and `NAME.png`, close the figure, and return the paths."""
     paths = []
     for suffix in ("svg", "png"):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Means over seeds, and tests of one method against another on the same seeds."""
+"""Means over seeds, and paired tests of two methods on the same seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """One against another, pair by pair.
+    """Result of a paired t-test.
 
     Args:
-        mean: of the differences.
-        low, high: its 95 % confidence interval by Student's t.
-        p: two-sided, that the mean of such differences is zero (paired t-test).
-        pairs: their number.
+        mean: mean of the differences.
+        low, high: 95 % confidence interval of the mean, by Student's t.
+        p: two-sided p value for a mean of zero.
+        pairs: number of pairs.
     """
 
     mean: float
@@ -26,15 +26,18 @@ class Difference:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
-    """The paired t-test; None where there are fewer than two pairs, or all differences are the same.
+    """Run the paired t-test of `ours` minus `theirs`.
 
     Args:
-        ours, theirs: of the same seeds in the same order.
+        ours, theirs: values under the same seeds, in the same order.
+
+    Returns:
+        The result; None for fewer than two pairs, or if all differences are equal.
     """
     from scipy import stats
 
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    # Differences that are equal up to rounding have no spread to test against.
+    # Differences that are equal up to rounding have no spread, so there is no test.
     if len(differences) < 2 or stdev(differences) <= 1e-9 * max(map(abs, [*ours, *theirs])):
         return None
     test = stats.ttest_rel(ours, theirs)
@@ -44,23 +47,23 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
     )
 
 
-def p_value(found: Difference) -> str:
-    """To three digits."""
-    return f"{found.p:.3f}" if found.p >= 0.0005 else "<0.001"
+def p_value(difference: Difference) -> str:
+    """Format the p value with three decimals."""
+    return f"{difference.p:.3f}" if difference.p >= 0.0005 else "<0.001"
 
 
-def interval(found: Difference, factor: float = 1.0, digits: int = 2) -> str:
-    """The confidence interval as text."""
-    return f"{factor * found.low:+.{digits}f} to {factor * found.high:+.{digits}f}"
+def interval(difference: Difference, factor: float = 1.0, digits: int = 2) -> str:
+    """Format the confidence interval, multiplied by `factor`."""
+    return f"{factor * difference.low:+.{digits}f} to {factor * difference.high:+.{digits}f}"
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation over seeds; 0 of a single one."""
+    """Standard deviation over seeds; 0 for a single seed."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
 def spread(values: Sequence[float], factor: float = 1.0, digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds, as text; a dash for nothing."""
+    """Format mean ± standard deviation over seeds, multiplied by `factor`; a dash without values."""
     if not values:
         return "–"
     text = f"{factor * mean(values):.{digits}f}"
@@ -68,7 +71,7 @@ def spread(values: Sequence[float], factor: float = 1.0, digits: int = 2) -> str
 
 
 def spread_of_small(values: Sequence[float]) -> str:
-    """The same for numbers of any size: 1.23e-04 ± 5.6e-06."""
+    """Format mean ± standard deviation over seeds of numbers of any size: `1.23e-04 ± 5.6e-06`."""
     if not values:
         return "–"
     text = f"{mean(values):.2e}"

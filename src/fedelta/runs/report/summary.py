@@ -1,4 +1,4 @@
-"""Runs of several methods and seeds as one table."""
+"""The table of a comparison: runs of several methods and seeds."""
 
 import json
 from collections.abc import Sequence
@@ -8,28 +8,28 @@ from statistics import mean, stdev
 
 from rich.table import Table
 
+from fedelta.errors import quantity
 from fedelta.files import write_file
 from fedelta.learning.tasks.metrics import Metric
 from fedelta.runs.runner import Run
 
 MB = 1e6
 REACH = 0.95
-"""Share of the best final validation accuracy that is the target where none is configured."""
+"""Share of the best final validation score that is the target if none is configured."""
 
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One method over its seeds.
+    """Summary of one method over its seeds.
 
     Args:
-        method: its name.
+        method: name of the method.
         seeds: number of runs.
-        score, score_std: that runs are judged by, of the final model on the test split, mean and standard deviation
-            over seeds (None for one seed).
-        rounds_to_target: mean over the seeds that reached it, None if none did.
-        reached: how many seeds did.
-        mb_down, mb_up: mean megabytes (10⁶ bytes) of all messages of a run.
-        deviation: mean over rounds and layers of what averaging factors apart loses.
+        score, score_std: test score of the final model, mean and standard deviation over seeds (None for one seed).
+        rounds_to_target: rounds until the target, mean over the seeds that reached it; None if no seed did.
+        reached: number of seeds that reached the target.
+        mb_down, mb_up: mean megabytes (10⁶ bytes) of all messages of a run, to and from the clients.
+        deviation: loss from averaging the factors separately, mean over rounds and modules; None if not measured.
     """
 
     method: str
@@ -44,7 +44,7 @@ class MethodSummary:
 
 
 def default_target(runs: Sequence[Run]) -> float:
-    """The configured target, or one 5 % short of the best final validation score among the runs."""
+    """The configured target, or a target 5 % short of the best final validation score among the runs."""
     metric = metric_of(runs)
     finals = [run.result["validation"][metric.name] for run in runs]
     goal = runs[0].config.evaluation.target
@@ -52,12 +52,12 @@ def default_target(runs: Sequence[Run]) -> float:
 
 
 def metric_of(runs: Sequence[Run]) -> Metric:
-    """What these runs are judged by."""
+    """The metric that these runs are judged by."""
     return runs[0].config.task.judged
 
 
 def rounds_to(target: float, run: Run) -> int | None:
-    """Finished rounds when the validation score first was at the target; None if it never was."""
+    """Finished rounds at which the validation score first reached the target; None if it never did."""
     metric = run.config.task.judged
     for record in run.records:
         if record["validation"] and metric.reaches(record["validation"][metric.name], target):
@@ -66,22 +66,22 @@ def rounds_to(target: float, run: Run) -> int | None:
 
 
 def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
-    """A row for each method, in the order in which they ran."""
+    """Summarize each method, in the order in which the methods ran."""
     rows = []
     for method in dict.fromkeys(run.config.method.name for run in runs):
-        mine = [run for run in runs if run.config.method.name == method]
-        scores = [run.result["test"][metric_of(runs).name] for run in mine]
-        hits = [hit for run in mine if (hit := rounds_to(target, run)) is not None]
+        own = [run for run in runs if run.config.method.name == method]
+        scores = [run.result["test"][metric_of(runs).name] for run in own]
+        hits = [hit for run in own if (hit := rounds_to(target, run)) is not None]
         traffic = [
-            [sum(r[key]["total"] for r in run.records) / MB for run in mine] for key in ("bytes_down", "bytes_up")
+            [sum(r[key]["total"] for r in run.records) / MB for run in own] for key in ("bytes_down", "bytes_up")
         ]
-        measured = [d for run in mine for r in run.records if (d := r["deviation_mean"]) is not None]
+        measured = [d for run in own for r in run.records if (d := r["deviation_mean"]) is not None]
         rows.append(
             MethodSummary(
                 method=method,
-                seeds=len(mine),
+                seeds=len(own),
                 score=mean(scores),
-                score_std=stdev(scores) if len(mine) > 1 else None,
+                score_std=stdev(scores) if len(own) > 1 else None,
                 rounds_to_target=mean(hits) if hits else None,
                 reached=len(hits),
                 mb_down=mean(traffic[0]),
@@ -93,10 +93,11 @@ def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
 
 
 def columns(metric: Metric, target: float) -> list[str]:
+    """Headings of the columns."""
     return [
         "method",
         f"test {metric.heading}",
-        f"rounds to {metric.show(target, 1)}",
+        f"rounds to {metric.format(target, 1)}",
         "MB down",
         "MB up",
         "deviation",
@@ -104,7 +105,7 @@ def columns(metric: Metric, target: float) -> list[str]:
 
 
 def cells(metric: Metric, row: MethodSummary) -> list[str]:
-    """A row as text, in the order of `columns`."""
+    """Format a row, in the order of `columns`."""
     digits = 2 if metric.percent else 3
     spread = f" ± {metric.factor * row.score_std:.{digits}f}" if row.score_std is not None else ""
     rounds = "not reached" if row.rounds_to_target is None else f"{row.rounds_to_target:.1f}"
@@ -121,20 +122,20 @@ def cells(metric: Metric, row: MethodSummary) -> list[str]:
 
 
 def caption(runs: Sequence[Run]) -> str:
-    """What the figures are, in one line."""
+    """Explain the numbers of the table in one line."""
     seeds = len({run.config.seed for run in runs})
-    constant = [found for run in runs if (found := run.result["constant_score"]) is not None]
+    constant = [score for run in runs if (score := run.result["constant_score"]) is not None]
     frequent = f"; always answering the most frequent class: {100 * mean(constant):.2f} %" if constant else ""
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     return (
-        f"Final model after {runs[0].config.rounds} rounds on the test split, {spread}{frequent}. Rounds until the "
-        f"validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as serialized. Deviation: "
-        "what averaging A and B apart loses of the mean product."
+        f"Final model after {quantity(runs[0].config.rounds, 'round')} on the test split, {spread}{frequent}. "
+        f"Rounds until the validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as "
+        "serialized. Deviation: what averaging A and B apart loses of the mean product."
     )
 
 
 def write_table(runs: Sequence[Run], folder: Path) -> Path:
-    """Write `table.json`: the metric, the target, and the fields of each `MethodSummary`."""
+    """Write `table.json` with the metric, the target, and the fields of each `MethodSummary`."""
     target = default_target(runs)
     rows = [asdict(row) for row in summarize(runs, target)]
     write_file(
@@ -145,7 +146,7 @@ def write_table(runs: Sequence[Run], folder: Path) -> Path:
 
 
 def console_table(runs: Sequence[Run]) -> Table:
-    """The table for a terminal."""
+    """Build the table for a terminal."""
     target = default_target(runs)
     table = Table(title=runs[0].config.data.source, caption=caption(runs), caption_justify="left")
     metric = metric_of(runs)

@@ -1,4 +1,4 @@
-"""One table for people who read Markdown, LaTeX or a terminal."""
+"""A table that can be written as Markdown and LaTeX, and printed on a terminal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,14 @@ from fedelta.files import write_file
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of finished cells.
+    """A table of text.
 
     Args:
-        name: of its files.
-        title: a line above it.
-        head: of the columns; the first names the rows.
-        rows: of as many cells.
-        note: what the figures are.
+        name: name of its files.
+        title: a line above the table.
+        head: headings of the columns; the first column names the rows.
+        rows: one text per column.
+        note: explanation of the numbers.
     """
 
     name: str
@@ -29,16 +29,17 @@ class TextTable:
     note: str = ""
 
     def markdown(self) -> str:
-        """The bare table."""
+        """The table in Markdown, without title and note."""
         rows = [[cell.replace("|", "\\|") for cell in row] for row in [self.head, *self.rows]]
         return self._format("pipe", rows) + "\n"
 
     def latex(self) -> str:
-        """A booktabs tabular with title and note as comments."""
+        """A booktabs tabular in LaTeX, with title and note as comments."""
         comments = "".join(f"% {line}\n" for line in (self.title, self.note) if line)
         return comments + self._format("latex_booktabs", [self.head, *self.rows]) + "\n"
 
     def console(self) -> rich.table.Table:
+        """The table for a terminal, with title and note."""
         table = rich.table.Table(title=escape(self.title), caption=escape(self.note) or None, caption_justify="left")
         for i, name in enumerate(self.head):
             table.add_column(escape(name), justify="left" if i == 0 else "right")
@@ -47,7 +48,7 @@ class TextTable:
         return table
 
     def write(self, folder: Path) -> list[Path]:
-        """`NAME.md` and `NAME.tex`."""
+        """Write `NAME.md` and `NAME.tex` into the folder and return their paths."""
         paths = [folder / f"{self.name}.md", folder / f"{self.name}.tex"]
         write_file(paths[0], f"**{self.title}**\n\n{self.markdown()}\n{self.note}\n")
         write_file(paths[1], self.latex())

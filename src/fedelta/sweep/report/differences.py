@@ -1,8 +1,9 @@
-"""Where a difference is, and where it is not: each row against the baseline, by the values of the other axes."""
+"""Differences of each row to the baseline, by the values of the other axes and by round."""
 
 from collections.abc import Sequence
 from functools import partial
-from statistics import mean
+
+import pandas as pd
 
 from fedelta.learning.tasks.metrics import Metric
 from fedelta.runs.report.statistics import Difference, interval, p_value, paired, spread
@@ -15,48 +16,60 @@ from fedelta.sweep.report.results import (
     final_score,
     first_validation,
     late_validation,
-    mean_deviation,
 )
 from fedelta.sweep.results import Row, evaluations
 
 
-def by_seed(results: Results, row: str, measure: Measure, panels: Sequence[Panel]) -> dict[int, float]:
-    """Seed → mean over these columns, where each of them has a value."""
-    found = [results.values(row, panel, measure) for panel in panels]
-    return {s: mean(values[s] for values in found) for s in found[0] if all(s in values for values in found)}
+def panel_means(values: pd.DataFrame, row: str, panels: Sequence[Panel]) -> pd.Series:
+    """Average a row over panels, seed by seed.
 
+    Args:
+        values: a measure as `Results.by_seed` gives it.
 
-def difference(results: Results, row: str, measure: Measure, panels: Sequence[Panel]) -> Difference | None:
-    """A row against the baseline, each seed's mean over these columns against the same seed's.
-
-    Columns under one seed share shards, sampling and test texts: they are no independent pairs.
+    Returns:
+        Seed → mean, for the seeds with a value in every one of the panels.
     """
-    if row == results.baseline:
+    return values.loc[[(row, panel) for panel in panels]].mean(skipna=False).dropna()
+
+
+def difference(results: Results, values: pd.DataFrame, row: str, panels: Sequence[Panel]) -> Difference | None:
+    """Test a row against the baseline by pairs of seeds, each seed's mean over these panels.
+
+    Panels under one seed share shards, sampling and test texts, so they are not independent pairs.
+
+    Args:
+        values: a measure as `Results.by_seed` gives it.
+    """
+    if row == results.baseline or results.baseline not in results.rows:
         return None
-    ours, theirs = (by_seed(results, of, measure, panels) for of in (row, results.baseline))
-    seeds = sorted(ours.keys() & theirs.keys())
-    return paired([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    ours, theirs = (panel_means(values, name, panels) for name in (row, results.baseline))
+    pairs = pd.concat([ours, theirs], axis=1, join="inner").sort_index()
+    return paired(*(list(pairs[side]) for side in pairs))
 
 
 def one_scale(results: Results) -> bool:
-    """Whether scores of all columns can be averaged: as large, and better in one direction."""
+    """Whether scores of all panels can be averaged: they have the same scale and direction."""
     return len({(metric.factor, metric.lower) for metric in results.metrics}) == 1
 
 
 def measures(results: Results) -> dict[str, Measure]:
-    """What is compared, by its heading."""
-    first = {evaluations(cell)[0][0] for at in results.cells.values() for cell in at.values() if evaluations(cell)}
-    after = ", ".join(map(str, sorted(first)))
+    """The measures that are compared, by heading."""
+    first = results.evaluations().groupby(["row", "panel", "seed"])["round"].min()
+    after = ", ".join(map(str, sorted(set(first))))
     return {f"after round {after}": first_validation, "late": late_validation, "test": final_score}
 
 
 def over_rounds(results: Results, row: str) -> dict[int, Difference | None]:
-    """Finished rounds → a row's validation score against the baseline's, over all columns; nothing where these can't be
-    averaged."""
+    """Compare a row's validation score with the baseline's after each evaluated round, over all panels.
+
+    Returns:
+        Finished rounds → difference; empty where scores of the panels cannot be averaged.
+    """
     if not one_scale(results):
         return {}
-    numbers = sorted({r for at in results.cells.values() for cell in at.values() for r, _ in evaluations(cell)})
-    return {r: difference(results, row, partial(_validation_after, r), results.panels) for r in numbers}
+    numbers = sorted(map(int, set(results.evaluations()["round"])))
+    tables = {number: results.by_seed(partial(_validation_after, number)) for number in numbers}
+    return {number: difference(results, values, row, results.panels) for number, values in tables.items()}
 
 
 def _validation_after(number: int, row: Row) -> float | None:
@@ -64,12 +77,12 @@ def _validation_after(number: int, row: Row) -> float | None:
 
 
 def by_round(results: Results) -> TextTable:
-    """The differences to the baseline round by round, over all columns."""
+    """Tabulate the differences to the baseline round by round, over all panels."""
     others = [row for row in results.rows if row != results.baseline]
     baseline = results.label(results.baseline)
-    found = [over_rounds(results, row) for row in others]
-    numbers = found[0] if found else ()
-    lines = [[str(r), *(_text(by_number[r], results.metrics[0]) for by_number in found)] for r in numbers]
+    by_number = [over_rounds(results, row) for row in others]
+    numbers = by_number[0] if by_number else ()
+    lines = [[str(r), *(_text(differences[r], results.metrics[0]) for differences in by_number)] for r in numbers]
     note = (
         f"Validation scores less those of {baseline}, in units of the scores: mean over all columns, 95 % interval and "
         "p of a paired t-test over seeds, not corrected for their number."
@@ -80,34 +93,35 @@ def by_round(results: Results) -> TextTable:
 
 
 def by_axis(results: Results) -> TextTable:
-    """For each value of each other axis: the differences to the baseline over all columns with that value."""
+    """Tabulate, for each value of each other axis, the differences to the baseline over all panels with that value."""
     others = [row for row in results.rows if row != results.baseline]
-    compared = measures(results)
+    compared = {heading: results.by_seed(measure) for heading, measure in measures(results).items()}
     baseline = results.label(results.baseline)
-    lost = bool(_deviation(results, results.panels))
-    head = ["columns", *([f"{baseline}: deviation, %"] if lost else [])]
-    head += [f"{results.label(row)}, {title}" for row in others for title in compared]
+    deviations = results.mean_deviation("relative")
+    measured = bool(_baseline_deviation(results, deviations, results.panels))
+    head = ["columns", *([f"{baseline}: deviation, %"] if measured else [])]
+    head += [f"{results.label(row)}, {heading}" for row in others for heading in compared]
     lines = []
     for label, panels in _groups(results) if one_scale(results) else []:
         line = [label]
-        if lost:
-            line.append(spread(_deviation(results, panels), 100))
+        if measured:
+            line.append(spread(_baseline_deviation(results, deviations, panels), 100))
         for row in others:
-            for measure in compared.values():
-                line.append(_text(difference(results, row, measure, panels), results.metrics[0]))
+            for values in compared.values():
+                line.append(_text(difference(results, values, row, panels), results.metrics[0]))
         lines.append(line)
     note = (
         f"Differences to {baseline} in the first validation, in the mean of the last {LATE:.0%} of them (late), and "
         "of the final model on the test split, in units of the scores: mean over the columns with that value, 95 % "
         "interval and p of a paired t-test over seeds, not corrected for their number."
     )
-    if lost:
+    if measured:
         note += f" Deviation: what averaging A and B apart lost in a round of {baseline}, relative to ‖ΔW‖_F."
     return TextTable(f"{results.name}-by-axis", f"{results.title}: differences by axis", head, lines, note)
 
 
 def _groups(results: Results) -> list[tuple[str, list[Panel]]]:
-    """Columns with each value of each axis that has several, and all of them."""
+    """The panels with each value of each axis that has several values, then all panels."""
     groups = []
     for axis, values in results.experiment.axes.items():
         if axis != results.experiment.rows and len(values) > 1:
@@ -117,14 +131,13 @@ def _groups(results: Results) -> list[tuple[str, list[Panel]]]:
     return [(label, panels) for label, panels in [*groups, ("all columns", results.panels)] if panels]
 
 
-def _deviation(results: Results, panels: Sequence[Panel]) -> list[float]:
-    """Of the baseline, each seed's mean."""
-    measure = partial(mean_deviation, kind="relative")
-    return list(by_seed(results, results.baseline, measure, panels).values())
+def _baseline_deviation(results: Results, deviations: pd.DataFrame, panels: Sequence[Panel]) -> list[float]:
+    """Mean relative deviation of the baseline over these panels, for each seed."""
+    return list(panel_means(deviations, results.baseline, panels)) if results.baseline in results.rows else []
 
 
-def _text(found: Difference | None, metric: Metric) -> str:
-    if found is None:
+def _text(difference: Difference | None, metric: Metric) -> str:
+    if difference is None:
         return "–"
     factor, digits = metric.factor, metric.digits
-    return f"{factor * found.mean:+.{digits}f} ({interval(found, factor, digits)}, p {p_value(found)})"
+    return f"{factor * difference.mean:+.{digits}f} ({interval(difference, factor, digits)}, p {p_value(difference)})"

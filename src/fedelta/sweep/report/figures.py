@@ -1,45 +1,48 @@
 """Figures of a grid's experiments, as SVG and PNG."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import pandas as pd
+
+from fedelta.errors import quantity
 from fedelta.runs.report import statistics
 from fedelta.runs.report.plot import draw_curve, pyplot, save
 from fedelta.sweep.report.differences import over_rounds
-from fedelta.sweep.report.results import Results, deviations, mean_by_module, mean_by_round, shares_of_energy
+from fedelta.sweep.report.results import Panel, Results, shares_of_energy
 
-ACROSS = 2
+MAX_ACROSS = 2
 """Panels beside each other."""
-CROWD = 6
-"""Lines up to which each has a band around it."""
+MAX_BANDS = 6
+"""Number of lines up to which each line has a band around it."""
 
 
 def curves(results: Results, folder: Path) -> list[Path]:
-    """Validation score by round: a panel for each column of the tables, a line for each row."""
-    figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8))
+    """Draw the validation score by round, with a panel per column of the tables and a line per row."""
+    evaluations = results.evaluations()
+    figure, grid = _panels(len(results.panels), MAX_ACROSS, (5.4, 3.8))
     for axes, panel in zip(grid, results.panels, strict=False):
         for i, row in enumerate(results.rows):
-            found = mean_by_round(list(results.trained(row, panel).values()))
-            points = [(number, mean(values), _band(values, len(results.rows))) for number, values in found]
+            points = _points(_select(evaluations, row, panel), len(results.rows))
             if points:
                 draw_curve(axes, points, label=results.label(row), **_style(i, len(results.rows)))
-        spreads = ", ± s.d." if len(results.rows) <= CROWD else ""
+        spreads = ", ± s.d." if len(results.rows) <= MAX_BANDS else ""
         axes.set(title=panel.label, ylabel=f"validation {results.metric(panel).title}{spreads}")
     _legend(figure, grid)
     return save(_titled(figure, results), folder, f"{results.name}-curves")
 
 
 def energy(results: Results, folder: Path) -> list[Path]:
-    """The share of each rank index in the adapter's energy over the rounds; a panel for each row, first column.
+    """Draw the share of each rank index in the adapter's energy over the rounds, with a panel per row, first column.
 
-    Methods that merge the adapter every round have none to show.
+    Methods that merge the adapter every round have no energy to show and are left out.
     """
     from matplotlib.colors import LogNorm
 
-    cells = {row: results.trained(row, results.panels[0]).values() for row in results.rows}
-    rows = [row for row, found in cells.items() if any(any(r["energy"]) for cell in found for r in cell["rounds"])]
+    cells = {row: results.trained_cells(row, results.panels[0]) for row in results.rows}
+    rows = [row for row, ran in cells.items() if any(any(r["energy"]) for cell in ran for r in cell["rounds"])]
     if not rows:
         return []
     figure, grid = _panels(len(rows), 4, (3.1, 2.6))
@@ -50,34 +53,34 @@ def energy(results: Results, folder: Path) -> list[Path]:
             [mean(seed[r][j] if j < len(seed[r]) else 0.0 for seed in seeds) for r in range(len(seeds[0]))]
             for j in range(width)
         ]
-        shown = axes.imshow(
+        picture = axes.imshow(
             image, aspect="auto", origin="lower", cmap="magma", norm=LogNorm(1e-5, 1), interpolation="nearest"
         )
-        shown.set_extent((0.5, len(image[0]) + 0.5, 0.5, width + 0.5))
-        axes.set_facecolor("black")  # nothing at all
+        picture.set_extent((0.5, len(image[0]) + 0.5, 0.5, width + 0.5))
+        axes.set_facecolor("black")  # a share of zero
         axes.set(title=results.label(row), xlabel="round", ylabel="rank index")
-    figure.colorbar(shown, ax=grid, label="share of energy")
+    figure.colorbar(picture, ax=grid, label="share of energy")
     return save(_titled(figure, results, results.panels[0].label), folder, f"{results.name}-energy")
 
 
 def deviation(results: Results, folder: Path) -> list[Path]:
-    """What averaging the factors apart would lose, layer by layer: mean over rounds and seeds."""
+    """Draw the loss from averaging the factors separately by module, mean over rounds and seeds."""
     return _deviations(results, folder, "deviation", _draw_by_module)
 
 
 def deviation_by_round(results: Results, folder: Path) -> list[Path]:
-    """The same by round, mean over modules: a panel for each column of the tables, a line for each row."""
+    """Draw the same loss by round, mean over modules, with a panel per column of the tables and a line per row."""
     return _deviations(results, folder, "deviation-by-round", _draw_by_round)
 
 
 def difference_by_round(results: Results, folder: Path) -> list[Path]:
-    """Each row's validation score less the baseline's, over all columns, with the 95 % interval."""
+    """Draw each row's validation score minus the baseline's, over all panels, with the 95 % interval."""
     factor = results.metrics[0].factor
     others = [row for row in results.rows if row != results.baseline]
     lines = []
     for row in others:
-        found = [(number, one) for number, one in over_rounds(results, row).items() if one]
-        lines.append([(number, factor * one.mean, factor * (one.high - one.low) / 2) for number, one in found])
+        tested = [(number, one) for number, one in over_rounds(results, row).items() if one]
+        lines.append([(number, factor * one.mean, factor * (one.high - one.low) / 2) for number, one in tested])
     if not any(lines):
         return []
     figure, (axes,) = _panels(1, 1, (6.4, 4.0))
@@ -92,22 +95,23 @@ def difference_by_round(results: Results, folder: Path) -> list[Path]:
 
 
 def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., None]) -> list[Path]:
-    """One figure of relative deviations, and one of scaled ones where they were measured."""
+    """Draw a figure of relative deviations, and one of scaled deviations if they were measured."""
     paths = []
     for kind, label in (("relative", "‖ΔW − B̄Ā‖ / ‖ΔW‖"), ("scaled", "‖ΔW − B̄Ā‖ / √(mn)")):
-        # One scale, or half as much would look like as much.
-        figure, grid = _panels(len(results.panels), ACROSS, (5.4, 3.8), share=True)
+        # One scale for all panels; otherwise a deviation of half the size would look the same.
+        deviations = results.deviations(kind)
+        figure, grid = _panels(len(results.panels), MAX_ACROSS, (5.4, 3.8), share=True)
         drawn = False
         for axes, panel in zip(grid, results.panels, strict=False):
             for i, row in enumerate(results.rows):
-                found = [deviations(cell, kind) for cell in results.trained(row, panel).values()]
-                if any(value for cell in found for by_module in cell for value in by_module.values()):
+                mine = _select(deviations, row, panel)
+                if mine["value"].any():
                     drawn = True
-                    draw(axes, found, results.label(row), i, len(results.rows))
-                elif any(map(any, found)):
+                    draw(axes, mine, results.label(row), i, len(results.rows))
+                elif not mine.empty:
                     axes.plot([], [], " ", label=f"{results.label(row)}: 0")
             axes.set(title=panel.label, ylabel=label)
-        # When all is drawn: a limit on one panel ends the growing of the scale that they share.
+        # Only after all panels are drawn: a limit on one panel stops the shared scale from growing.
         grid[0].set_ylim(bottom=0)
         if drawn:
             _legend(figure, grid)
@@ -118,37 +122,47 @@ def _deviations(results: Results, folder: Path, name: str, draw: Callable[..., N
     return paths
 
 
-def _draw_by_module(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:
-    found = mean_by_module(cells)
-    modules = in_depth(found)
+def _select(values: pd.DataFrame, row: str, panel: Panel) -> pd.DataFrame:
+    """The lines of a table that belong to a row in a panel."""
+    return values[(values["row"] == row) & (values["panel"] == panel)]
+
+
+def _points(values: pd.DataFrame, count: int) -> list[tuple[int, float, float]]:
+    """(round, mean over seeds, half the height of the band) of each round.
+
+    Args:
+        values: one value per seed and round, with the columns round and value.
+        count: number of lines in the panel.
+    """
+    return [(int(number), mean(seeds), _band(list(seeds), count)) for number, seeds in values.groupby("round")["value"]]
+
+
+def _draw_by_module(axes: Any, deviations: pd.DataFrame, label: str, i: int, count: int) -> None:
+    means = deviations.groupby("module")["value"].mean()
+    modules = in_depth(means.index)
     style = {"markersize": 3, "label": label, **_style(i, count)}
-    axes.plot(range(len(modules)), [found[module] for module in modules], **style)
+    axes.plot(range(len(modules)), list(means[modules]), **style)
     axes.set_xticks(range(len(modules)), short_names(modules), rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(alpha=0.25)
 
 
 def in_depth(modules: Iterable[str]) -> list[str]:
-    """By the numbers in their names: layer 2 before layer 10."""
+    """Sort modules by the numbers in their names, with layer 2 before layer 10."""
 
-    def place(module: str) -> list[tuple[int, str]]:
+    def position(module: str) -> list[tuple[int, str]]:
         return [(len(part) if part.isdigit() else 0, part) for part in module.split(".")]
 
-    return sorted(modules, key=place)
+    return sorted(modules, key=position)
 
 
-def _draw_by_round(axes: Any, cells: Sequence[Sequence[Mapping[str, float]]], label: str, i: int, count: int) -> None:
-    by_round: dict[int, list[float]] = {}
-    for cell in cells:
-        for number, by_module in enumerate(cell, 1):
-            if by_module:
-                by_round.setdefault(number, []).append(mean(by_module.values()))
-    points = [(number, mean(found), _band(found, count)) for number, found in sorted(by_round.items())]
-    draw_curve(axes, points, label=label, **_style(i, count))
+def _draw_by_round(axes: Any, deviations: pd.DataFrame, label: str, i: int, count: int) -> None:
+    by_seed = deviations.groupby(["round", "seed"], as_index=False)["value"].mean()
+    draw_curve(axes, _points(by_seed, count), label=label, **_style(i, count))
 
 
 def short_names(modules: Sequence[str]) -> list[str]:
-    """The number of the layer, and as much of a module's own name as tells it from the others of its layer."""
+    """Shorten names of modules to the layer's number and the shortest ending that is unique within the layer."""
     split = [[part for part in module.split(".") if not part.isdigit()] for module in modules]
     numbers = [[part for part in module.split(".") if part.isdigit()] for module in modules]
     for length in range(1, max(map(len, split), default=0) + 1):
@@ -159,15 +173,15 @@ def short_names(modules: Sequence[str]) -> list[str]:
 
 
 def _style(i: int, count: int) -> dict[str, Any]:
-    """Colors, and in a crowd other markers and dashes, that tell lines apart, and no bands over each other."""
+    """Color of a line, and its own marker and dashes if there are too many lines for bands."""
     style = {"color": pyplot().get_cmap("tab10").colors[i % 10], "linewidth": 1.3, "marker": "o"}
-    if count > CROWD:
-        style |= {"marker": "osDv^Px*"[i % 8], "linestyle": "--" if i >= CROWD else "-"}
+    if count > MAX_BANDS:
+        style |= {"marker": "osDv^Px*"[i % 8], "linestyle": "--" if i >= MAX_BANDS else "-"}
     return style
 
 
 def _band(values: Sequence[float], count: int) -> float:
-    return statistics.deviation(values) if count <= CROWD else 0.0
+    return statistics.deviation(values) if count <= MAX_BANDS else 0.0
 
 
 def _panels(count: int, across: int, size: tuple[float, float], share: bool = False) -> tuple[Any, list[Any]]:
@@ -183,12 +197,12 @@ def _panels(count: int, across: int, size: tuple[float, float], share: bool = Fa
 
 
 def _legend(figure: Any, grid: list[Any]) -> None:
-    handles, labels = max((axes.get_legend_handles_labels() for axes in grid), key=lambda found: len(found[0]))
+    handles, labels = max((axes.get_legend_handles_labels() for axes in grid), key=lambda legend: len(legend[0]))
     if handles:
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
 
 
 def _titled(figure: Any, results: Results, panel: str = "") -> Any:
-    left = f" ({results.missing} runs still missing)" if results.missing else ""
-    figure.suptitle(results.title + (f": {panel}" if panel else "") + left, fontsize=11, wrap=True)
+    missing = f" ({quantity(results.missing, 'run')} still missing)" if results.missing else ""
+    figure.suptitle(results.title + (f": {panel}" if panel else "") + missing, fontsize=11, wrap=True)
     return figure

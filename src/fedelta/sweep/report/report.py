@@ -1,11 +1,11 @@
-"""A grid's results for people: tables, figures, and one page that holds them all, made from its Parquet file alone."""
+"""Report of a grid: tables, figures, and one page with all of them, made from the grid's Parquet file alone."""
 
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.files import write_file
 from fedelta.runs.report.text_table import TextTable
 from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
@@ -44,14 +44,14 @@ FIGURES: Mapping[View, Callable[[Results, Path], list[Path]]] = {
 
 
 def open_grid(folder: Path) -> tuple[Grid, dict[str, Row]]:
-    """The grid that a folder of results is of, and the rows.
+    """Read the grid and the rows that a folder of results holds.
 
     Raises:
-        FedeltaError: if there are none.
+        FedeltaError: if the folder has no results.
     """
     rows = read_rows(folder)
     if not rows:
-        raise FedeltaError(f"{folder}: no {FILE} here")
+        raise FedeltaError(f"{folder}: no {FILE} in this folder")
     return load_grid(folder / "grid.yaml"), rows
 
 
@@ -62,19 +62,20 @@ def write_grid_report(grid: Grid, rows: Mapping[str, Row], folder: Path) -> tupl
         The tables, and the path of the page.
     """
     ran = places(grid, rows)
-    mine = {place.key: rows[place.key] for place in ran}
-    parts = [f"# {grid.name}{', ' + grid.size if grid.size else ''}", circumstances(mine, len(rows) - len(mine))]
+    own = {place.key: rows[place.key] for place in ran}
+    parts = [f"# {grid.name}{', ' + grid.size if grid.size else ''}", provenance(own, len(rows) - len(own))]
     tables = []
     if grid.tuning is not None:
-        tables.append(chosen_table(grid, rows))
+        tables.append(tuning_table(grid, rows))
         tables[0].write(folder / "tables")
         parts += ["## Tuning", tables[0].markdown(), tables[0].note]
     for results in gather(grid, rows):
-        if not results.cells:
+        if results.cells.empty:
             continue
         parts.append(f"## {results.title}")
         if results.missing:
-            parts.append(f"{results.missing} runs of this experiment are still missing.")
+            verb = "is" if results.missing == 1 else "are"
+            parts.append(f"{quantity(results.missing, 'run')} of this experiment {verb} still missing.")
         for view in results.experiment.show:
             if view in TABLES:
                 table = TABLES[view](results)
@@ -90,8 +91,8 @@ def write_grid_report(grid: Grid, rows: Mapping[str, Row], folder: Path) -> tupl
     return tables, folder / "report.md"
 
 
-def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
-    """What tuning chose, and the validation score of every candidate."""
+def tuning_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
+    """Tabulate the validation score of every candidate of the tuning, with the chosen ones marked."""
     assert grid.tuning is not None
     _, trials = Expansion(grid).trials()
     chosen = chosen_by(grid, trials, rows) or {}
@@ -124,39 +125,44 @@ def chosen_table(grid: Grid, rows: Mapping[str, Row]) -> TextTable:
 
 
 def _cells(grid: Grid, ran: Sequence[Place], rows: Mapping[str, Row]) -> str:
-    """Every run: what it is part of, and what came of it."""
+    """Tabulate every run with its place in the grid and its scores."""
     lines = []
     for place in ran:
         row = rows[place.key]
-        scores = [metric_of(row).show(score(row, s)) if row[s] else "–" for s in ("validation", "test")]
+        scores = [metric_of(row).format(score(row, s)) if row[s] else "–" for s in ("validation", "test")]
         values = grid.labels_of(place.values.values())
         lines.append([place.key, place.experiment, values, str(place.seed), *scores, row["failed"] or ""])
     head = ["cell", "experiment", "values", "seed", "validation", "test", "diverged"]
     return TextTable("cells", "Cells", head, lines).markdown()
 
 
-def circumstances(rows: Mapping[str, Row], others: int = 0) -> str:
-    """How many runs, when, on what and with what, in a paragraph.
+def provenance(rows: Mapping[str, Row], others: int = 0) -> str:
+    """Summarize in one paragraph how many runs there are, when and where they ran, and with which versions.
 
     Args:
-        rows: of the grid.
-        others: how many more the file holds, of an earlier form of it.
+        rows: the rows of the grid.
+        others: number of further rows in the file, from an earlier form of the grid.
     """
     if not rows:
-        return f"None of the runs of this grid; the file holds {others} others."
+        return f"None of the runs of this grid; the file holds {quantity(others, 'other run')}."
     machines = sorted({row["machine"] for row in rows.values()})
     libraries = [{name: v for name, v in row["versions"].items() if v and name != "commit"} for row in rows.values()]
-    found = sorted({json.dumps(versions, sort_keys=True) for versions in libraries})
-    versions = [", ".join(f"{name} {v}" for name, v in json.loads(text).items()) for text in found]
+    distinct = sorted({json.dumps(versions, sort_keys=True) for versions in libraries})
+    versions = [", ".join(f"{name} {v}" for name, v in json.loads(text).items()) for text in distinct]
     commits = Counter(row["versions"].get("commit") for row in rows.values())
-    code = ", ".join(f"{commit} ({count} runs)" for commit, count in commits.most_common() if commit)
+    code = ", ".join(f"{commit} ({quantity(count, 'run')})" for commit, count in commits.most_common() if commit)
     hours = sum(row["seconds"] or 0 for row in rows.values()) / 3600
     failed = sum(row["failed"] is not None for row in rows.values())
     days = sorted({row["finished"][:10] for row in rows.values()})
     lost = sum(r["sampled"] - r["clients"] for row in rows.values() for r in row["rounds"])
+    counts = [
+        quantity(len(rows), "run"),
+        *([f"{failed} of which diverged"] if failed else []),
+        *([quantity(others, "other")] if others else []),
+    ]
     return (
-        f"{len(rows)} runs{f', {failed} of which diverged' if failed else ''}{f', {others} others' if others else ''}; "
-        f"{lost} updates of clients were lost or refused. {hours:.2f} hours of rounds, summed over runs side by side, "
+        f"{', '.join(counts)}; {quantity(lost, 'update')} of clients {'was' if lost == 1 else 'were'} lost or refused. "
+        f"{hours:.2f} hours of rounds, summed over runs side by side, "
         f"{days[0]}{' to ' + days[-1] if days[-1] != days[0] else ''}, on {'; '.join(machines)}. "
         f"Versions: {'; '.join(versions)}.{f' Commits: {code}.' if code else ''}"
     )
