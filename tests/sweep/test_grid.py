@@ -192,12 +192,12 @@ def test_the_key_of_a_cell_depends_on_what_its_result_depends_on() -> None:
 def test_results_outlive_a_new_setting_but_not_a_changed_one() -> None:
     config = parse_config({"rounds": 3})
     stored = result_settings(config)
-    assert is_result_of({"config": json.dumps(stored)}, config)
+    assert is_result_of({"cell": "x", "config": json.dumps(stored)}, config)
     older = json.loads(json.dumps(stored))
     del older["ranks"]["loss_on"]
-    assert is_result_of({"config": json.dumps(older)}, config)
+    assert is_result_of({"cell": "x", "config": json.dumps(older)}, config)
     older["lora"]["alpha"] = 99
-    assert not is_result_of({"config": json.dumps(older)}, config)
+    assert not is_result_of({"cell": "x", "config": json.dumps(older)}, config)
 
 
 @pytest.mark.parametrize(

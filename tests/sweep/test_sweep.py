@@ -235,8 +235,10 @@ def test_a_cell_run_again_is_compared_with_its_row(grid: Path, done: Path, capsy
     command = ("sweep", str(grid), "-o", str(done), "--check")
     assert fedelta(*command, key) == 0
     assert f"cell {key}: same result" in capsys.readouterr().out
-    # An older file, which lacks these fields.
-    write_rows(done, rows | {key: rows[key] | {"base_parameters": None, "scaled_deviation": None}})
+    # A file that is older than a setting has its default.
+    older = json.loads(rows[key]["config"])
+    del older["training"]["deterministic"]
+    write_rows(done, rows | {key: rows[key] | {"config": json.dumps(older)}})
     assert fedelta(*command, key) == 0
     rows[key]["rounds"][1]["train_loss"] += 1e-9
     write_rows(done, rows)

@@ -16,7 +16,7 @@ from fedelta.errors import FedeltaError
 from fedelta.files import write_file
 from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.protocol.serialization import ByteCount
-from fedelta.runs.config import Config
+from fedelta.runs.config import Config, parse_config
 from fedelta.runs.runner import Run
 from fedelta.sweep.provenance import machine_name, peak_mb
 
@@ -55,9 +55,9 @@ SCHEMA = pa.schema(
         ("constant_score", pa.float64()),  # score of always giving the same answer; null if meaningless
         ("clients", pa.int32()),
         ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
-        ("base_parameters", pa.int64()),  # of the model without LoRA; null in older files
+        ("base_parameters", pa.int64()),  # of the model without LoRA
         ("rounds", pa.list_(_ROUND)),
-        # For each round, module → scaled deviation; null in older files.
+        # For each round, module → scaled deviation; empty where it was not measured.
         ("scaled_deviation", pa.list_(pa.map_(pa.string(), pa.float32()))),
         ("config", pa.string()),  # JSON
         ("seconds", pa.float64()),  # summed over rounds
@@ -71,8 +71,6 @@ FROM_RESULT = ("test", "validation", "constant_score", "lora_parameters", "base_
 """Fields that a row copies from `result.json`."""
 CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
 """Fields that may differ between two runs of the same cell."""
-ADDED = ("base_parameters", "scaled_deviation")
-"""Fields that files from before their introduction lack."""
 
 
 def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | None, failed: str | None = None) -> Row:
@@ -106,8 +104,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
             **{name: result[name] for name in FROM_RESULT},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
-            # A run that was started before this was measured lacks it.
-            "scaled_deviation": [record.get("scaled_deviation", {}) for record in run.records],
+            "scaled_deviation": [record["scaled_deviation"] for record in run.records],
             "seconds": round(sum(sum(timing["seconds"].values()) for timing in timings), 2),
         }
     return row
@@ -123,17 +120,17 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 
 def is_result_of(row: Row, config: Config) -> bool:
-    """Whether a row has this configuration, compared on the settings that both have."""
-    return agree(json.loads(row["config"]), result_settings(config))
+    """Whether a row has this configuration."""
+    return stored_settings(row) == result_settings(config)
 
 
-def agree(before: Any, now: Any) -> bool:
-    """Whether settings are equal, compared on the keys that both sides have: a file may be older than a setting."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return all(agree(before[key], now[key]) for key in before.keys() & now.keys())
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return all(map(agree, before, now))
-    return bool(before == now)
+def stored_settings(row: Row) -> dict[str, Any]:
+    """The settings of a row, with the defaults of settings that are newer than the row.
+
+    Raises:
+        FedeltaError: if the row has a setting that does not exist.
+    """
+    return result_settings(parse_config(json.loads(row["config"]), f"cell {row['cell']}"))
 
 
 def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -192,10 +189,8 @@ def first_difference(old: Row, new: Row) -> str | None:
     old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
         if name == "config":
-            if not agree(json.loads(old[name]), json.loads(new[name])):
+            if stored_settings(old) != stored_settings(new):
                 return "config"
-        elif name in ADDED and None in (old[name], new[name]):
-            continue
         elif name not in CIRCUMSTANCES and old[name] != new[name]:
             if name == "rounds":
                 pairs = enumerate(zip(old[name], new[name], strict=False), 1)

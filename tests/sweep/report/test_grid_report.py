@@ -398,7 +398,7 @@ def test_the_table_of_deviation_is_of_means_over_modules_and_rounds() -> None:
     texts = rows_of(grid_deviations.deviation(results))["replication"]
     assert texts[:2] == ["22.50 ± 0.00", "3.00e-03 ± 0.0e+00"]
     for row in rows.values():
-        row["scaled_deviation"] = None  # as in an older file
+        row["scaled_deviation"] = [{} for _ in row["rounds"]]  # not measured
     without = grid_deviations.deviation(gather(GRID, rows)[0])
     assert without.head[1:] == ["AG & News_4 % relative, %", "second_set relative, %"]
 
@@ -432,8 +432,8 @@ def test_deviations_by_layer_matrix_and_round_are_means_over_everything_else() -
     assert rounds.head[2:6] == [f"round {r}, relative, %" for r in (1, 2, 3, 4)]
     assert rounds.rows[0][2:6] == ["30.00 ± 0.00", "40.00 ± 0.00", "50.00 ± 0.00", "60.00 ± 0.00"]
     for row in rows.values():
-        row["scaled_deviation"] = None
         row["rounds"] = row["rounds"] * 5
+        row["scaled_deviation"] = [{} for _ in row["rounds"]]
     many = grid_deviations.by_round(gather(GRID, rows)[0])
     assert many.head[2:] == [f"round {r}, relative, %" for r in (1, 4, 6, 9, 12, 15, 17, 20)]
 

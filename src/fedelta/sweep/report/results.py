@@ -236,7 +236,7 @@ def _panels(grid: Grid, experiment: Experiment) -> list[Panel]:
 
 def _deviations(row: Row, kind: str) -> list[dict[str, float]]:
     """Module → deviation for each round; empty where this kind was not measured."""
-    return [record["deviation"] for record in row["rounds"]] if kind == "relative" else row["scaled_deviation"] or []
+    return [record["deviation"] for record in row["rounds"]] if kind == "relative" else row["scaled_deviation"]
 
 
 def shares_of_energy(row: Row) -> list[list[float]]:

@@ -17,7 +17,7 @@ from fedelta.runs.report.text_table import TextTable
 from fedelta.settings import quota
 from fedelta.sweep.report.results import Panel, Results, shares_of_energy
 from fedelta.sweep.report.scores import headings
-from fedelta.sweep.results import Row, agree
+from fedelta.sweep.results import Row, stored_settings
 
 _PARAMETERS = ("LoRA parameters", "communicated")
 _MEGABYTES = ("adapter down, MB", "adapter up, MB", "patch down, MB", "heads, MB", "all, MB")
@@ -62,12 +62,12 @@ def _by_model(results: Results) -> list[Panel]:
     for panel in results.panels:
         cells = [cell for row in results.rows for cell in results.trained_cells(row, panel)]
         if cells:
-            config = json.loads(cells[0]["config"])
+            config = stored_settings(cells[0])
             del config["lora"]["alpha"]  # it is chosen for the data
             differing = [config[name] for name in ("model", "lora", "ranks", "federation")]
             # A base patch grows with the number of clients that it sums over.
             differing.append(max(cell["clients"] for cell in cells))
-            if not any(agree(differing, other) for other, _ in distinct):
+            if all(differing != other for other, _ in distinct):
                 distinct.append((differing, panel))
     return [panel for _, panel in distinct]
 
