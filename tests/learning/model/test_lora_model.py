@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.model.base_model import ModelSettings, find_heads, load_base, load_tokenizer, locate_model
+from fedelta.learning.model.base_model import ModelSettings, load_base, load_tokenizer, locate_model
+from fedelta.learning.model.heads import find_heads
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.lora.adapter import Adapter, LoraPair, lora_scale
 from fedelta.lora.lowrank import Dense, LowRank

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import safetensors
 import torch
 from pydantic import Field
-from torch import nn
 
 from fedelta.errors import FedeltaError
 from fedelta.files import expand_variables
@@ -257,49 +256,3 @@ def longest_text(config: Any, tokenizer: Any) -> int:
     """Maximum number of tokens in a text, according to the model's configuration and its tokenizer."""
     # RoBERTa counts positions from the padding index, which its tokenizer takes into account and its configuration not.
     return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
-
-
-def modules_to_train(model: Any, names: tuple[str, ...] | None) -> list[str]:
-    """Full names of the modules that are trained in full, in addition to LoRA.
-
-    Args:
-        names: names of modules or endings of them. None means the classification heads that `find_heads` finds, and
-            no module of a language model, whose head is already trained.
-
-    Raises:
-        FedeltaError: if the model lacks a module.
-    """
-    if names is None:
-        return [] if model.can_generate() else find_heads(model)
-    all_names = [name for name, _ in model.named_modules()]
-    selected = []
-    for name in names:
-        matches = [full for full in all_names if full == name or full.endswith(f".{name}")]
-        if not matches:
-            raise FedeltaError(f"lora.modules_to_save: the model has no module {name!r}")
-        selected += matches
-    return sorted(set(selected))
-
-
-def find_heads(model: Any) -> list[str]:
-    """Names of all modules that must be trained to classify: everything between the backbone and the label.
-
-    These are the model's children outside the backbone (`classifier`, `pre_classifier`, `score`) and the pooler
-    inside it, as far as a gradient of the logits reaches them. The pooler is included because BERT's, pretrained for
-    another task, hurts accuracy if it stays frozen.
-    """
-    backbone = getattr(model, model.base_model_prefix, None)
-    candidates = {name: child for name, child in model.named_children() if child is not backbone}
-    pooler = getattr(backbone, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        candidates[f"{model.base_model_prefix}.pooler"] = pooler
-    candidates = {n: c for n, c in candidates.items() if any(p.requires_grad for p in c.parameters())}
-    token = 0 if model.config.pad_token_id != 0 else 1
-    tokens = torch.full((1, 2), token, device=model.device)
-    logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-    used = []
-    for name, child in candidates.items():
-        gradients = torch.autograd.grad(logits.sum(), list(child.parameters()), retain_graph=True, allow_unused=True)
-        if any(gradient is not None for gradient in gradients):
-            used.append(name)
-    return sorted(used)

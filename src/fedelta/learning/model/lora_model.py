@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.model.base_model import modules_to_train
 from fedelta.learning.model.base_patch import BasePatch
 from fedelta.learning.model.dropout import use_fast_dropout
+from fedelta.learning.model.heads import modules_to_train
 from fedelta.lora.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.settings import Settings
 
