@@ -115,7 +115,7 @@ def test_a_stack_without_memory_is_trained_one_by_one_and_a_warning_says_so(
     watcher = Warnings()
     together = run(config(4), observer=watcher)
     assert watcher.said == [
-        "round 0: 4 clients one by one: out of memory while 4 clients train in one pass; "
+        "round 0: training 4 clients one by one: out of memory while 4 clients train in one pass; "
         "to need less, lower training.stack"
     ]
     assert together.records == alone.records

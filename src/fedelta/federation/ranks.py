@@ -51,10 +51,10 @@ class RankSettings(Settings):
         if self.low > self.high and self.allocation != "uniform":
             raise ValueError(f"low rank {self.low} is above high rank {self.high}")
         if self.loss_rows is not None and self.loss_on != "server":
-            raise ValueError(f"loss_rows goes with loss_on: server, found {self.loss_on}")
+            raise ValueError(f"loss_rows needs loss_on: server, found {self.loss_on}")
         if self.per_client is not None:
             if self.allocation != "fixed":
-                raise ValueError(f"per_client goes with allocation: fixed, found {self.allocation}")
+                raise ValueError(f"per_client needs allocation: fixed, found {self.allocation}")
             if min(self.per_client, default=0) < 1:
                 raise ValueError(f"every rank in per_client is at least 1, found {min(self.per_client, default=0)}")
         return self
