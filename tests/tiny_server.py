@@ -1,4 +1,4 @@
-"""A server of one tiny layer, and replies made by hand."""
+"""A server with one tiny layer, and handwritten updates."""
 
 from typing import Any
 
@@ -11,14 +11,13 @@ from fedelta.methods import make_method
 from fedelta.protocol.messages import ClientUpdate
 
 SHAPES = {"x": (5, 4)}
-
-
 CLIENTS = ["a", "b", "c", "d"]
 
 
 def make(
     method: str = "replication", ranks: dict[str, Any] | None = None, **settings: Any
 ) -> tuple[Server, ServerState]:
+    """Create a server for four clients, with α = 8, and its state before round 0."""
     allocation = RankSettings(**(ranks or {"high": 2}))
     server = Server(make_method(method), FederationSettings(**settings), allocation, 8, "alpha/r", seed=0)
     return server, server.start(SHAPES, {"head": torch.zeros(3)}, CLIENTS, ["no", "yes"])
@@ -27,6 +26,7 @@ def make(
 def reply(
     server: Server, state: ServerState, client: str, examples: int, value: float, **metrics: float
 ) -> ClientUpdate:
+    """Write the update of a client that adds `value` to each entry of its factors and sets its head to `value`."""
     sent = server.broadcast(state, client)
     adapter = sent.adapter(SHAPES)
     return ClientUpdate(

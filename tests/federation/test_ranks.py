@@ -11,7 +11,7 @@ from fedelta.settings import quota
 CLIENTS = [f"c{i:02d}" for i in range(20)]
 
 
-def test_uniform_gives_everyone_the_high_rank() -> None:
+def test_uniform_gives_all_clients_the_high_rank() -> None:
     assert set(initial_ranks(CLIENTS, RankSettings(high=7), 0).values()) == {7}
 
 
@@ -35,7 +35,7 @@ def test_a_list_of_ranks_must_match_the_clients() -> None:
         initial_ranks(CLIENTS, settings, 0)
 
 
-def test_by_loss_everyone_starts_low_and_the_best_newcomer_is_promoted() -> None:
+def test_loss_starts_all_clients_low_and_promotes_the_best_newcomer() -> None:
     settings = RankSettings(allocation="loss", low=5, high=20, share=0.1)
     ranks = initial_ranks(CLIENTS, settings, 0)
     assert set(ranks.values()) == {5}
@@ -45,24 +45,24 @@ def test_by_loss_everyone_starts_low_and_the_best_newcomer_is_promoted() -> None
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.floats(0, 1))
-def test_the_promoted_share_follows_those_who_have_reported(cohorts: list[int], share: float) -> None:
+def test_promoted_clients_are_the_share_of_the_clients_that_have_reported(cohorts: list[int], share: float) -> None:
     settings = RankSettings(allocation="loss", low=1, high=2, share=share)
     clients = [f"c{i}" for i in range(sum(cohorts))]
-    ranks, losses, left = initial_ranks(clients, settings, 0), {}, list(clients)
+    ranks, losses, unreported = initial_ranks(clients, settings, 0), {}, list(clients)
     for size in cohorts:
-        cohort, left = left[:size], left[size:]
+        cohort, unreported = unreported[:size], unreported[size:]
         newcomers = {c: float(zlib.crc32(c.encode()) % 97) for c in cohort}
         after = promote(ranks, losses, newcomers, settings)
-        assert all(after[c] >= ranks[c] for c in clients), "nobody is demoted"
+        assert all(after[c] >= ranks[c] for c in clients), "no client is demoted"
         assert all(after[c] == ranks[c] for c in clients if c not in cohort)
         ranks, losses = after, losses | newcomers
         assert sum(rank == 2 for rank in ranks.values()) == quota(share, len(losses))
 
 
-def test_byun_and_lees_mean_parameters() -> None:
-    """10 of 100 clients at rank 20, the others at rank 5, over 552,960 parameters at rank 20: 179,712 on average.
+def test_mean_parameters_match_byun_and_lee() -> None:
+    """10 of 100 clients have rank 20 and the others rank 5, with 552,960 parameters at rank 20.
 
-    The paper prints 179,715.
+    The mean is 179,712. The paper prints 179,715.
     """
     ranks = initial_ranks([f"{i}" for i in range(100)], RankSettings(allocation="fixed", low=5, high=20, share=0.1), 0)
     assert sum(552_960 * r / 20 for r in ranks.values()) / 100 == pytest.approx(179_715, abs=4)
@@ -75,6 +75,6 @@ def test_reversed_loss_promotes_the_worst_newcomer() -> None:
     assert [c for c in CLIENTS if after[c] == 20] == ["c09"]
 
 
-def test_rows_for_the_loss_are_the_servers() -> None:
-    with pytest.raises(ValueError, match="loss_rows goes with loss_on: server, found own"):
+def test_loss_rows_needs_loss_on_server() -> None:
+    with pytest.raises(ValueError, match="loss_rows needs loss_on: server, found own"):
         RankSettings(allocation="loss", loss_rows=10)

@@ -1,4 +1,4 @@
-"""One server step on messages made by hand."""
+"""One server step on handwritten messages."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,7 @@ def test_heads_factors_and_losses_are_averaged_by_the_same_weights(weighting: An
     assert torch.allclose(after.method.adapter["x"].A - state.method.adapter["x"].A, torch.full((2, 4), expected))
 
 
-def test_only_those_who_answered_are_taken_to_hold_the_new_base() -> None:
+def test_only_clients_that_replied_are_recorded_at_the_new_base_version() -> None:
     server, state = make("fedex")
     replies: dict[str, Any] = {c: reply(server, state, c, 10, float(i + 1)) for i, c in enumerate("abc")}
     state, outcome = step(server, state, replies)
@@ -48,7 +48,7 @@ def test_only_those_who_answered_are_taken_to_hold_the_new_base() -> None:
     assert server.broadcast(state, "a").patch.start == 1
 
 
-def test_a_refused_update_stops_the_round_and_a_failure_does_not() -> None:
+def test_a_refused_update_stops_the_run_but_a_failed_client_does_not() -> None:
     server, state = make(on_bad_update="refuse")
     good = reply(server, state, "a", 10, 1.0)
     step(server, state, {"a": good, "b": RuntimeError("out of memory")})
@@ -58,7 +58,7 @@ def test_a_refused_update_stops_the_round_and_a_failure_does_not() -> None:
         step(server, state, {"a": good, "b": good})
 
 
-def test_validation_losses_are_asked_once_and_promote() -> None:
+def test_a_validation_loss_is_requested_once_and_promotes() -> None:
     server, state = make(ranks={"allocation": "loss", "low": 1, "high": 2, "share": 0.25})
     assert all(server.broadcast(state, c).wants_validation for c in CLIENTS)
     replies = {
@@ -68,13 +68,13 @@ def test_validation_losses_are_asked_once_and_promote() -> None:
     assert outcome.promoted == ["b"]
     assert after.ranks == {"a": 1, "b": 2, "c": 1, "d": 1}
     assert not any(server.broadcast(after, c).wants_validation for c in CLIENTS)
-    # The promoted client's new row: A as drawn, B zero, so the product is the same.
+    # The promoted client's new row has the drawn A and a zero B, so the product stays the same.
     new = server.broadcast(after, "b").adapter(SHAPES)["x"]
     assert torch.equal(new.A[1], state.method.adapter["x"].A[1])
     assert not new.B[:, 1].any()
 
 
-def test_a_client_that_pruned_itself_is_sent_its_new_rank() -> None:
+def test_a_client_that_lowered_its_rank_is_sent_the_new_rank() -> None:
     server, state = make("hetlora", ranks={"high": 4})
     whole = reply(server, state, "a", 10, 1.0)
     lower = {
@@ -89,7 +89,7 @@ def test_a_client_that_pruned_itself_is_sent_its_new_rank() -> None:
     assert server.broadcast(after, "a").rank == 3
 
 
-def test_a_client_of_weight_zero_is_never_asked() -> None:
+def test_a_client_of_weight_zero_is_never_sampled() -> None:
     server, state = make(weighting=(1.0, 0.0, 0.0, 1.0), participation=0.5)
     for round_ in range(10):
         now = replace(state, method=replace(state.method, round=round_))
@@ -104,14 +104,14 @@ def test_sampling_is_without_replacement_and_depends_on_the_round() -> None:
     assert drawn[0] == tuple(server.sample(state))
 
 
-def test_updates_too_large_for_their_mean_stop_the_run() -> None:
+def test_updates_whose_mean_overflows_stop_the_run() -> None:
     server, state = make()
     replies = {c: reply(server, state, c, 10, 3e38) for c in "ab"}
     with pytest.raises(FedeltaError, match="round 0: the mean of module x is not finite"):
         step(server, state, replies)
 
 
-def test_too_few_updates_say_why() -> None:
+def test_too_few_updates_give_the_reasons() -> None:
     server, state = make(min_clients=2)
     with pytest.raises(FedeltaError, match=r"1 usable update, expected at least 2 \(b: RuntimeError: broken\)"):
         step(server, state, {"a": reply(server, state, "a", 1, 1.0), "b": RuntimeError("broken")})

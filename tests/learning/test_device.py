@@ -122,7 +122,7 @@ def test_the_clients_of_a_stack_without_memory_train_one_by_one_with_a_warning(
     warnings = Warnings()
     together = run(config(4), observer=warnings)
     assert warnings.messages == [
-        "round 0: 4 clients one by one: out of memory while 4 clients train in one pass; "
+        "round 0: training 4 clients one by one: out of memory while 4 clients train in one pass; "
         "to need less, lower training.stack"
     ]
     assert together.records == alone.records

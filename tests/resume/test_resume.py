@@ -1,4 +1,4 @@
-"""Nothing lost: a run that is killed, at any moment, goes on from its last finished round to the same bytes."""
+"""A run that is killed at any moment resumes from its last finished round and writes the same bytes."""
 
 import os
 import random
@@ -13,13 +13,12 @@ import pytest
 import yaml
 
 from fedelta.errors import FedeltaError
-from fedelta.federation import checkpoint
-from fedelta.federation import run_folder as tracking
+from fedelta.federation import checkpoint, run_folder
 from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.run_folder import RunFolder
 from fedelta.runs.runner import Run, run
 
-# Dropout, partial participation, loss-based ranks and patches: all that a checkpoint must carry.
+# Dropout, partial participation, loss-based ranks and patches: all the state that a checkpoint must save.
 FULL = {
     "method": "fedex",
     "lora": {"alpha": 8, "dropout": 0.1},
@@ -51,7 +50,7 @@ def test_kill_at_three_random_moments_and_resume_to_the_same_bytes(
     config = tmp_path / "killed.yaml"
     config.write_text(yaml.safe_dump(data))
     folder = tmp_path / "runs" / "killed"
-    rng = random.Random()  # a fresh moment in every test run; the assertion holds for all of them
+    rng = random.Random()  # other moments in every test run; the assertions hold for all of them
     finished = []
     for target in sorted(rng.sample(range(2, rounds - 4), 3)):
         process = subprocess.Popen(command(config, "--resume"), env=environment, stderr=subprocess.PIPE)
@@ -91,9 +90,9 @@ def test_a_crash_at_each_step_of_finishing_a_round_loses_nothing(
 
     with monkeypatch.context() as patched:
         if moment == "before the line":
-            patched.setattr(tracking, "_append", crash_on_third(tracking._append))
+            patched.setattr(run_folder, "_append", crash_on_third(run_folder._append))
         elif moment == "between line and checkpoint":
-            patched.setattr(tracking, "save_checkpoint", crash_on_third(tracking.save_checkpoint))
+            patched.setattr(run_folder, "save_checkpoint", crash_on_third(run_folder.save_checkpoint))
         else:
             patched.setattr(checkpoint, "write_file", crash_on_third(checkpoint.write_file))
         with pytest.raises(KeyboardInterrupt):
@@ -102,10 +101,10 @@ def test_a_crash_at_each_step_of_finishing_a_round_loses_nothing(
 
 
 @pytest.mark.parametrize("name", ["fedsa", "hetlora", "fed-plora", "flora", "fed-sb", "fedex"])
-def test_what_methods_keep_between_rounds_survives_a_crash(
+def test_state_that_methods_keep_between_rounds_survives_a_crash(
     name: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B at the clients, ranks after pruning, the seed after a restart, error feedback, moments of the optimizer."""
+    """The state includes B at clients, pruned ranks, the seed after a restart, error feedback and optimizer moments."""
     options = {
         "hetlora": {"gamma": 0.6, "server_optimizer": "fedadam"},
         "fedex": {"residual": "rank=1", "refresh": 3, "server_optimizer": "fedavgm"},
@@ -116,7 +115,7 @@ def test_what_methods_keep_between_rounds_survives_a_crash(
     straight = run(tiny_config(name="straight", **settings))
     config = tiny_config(name="crashed", **settings)
     calls = [0]
-    save = tracking.save_checkpoint
+    save = run_folder.save_checkpoint
 
     def crash(*arguments: Any) -> None:
         calls[0] += 1
@@ -125,7 +124,7 @@ def test_what_methods_keep_between_rounds_survives_a_crash(
         save(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tracking, "save_checkpoint", crash)
+        patched.setattr(run_folder, "save_checkpoint", crash)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert outcome(run(config, resume=True).folder.path) == outcome(straight.folder.path)
@@ -149,7 +148,7 @@ def test_resuming_a_finished_run_changes_nothing(tiny_config: Any) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_more_rounds_go_on_where_the_run_ended(tiny_config: Any) -> None:
+def test_more_rounds_continue_where_the_run_ended(tiny_config: Any) -> None:
     straight = run(tiny_config(name="straight", rounds=6, **FULL))
     run(tiny_config(name="extended", rounds=4, **FULL))
     extended = run(tiny_config(name="extended", rounds=6, **FULL), resume=True)
@@ -158,7 +157,7 @@ def test_more_rounds_go_on_where_the_run_ended(tiny_config: Any) -> None:
 
 def test_a_run_is_never_overwritten(tiny_config: Any) -> None:
     run(tiny_config(rounds=1))
-    with pytest.raises(FedeltaError, match="holds a run already; go on with it by --resume"):
+    with pytest.raises(FedeltaError, match="holds a run already; continue it with --resume"):
         run(tiny_config(rounds=1))
 
 
@@ -173,10 +172,12 @@ def test_a_run_is_never_overwritten(tiny_config: Any) -> None:
         ),
     ],
 )
-def test_a_checkpoint_of_another_config_is_refused(change: dict[str, Any], reason: str, tiny_config: Any) -> None:
+def test_a_checkpoint_of_another_configuration_is_refused(
+    change: dict[str, Any], reason: str, tiny_config: Any
+) -> None:
     first: Run = run(tiny_config(rounds=1))
     before = outcome(first.folder.path)
-    with pytest.raises(FedeltaError, match=f"is of another configuration: {reason}"):
+    with pytest.raises(FedeltaError, match=f"belongs to another configuration: {reason}"):
         run(tiny_config(rounds=1, **change), resume=True)
     assert outcome(first.folder.path) == before
 
@@ -196,11 +197,11 @@ def test_two_processes_never_write_one_run(tiny_config: Any) -> None:
     folder = RunFolder(config.folder, config.dump())
     with (
         folder.hold(),
-        pytest.raises(FedeltaError, match="another process is at work on this run"),
+        pytest.raises(FedeltaError, match="another process is writing to this run"),
         RunFolder(config.folder, {}).hold(patience=0.1),
     ):
         pass
-    # Nothing has come of it, and nothing stays.
+    # The run wrote nothing, so no folder is left.
     assert not config.folder.parent.exists()
     run(config)
     assert not (config.folder / ".lock").exists()

@@ -1,7 +1,7 @@
-"""`ServerState` to and from one file, in one atomic step.
+"""Save and load a run's checkpoint: one file, replaced atomically.
 
-The file is a safetensors blob like a message: tensors by name, everything else as JSON in its metadata, with
-the configuration that made it, so that a run never goes on under another one.
+The file has the format of a message: a safetensors blob with tensors by name and everything else as JSON in the
+metadata. It includes the run's configuration, so that a run never resumes under another one.
 """
 
 from collections.abc import Mapping
@@ -32,13 +32,13 @@ FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
-    """What a run goes on from.
+    """Everything that a run needs to resume.
 
     Args:
-        state: the server's.
-        config: that made it.
-        kept: client → the adapter it ended its last round with, where clients keep factors of their own.
-        error_feedback: client → what its last message left out, where messages are rounded.
+        state: the server's state.
+        config: the run's configuration as plain data.
+        kept: client → its adapter at the end of its last round, if the method keeps factors at clients.
+        error_feedback: client → what compression left out of its last message, if messages are compressed.
     """
 
     state: ServerState
@@ -54,7 +54,15 @@ def save_checkpoint(
     kept: Mapping[str, Adapter],
     error_feedback: Mapping[str, ErrorFeedback],
 ) -> None:
-    """Write the state, and what an engine's own clients keep, replacing what was there."""
+    """Write a checkpoint and replace the previous one.
+
+    Args:
+        path: the file to write.
+        state: the server's state.
+        config: the run's configuration as plain data.
+        kept: see `Checkpoint`; empty if clients are processes that save their own factors.
+        error_feedback: see `Checkpoint`; empty under the same condition.
+    """
     tensors = adapter_tensors("", state.method.adapter)
     tensors |= with_prefix("memory", state.method.memory) | with_prefix("head", state.heads)
     tensors |= patch_tensors(state.log.entries, state.log.total)
@@ -82,10 +90,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read what `save_checkpoint` wrote.
+    """Read a checkpoint that `save_checkpoint` wrote.
 
     Raises:
-        FedeltaError: if the file is missing, truncated or of another format.
+        FedeltaError: if the file is missing, truncated or in another format.
     """
     try:
         tensors, facts = unpack(path.read_bytes())
@@ -118,7 +126,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
     kept = {client: take_adapter(f"kept/{client}/", scale, tensors) for client, scale in facts["kept"].items()}
     error_feedback = {
-        client: take_error_feedback(f"left/{client}", told, tensors) for client, told in facts["error_feedback"].items()
+        client: take_error_feedback(f"left/{client}", feedback, tensors)
+        for client, feedback in facts["error_feedback"].items()
     }
     if tensors:
         raise FedeltaError(f"checkpoint {path} holds tensors that nothing reads: {sorted(tensors)[:3]}")

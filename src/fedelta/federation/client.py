@@ -37,7 +37,7 @@ from fedelta.seeds import derive_seed
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What a broadcast asks of a client."""
+    """One client's work in one round, decoded from its broadcast."""
 
     broadcast: Broadcast
     method: Method
@@ -47,7 +47,7 @@ class _Task:
 
 
 def pack_kept(adapter: Adapter | None, feedback: ErrorFeedback | None) -> bytes:
-    """What `Trainer.take_kept` takes; nothing of nothing."""
+    """Serialize what a client keeps between rounds, for `Trainer.take_kept`; empty if both arguments are None."""
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     if adapter is not None:
@@ -60,26 +60,28 @@ def pack_kept(adapter: Adapter | None, feedback: ErrorFeedback | None) -> bytes:
 
 
 class Trainer:
-    """A warm model that answers broadcasts. Holds nothing of a client but the base patches and
-    what a method has it keep.
+    """Trains clients on one loaded model: takes the bytes of a broadcast and returns the bytes of the update.
 
-    In process one trainer serves all clients in turn; a real site has its own.
+    In process, one trainer serves all clients in turn. In a deployment, each site has its own trainer. Between rounds
+    a trainer keeps the base patches that it has folded in, `kept` and `error_feedback`, and nothing else.
 
     Args:
-        model: its adapter is replaced by each broadcast's.
-        tokenizer: pads batches.
-        task: that is learned.
-        settings: local training.
-        evaluation_batch: texts in a batch of evaluation.
-        seed: of the run.
+        model: the base model with LoRA layers. Each broadcast replaces its adapter and heads.
+        tokenizer: the model's tokenizer; it pads batches.
+        task: the task to learn.
+        settings: settings of local training.
+        evaluation_batch: texts per batch of evaluation.
+        seed: the run's seed. The seed of a client's training is derived from it, the round and the client's name.
 
     Attributes:
-        kept: client → the adapter that it ended its last round with, where the method has it keep factors.
-        error_feedback: client → what its last message left out, where messages are rounded.
-        cache: of the model, if it has one; an engine decides of which texts it keeps activations.
-        watch: counts seconds by phase, and tokens; an engine starts a new one for what it wants apart.
-        timed: whether a phase on a GPU ends when the GPU has done it. Else it ends when the work is queued, which is
-            faster, and the wait counts for the phase that reads a result.
+        base: the base patches folded into the model, and their version.
+        kept: client → its adapter at the end of its last round, if the method keeps factors at clients.
+        error_feedback: client → what compression left out of its last message, if messages are compressed.
+        activation_cache: the model's cache, or None if the model can't have one. The engine decides for which texts
+            it keeps activations.
+        watch: counts seconds by phase, and tokens. An engine calls `start_watch` to count a part of the work apart.
+        timed: whether to wait for the GPU at the end of each phase. If False, a phase ends when its work is queued.
+            That is faster, but the wait is counted in the phase that reads the result.
     """
 
     def __init__(
@@ -105,21 +107,32 @@ class Trainer:
         self.activation_cache = find_activation_cache(model, tokenizer)
 
     def start_watch(self) -> Stopwatch:
-        """A new `watch`."""
+        """Replace `watch` with a new stopwatch and return it."""
         self.watch = Stopwatch(partial(synchronize, self.model.device) if self.timed else None)
         return self.watch
 
     def catch_up(self, delta: Any) -> None:
-        """Fold the patches that this base has not seen."""
+        """Fold the base patches that this model does not have yet.
+
+        Args:
+            delta: the part of the server's patch log that a broadcast carries.
+
+        Raises:
+            FedeltaError: if the patches don't continue this base.
+        """
         if self.base.apply(delta):
             self.model.patch.set(self.base.patches())
 
     def kept_bytes(self, client: str) -> bytes:
-        """What this client keeps from one round to the next, to cross from a worker or to be filed; may be nothing."""
+        """Serialize what this client keeps between rounds, to pass it between processes or to save it.
+
+        Returns:
+            The bytes for `take_kept`; empty if the client keeps nothing.
+        """
         return pack_kept(self.kept.get(client), self.error_feedback.get(client))
 
     def take_kept(self, client: str, blob: bytes) -> None:
-        """The other end of `kept_bytes`."""
+        """Restore what `kept_bytes` serialized for this client; empty bytes change nothing."""
         if not blob:
             return
         tensors, facts = unpack(blob)
@@ -129,19 +142,26 @@ class Trainer:
             self.error_feedback[client] = take_error_feedback("left", facts["feedback"], tensors)
 
     def reply(self, blob: bytes, shard: Shard) -> bytes:
-        """Train as the broadcast says and return the update.
+        """Train one client as its broadcast says.
+
+        The base is brought up to date, the broadcast's adapter and heads are loaded, and the client trains on its
+        rows. If the broadcast asks for it, the trained model is evaluated on the client's held-out rows.
 
         Args:
-            blob: a `Broadcast`.
+            blob: a serialized `Broadcast`.
             shard: the client's rows.
 
+        Returns:
+            A serialized `ClientUpdate`.
+
         Raises:
-            FedeltaError: if the broadcast does not fit the model or the base.
+            FedeltaError: if the broadcast does not fit the model or the base, or if the client has no rows.
+            DeviceError: if the device runs out of memory.
         """
         task = self._task(blob, shard)
         broadcast, model = task.broadcast, self.model
-        smaller = self._smaller(self.settings.micro_batch_size or self.settings.batch_size)
-        with device_errors(f"{broadcast.client} trains", smaller), self.with_tail(broadcast.tail):
+        hints = self._memory_hints(self.settings.micro_batch_size or self.settings.batch_size)
+        with device_errors(f"{broadcast.client} trains", hints), self.with_tail(broadcast.tail):
             model.load(task.start, broadcast.heads, broadcast.plan.train, broadcast.seed)
             self.watch.lap("loading")
             loss = train(
@@ -156,31 +176,39 @@ class Trainer:
             )
             return self._update(task, loss)
 
-    def _smaller(self, texts: int) -> list[str]:
-        """Settings with which training would need less memory.
+    def _memory_hints(self, texts: int) -> list[str]:
+        """Changes of settings that lower the memory of training, the most effective first.
 
         Args:
-            texts: in a pass now.
+            texts: texts in one forward pass under the current settings.
         """
         base = self.model.peft.get_base_model()
-        found = [f"lower training.micro_batch_size (now {texts})"] if texts > 1 else []
-        found.append("lower data.max_length")
+        hints = [f"lower training.micro_batch_size (now {texts})"] if texts > 1 else []
+        hints.append("lower data.max_length")
         if not uses_checkpointing(base):
-            found.append("set model.gradient_checkpointing: true")
+            hints.append("set model.gradient_checkpointing: true")
         if self.model.dtype == torch.float32:
-            found.append("set model.dtype: bfloat16")
-        return found
+            hints.append("set model.dtype: bfloat16")
+        return hints
 
     def reply_together(self, blobs: Sequence[bytes], shards: Sequence[Shard]) -> list[bytes] | None:
-        """The updates of several clients that train in one pass; None where these can only train one by one.
+        """Train several clients in one pass.
+
+        Args:
+            blobs: serialized broadcasts, one per client.
+            shards: the rows of the same clients, in the same order.
+
+        Returns:
+            Serialized updates in the same order, or None if these clients can only train one by one.
 
         Raises:
-            FedeltaError: if a broadcast does not fit the model or the base, or a client has nothing to train on.
+            FedeltaError: if a broadcast does not fit the model or the base, or if a client has no rows.
+            DeviceError: if the device runs out of memory.
         """
         tasks = [self._task(blob, shard) for blob, shard in zip(blobs, shards, strict=True)]
-        # A tail is in the base, which all of a stack share; a core has a basis in the place of B.
-        alone = any(task.broadcast.tail or "core" in task.broadcast.plan.train for task in tasks)
-        if alone or can_stack(self.model):
+        # A tail is added to the base, which the clients of a stack share. A core has a fixed basis in place of B.
+        unstackable = any(task.broadcast.tail or "core" in task.broadcast.plan.train for task in tasks)
+        if unstackable or can_stack(self.model):
             return None
         clients = [
             StackedClient(
@@ -196,10 +224,10 @@ class Trainer:
         self.watch.lap("loading")
         updates = []
         with device_errors(f"{len(clients)} clients train in one pass", ["lower training.stack"]):
-            found = train_stacked(self.model, self.tokenizer, clients, self.settings, self.watch)
-        for task, trained in zip(tasks, found, strict=True):
-            self.model.load(trained.adapter, trained.heads)
-            updates.append(self._update(task, trained.loss))
+            results = train_stacked(self.model, self.tokenizer, clients, self.settings, self.watch)
+        for task, result in zip(tasks, results, strict=True):
+            self.model.load(result.adapter, result.heads)
+            updates.append(self._update(task, result.loss))
         return updates
 
     def _task(self, blob: bytes, shard: Shard) -> "_Task":
@@ -214,7 +242,7 @@ class Trainer:
         )
 
     def _update(self, task: "_Task", loss: float) -> bytes:
-        """What a client sends, after the training of what the model has loaded."""
+        """Build the client's update from the trained adapter and heads that the model holds."""
         broadcast, shard = task.broadcast, task.shard
         plan, client = broadcast.plan, broadcast.client
         metrics = {"train_loss": loss}
@@ -224,7 +252,7 @@ class Trainer:
             metrics["validation_loss"] = scores["loss"]
             self.watch.lap("evaluation")
         trained = task.method.finish(broadcast.round, task.start, self.model.read())
-        # A client that diverged keeps what it had: its update will be refused too.
+        # A client that diverged keeps its previous factors. The server refuses its update anyway.
         if plan.keep and all(finite(pair.A) and finite(pair.B) for pair in trained.values()):
             self.kept[client] = trained
         update = ClientUpdate(
@@ -256,7 +284,11 @@ class Trainer:
 
     @contextmanager
     def with_tail(self, tail: Mapping[str, LowRank]) -> Iterator[None]:
-        """The part of the global product that this client can't hold, in its base for as long as it trains."""
+        """Add a tail to the base while the context is open.
+
+        Args:
+            tail: module → the part of the global product (m, n) that exceeds the client's rank; may be empty.
+        """
         if not tail:
             yield
             return

@@ -1,4 +1,4 @@
-"""The schema of what a run writes about itself: a line of `rounds.jsonl`, and `result.json`."""
+"""Schema of a run's output files: a line of `rounds.jsonl`, and `result.json`."""
 
 from collections.abc import Mapping
 from typing import TypedDict
@@ -7,7 +7,7 @@ Scores = Mapping[str, float]
 
 
 class Bytes(TypedDict):
-    """Bytes in one direction by content; `overhead` is names, shapes and metadata."""
+    """Bytes sent in one direction, by content. `overhead` counts names, shapes and metadata."""
 
     adapter: int
     heads: int
@@ -21,27 +21,27 @@ class RoundRecord(TypedDict):
 
     Keys:
         round: index of the round, from 0.
-        clients: the clients whose updates were aggregated.
-        skipped: client → why its update was not.
-        promoted: clients that were given a higher rank after this round.
-        pruned: clients that took a lower rank.
-        ranks: rank → number of clients that have it after this round.
-        train_loss: mean over clients by weight; None if none reported it.
+        clients: clients whose updates were aggregated.
+        skipped: client → why its update was not aggregated.
+        promoted: clients that got a higher rank after this round.
+        pruned: clients that chose a lower rank.
+        ranks: rank → number of clients with this rank after the round.
+        train_loss: mean training loss of `clients` by weight; None if none reported it.
         validation: scores of the global model on the server's validation split; None if it was not evaluated.
-        metric: the score that the run is judged by.
-        bytes_down, bytes_up: of all clients together, as serialized.
+        metric: name of the task's main score.
+        bytes_down, bytes_up: bytes to and from all clients together, as serialized.
         bytes_by_client: client → [bytes down, bytes up].
-        deviation: module → ‖Σ p s B A − B̄ Ā‖_F / ‖Σ p s B A‖_F, what averaging A and B apart would lose.
-        scaled_deviation: module → the norm divided by √(m n), as in FedEx-LoRA's figures.
-        deviation_mean: of `deviation` over modules; None where it was not measured.
-        patch_width: the largest width of this round's base patch; 0 without one.
+        deviation: module → ‖Σ p s B A − B̄ Ā‖_F / ‖Σ p s B A‖_F, the relative error of averaging A and B separately.
+        scaled_deviation: module → ‖Σ p s B A − B̄ Ā‖_F / √(m n), as in the figures of FedEx-LoRA.
+        deviation_mean: mean of `deviation` over modules; None if it was not measured.
+        patch_width: largest width of this round's base patch; 0 without a patch.
         energy_by_rank: energy of the new global adapter by rank index.
-        version: of the base after this round.
-        failed_attempts: for each attempt that had too few usable updates, client → reason.
-        clients_validation: client → scores of its own model, where these are evaluated.
-        late: client → round of an update that arrived after its round and was dropped.
-        bytes_late: bytes of such updates.
-        caught_up: client → base version that it had come back with.
+        version: version of the base after this round.
+        failed_attempts: client → reason, for each attempt that had too few usable updates.
+        clients_validation: client → scores of its own model, if these are evaluated.
+        late: client → round of its update that arrived after that round had ended and was dropped.
+        bytes_late: bytes of late updates.
+        caught_up: client → base version that it had when it came back.
     """
 
     round: int
@@ -70,7 +70,7 @@ class RoundRecord(TypedDict):
 
 
 class Events(TypedDict):
-    """What an engine adds to a line of `rounds.jsonl`; the keys are those of `RoundRecord`."""
+    """Keys that the engine adds to a line of `rounds.jsonl`; see `RoundRecord`."""
 
     late: dict[str, int]
     bytes_late: int
@@ -81,13 +81,16 @@ class Result(TypedDict):
     """`result.json`: the final model of a run.
 
     Keys:
-        classes: name of each class index; empty where the task has no classes.
+        method: name of the aggregation method.
+        seed: the run's seed.
+        rounds: number of finished rounds.
+        classes: name of each class index; empty if the task has no classes.
         clients: client → number of training rows.
-        constant_score: test score of always giving the same answer; None where that says nothing.
+        constant_score: test score of always giving the same prediction; None if it is not meaningful for the task.
         validation, test: scores of the final model. The test split is used here and nowhere else.
         adapter_rank: rank of the exported adapter.
-        lora_parameters: rank → LoRA parameters of a client of that rank.
-        base_parameters: parameters of the model without LoRA, heads included.
+        lora_parameters: rank → number of LoRA parameters of a client with this rank.
+        base_parameters: number of parameters of the model without LoRA, heads included.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""What comes of one client's part in a round."""
+"""The result of one client's round, as an engine passes it to the server."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from fedelta.protocol.serialization import ByteCount
 
 
 class ClientReply(NamedTuple):
-    """What a client was sent and what came back.
+    """The broadcast that a client was sent, and its update or the error that replaced it.
 
     Args:
         sent: the broadcast.
-        update: the client's update, or the error that stands in its place.
+        update: the client's update, or the error that explains why there is none.
         down: bytes of the broadcast as serialized.
         up: bytes of the update as serialized; zero if none arrived.
         loss: validation loss of the client's own model, if the server measured it.

@@ -1,8 +1,8 @@
-"""A run's folder: what is written while it goes on, so that it can be watched, killed and resumed.
+"""The folder of a run, written after every round so that a run can be watched, killed and resumed.
 
-config.yaml     as resolved, every default written out
-rounds.jsonl    a line a round: clients, losses, scores, bytes, deviation. Equal runs give equal bytes
-timings.jsonl   a line a round: seconds by phase, which no two runs share
+config.yaml     the resolved configuration with every default written out
+rounds.jsonl    one line per round: clients, losses, scores, bytes, deviation. Equal runs write equal bytes
+timings.jsonl   one line per round: seconds by phase, which differ between equal runs
 checkpoint/     the server's state after the last finished round
 result.json     the scores of the final model
 adapter/        the final model as a PEFT adapter
@@ -27,19 +27,22 @@ from fedelta.lora.adapter import Adapter
 from fedelta.protocol.compression import ErrorFeedback
 
 HOLD_S = 10.0
+"""Seconds that `RunFolder.hold` waits for another process to end."""
+
 EXTENDABLE = (
     *("rounds", "compare", "output", "name", "evaluation.target", "workers"),
     *("federation.attempts", "federation.deadline"),
 )
-"""Keys in which a checkpoint's configuration may differ: a run may be moved, reported differently, shared out to other
-workers, given more patience and more rounds (the former last round then keeps its evaluation, due or not)."""
+"""Configuration keys that may change between a checkpoint and its resumption. A run can be moved, reported
+differently, distributed over another number of workers, and given longer deadlines, more attempts or more rounds.
+With more rounds, the former last round keeps its evaluation even if `evaluation.every` does not ask for it."""
 
 
 class RunFolder:
     """The folder of one run.
 
     Args:
-        path: its place.
+        path: the folder; it need not exist.
         config: the run's configuration as plain data.
     """
 
@@ -65,7 +68,7 @@ class RunFolder:
 
     @property
     def clients_folder(self) -> Path:
-        """What clients keep from one round to the next, where they are processes of their own."""
+        """Folder with what each client keeps between rounds, if clients run in processes of their own."""
         return self.path / "clients"
 
     @property
@@ -74,13 +77,13 @@ class RunFolder:
 
     @contextmanager
     def hold(self, patience: float = HOLD_S) -> Iterator[None]:
-        """Let no other process write here; a process that is killed lets go.
+        """Lock the folder against other processes while the context is open. A killed process releases its lock.
 
         Args:
-            patience: seconds to wait for one that is about to end.
+            patience: seconds to wait for another process that is about to end.
 
         Raises:
-            FedeltaError: if another process holds it.
+            FedeltaError: if another process holds the lock.
         """
         new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -88,24 +91,28 @@ class RunFolder:
         try:
             lock.acquire(timeout=patience)
         except Timeout as error:
-            raise FedeltaError(f"{self.path}: another process is at work on this run") from error
+            raise FedeltaError(f"{self.path}: another process is writing to this run") from error
         try:
             yield
         finally:
             with suppress(OSError):
-                # Those who wait for it see that it is gone; where a file in use can't be removed it stays.
+                # Processes that wait for the lock notice that the file is gone. On systems that can't remove an open
+                # file, it stays.
                 Path(lock.lock_file).unlink()
             lock.release()
             with suppress(OSError):
-                # Of a run of which nothing has come, nothing stays.
+                # A run that wrote nothing leaves no folder. rmdir fails on a folder that is not empty.
                 for folder in new:
                     folder.rmdir()
 
     def begin(self, state: ServerState) -> None:
-        """Start a new run here.
+        """Start a new run in this folder.
+
+        Args:
+            state: the server's state before round 0.
 
         Raises:
-            FedeltaError: if there is one already that has finished a round.
+            FedeltaError: if the folder holds a run that has finished a round.
         """
         self.refuse_existing()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -115,14 +122,23 @@ class RunFolder:
         save_checkpoint(self.checkpoint_file, state, self.config, {}, {})
 
     def refuse_existing(self) -> None:
-        if self.rounds_file.exists() and self.rounds_file.stat().st_size > 0:
-            raise FedeltaError(f"{self.path} holds a run already; go on with it by --resume, or choose another name=…")
-
-    def resume(self) -> Checkpoint | None:
-        """The checkpoint to go on from, or None if no run has begun here. Forgets rounds after the checkpoint.
+        """Raise if the folder holds a run that has finished a round.
 
         Raises:
-            FedeltaError: if the checkpoint is damaged or was made under another configuration.
+            FedeltaError: if it does.
+        """
+        if self.rounds_file.exists() and self.rounds_file.stat().st_size > 0:
+            raise FedeltaError(f"{self.path} holds a run already; continue it with --resume, or choose another name=…")
+
+    def resume(self) -> Checkpoint | None:
+        """Load the checkpoint to resume from, and drop the lines of rounds after it.
+
+        Returns:
+            The checkpoint, or None if no run has begun in this folder.
+
+        Raises:
+            FedeltaError: if the checkpoint is damaged, belongs to another configuration or has more rounds than the
+                configuration asks for, or if `rounds.jsonl` or `timings.jsonl` has fewer lines than finished rounds.
         """
         if not self.checkpoint_file.exists():
             return None
@@ -132,16 +148,18 @@ class RunFolder:
             self.settle_stack(before.get("training", {}).get("stack", "auto"))
         changed = _first_difference(before, json.loads(json.dumps(self.config)))
         if changed:
-            raise FedeltaError(f"checkpoint {self.checkpoint_file} is of another configuration: {changed}")
+            raise FedeltaError(f"checkpoint {self.checkpoint_file} belongs to another configuration: {changed}")
         if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
-            done = quantity(state.round, "round")
-            raise FedeltaError(f"{self.path} has {done} already, asked for {self.config['rounds']}")
+            present = quantity(state.round, "round")
+            raise FedeltaError(
+                f"{self.path} already has {present}, but the configuration asks for {self.config['rounds']}"
+            )
         for file in (self.rounds_file, self.timings_file):
-            found = file.read_text() if file.exists() else ""
-            lines = found.splitlines(keepends=True)
+            text = file.read_text() if file.exists() else ""
+            lines = text.splitlines(keepends=True)
             if len(lines) < state.round:
-                present, finished = quantity(len(lines), "line"), quantity(state.round, "finished round")
-                raise FedeltaError(f"{file} has {present}, but the checkpoint {finished}")
+                lines_found, finished = quantity(len(lines), "line"), quantity(state.round, "finished round")
+                raise FedeltaError(f"{file} has {lines_found}, but the checkpoint has {finished}")
             if len(lines) > state.round:
                 write_file(file, "".join(lines[: state.round]))
         write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
@@ -150,7 +168,10 @@ class RunFolder:
         return checkpoint
 
     def settle_stack(self, stack: int) -> None:
-        """Keep with the run what was measured for `training.stack: auto`: the choice changes bits."""
+        """Save the measured value of `training.stack: auto` in the run's configuration.
+
+        The value must stay the same when the run resumes, because it changes results by rounding.
+        """
         self.config["training"] = {**self.config["training"], "stack": stack}
 
     def finish_round(
@@ -161,20 +182,35 @@ class RunFolder:
         record: RoundRecord,
         timing: Mapping[str, Any],
     ) -> None:
-        """Make a round last. The checkpoint comes last: lines without it are dropped and made again."""
+        """Save a finished round.
+
+        The checkpoint is written last. If the process ends before that, `resume` drops the lines of the round and the
+        round runs again.
+
+        Args:
+            state: the server's state after the round.
+            kept: see `Checkpoint`.
+            error_feedback: see `Checkpoint`.
+            record: the round's line of `rounds.jsonl`.
+            timing: the round's line of `timings.jsonl`.
+
+        Raises:
+            Diverged: if a score of the record is not finite.
+        """
         _append(self.rounds_file, record)
         _append(self.timings_file, timing)
         save_checkpoint(self.checkpoint_file, state, self.config, kept, error_feedback)
 
     def finish(self, result: Result) -> None:
+        """Write `result.json`."""
         write_file(self.result_file, json.dumps(result, indent=2) + "\n")
 
     def records(self) -> list[RoundRecord]:
-        """The lines of `rounds.jsonl`."""
+        """Read the lines of `rounds.jsonl`."""
         return [json.loads(line) for line in self.rounds_file.read_text().splitlines()]
 
     def result(self) -> Result | None:
-        """`result.json`, or None while the run has not ended.
+        """Read `result.json`; None if the run has not ended.
 
         Raises:
             FedeltaError: if the file is damaged.
@@ -182,10 +218,10 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         try:
-            found = json.loads(self.result_file.read_text())
-            return Result(**{key: found[key] for key in Result.__annotations__})  # type: ignore[typeddict-item]
+            values = json.loads(self.result_file.read_text())
+            return Result(**{key: values[key] for key in Result.__annotations__})  # type: ignore[typeddict-item]
         except (ValueError, KeyError, TypeError) as error:
-            raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and go on by --resume") from error
+            raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and rerun with --resume") from error
 
 
 def _append(file: Path, record: Mapping[str, Any]) -> None:
@@ -193,7 +229,7 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, sort_keys=True, allow_nan=False)
     except ValueError as error:
         raise Diverged(
-            f"round {record['round']}: a score is not finite; the model diverged, try a lower learning_rate"
+            f"round {record['round']}: a score is not finite because the model diverged; try a lower learning_rate"
         ) from error
     with file.open("a") as stream:
         stream.write(line + "\n")
@@ -202,6 +238,7 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Describe the first key in which two configurations differ, except for `EXTENDABLE`; None if there is none."""
     for key in sorted({*before, *now}):
         if prefix + key in EXTENDABLE:
             continue

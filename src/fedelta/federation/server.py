@@ -1,7 +1,7 @@
 """The server: an explicit state, and one `step` that turns a round's replies into the next state.
 
-The server never needs the base model: it knows the shapes of the adapted layers, the global adapter, the
-heads, and the log of base patches.
+The server never needs the base model. It knows the shapes of the adapted layers, the global adapter, the heads and
+the log of base patches.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,15 +27,15 @@ from fedelta.seeds import derive_seed
 
 @dataclass(frozen=True, eq=False)
 class ServerState:
-    """Everything that a run is, between two rounds; the checkpoint is exactly this.
+    """The server's complete state between two rounds. A checkpoint saves every field.
 
     Args:
-        method: round, global adapter at rank R (scale 1), the method's memory.
-        heads: name → tensor, the trained modules outside LoRA.
-        classes: label of each of the model's outputs.
-        log: base patches.
+        method: the round, the global adapter at rank R (scale 1) and the method's memory.
+        heads: name → tensor of the trained modules outside LoRA.
+        classes: label of each output of the model.
+        log: the base patches so far.
         ranks: client → rank.
-        versions: client → base version that it is known to hold.
+        versions: client → base version that it is known to have.
         first_losses: client → validation loss after its first local training.
     """
 
@@ -49,23 +49,23 @@ class ServerState:
 
     @property
     def round(self) -> int:
-        """Number of finished rounds, and the index of the next."""
+        """Number of finished rounds, which is the index of the next round."""
         return self.method.round
 
 
 @dataclass(frozen=True, eq=False)
 class RoundOutcome:
-    """What a step has to report.
+    """Facts about one `Server.step`.
 
     Args:
-        contributors: clients whose updates were averaged.
-        skipped: client → why its update was not.
+        contributors: clients whose updates were aggregated.
+        skipped: client → why its update was not aggregated.
         promoted: clients that got a higher rank.
-        pruned: clients that took a lower one.
-        train_loss: mean over contributors by weight, None if none reported it.
+        pruned: clients that chose a lower rank.
+        train_loss: mean training loss of the contributors by weight; None if none reported it.
         deviation: module → deviation of the mean factors from the mean of products; empty if not measured.
-        patch_width: largest width of the round's base patch, 0 without one.
-        energy: of the new global adapter by rank index, see `Adapter.energy_by_rank`.
+        patch_width: largest width of the round's base patch; 0 without a patch.
+        energy: energy of the new global adapter by rank index, see `Adapter.energy_by_rank`.
     """
 
     contributors: list[str]
@@ -79,14 +79,22 @@ class RoundOutcome:
 
 
 class Server:
-    """The rules of a run; holds no state.
+    """Samples clients, writes their broadcasts and turns their updates into the next state.
+
+    A server holds the rules of a run and no state: every method takes a `ServerState`, and `step` returns a new one.
+    All random choices depend only on the seed, the round and the attempt.
 
     Args:
-        method: how updates are aggregated.
-        settings: sampling and weighting.
+        method: the aggregation method.
+        settings: sampling, weighting and limits of a round.
         ranks: which client gets which rank.
-        alpha, rule: LoRA's α and how it becomes the scale of each rank.
-        seed: of the run.
+        alpha: LoRA's α.
+        rule: how α and a client's rank r give its scale: α/r, α/√r, or α at every rank.
+        seed: the run's seed.
+
+    Raises:
+        FedeltaError: if the method does not support the ranks: mixed ranks under a method that needs equal ones, or
+            ranks by the loss on the server's rows under a method whose clients keep factors.
     """
 
     def __init__(
@@ -101,10 +109,13 @@ class Server:
         if ranks.mixed and not method.mixed_ranks:
             raise FedeltaError(
                 f"method {method.name} needs equal ranks, but ranks are allocated {ranks.allocation!r} "
-                f"between {ranks.low} and {ranks.largest}; use one that takes mixed ranks (see `fedelta methods`)"
+                f"between {ranks.low} and {ranks.largest}; use a method that takes mixed ranks (see `fedelta methods`)"
             )
         if method.personal and ranks.by_loss and ranks.loss_on == "server":
-            raise FedeltaError(f"method {method.name} keeps factors at clients; ranks.loss_on: server can't judge them")
+            raise FedeltaError(
+                f"method {method.name} keeps factors at clients, so the server can't measure their losses; "
+                f"expected ranks.loss_on: own, found {ranks.loss_on}"
+            )
         self.method = method
         self.settings = settings
         self.ranks = ranks
@@ -113,13 +124,25 @@ class Server:
         self.seed = seed
 
     def scale(self, rank: int) -> float:
-        """s of a client of this rank."""
+        """Scale s of a client of this rank."""
         return lora_scale(self.alpha, rank, self.rule)
 
     def start(
         self, shapes: Shapes, heads: Mapping[str, Tensor], clients: Iterable[str], classes: Iterable[str]
     ) -> ServerState:
-        """The state before round 0: B is zero, so the global model is the base model with its initial heads."""
+        """Create the state before round 0.
+
+        B is zero, so the global model is the base model with its initial heads.
+
+        Args:
+            shapes: module → (m, n) of the adapted layers.
+            heads: name → initial tensor of the trained modules outside LoRA.
+            clients: names of all clients.
+            classes: label of each output of the model.
+
+        Raises:
+            FedeltaError: if the settings or the ranks don't fit the number of clients.
+        """
         clients = sorted(clients)
         self.settings.check(len(clients))
         return ServerState(
@@ -132,34 +155,37 @@ class Server:
         )
 
     def sample(self, state: ServerState, attempt: int = 0, spare: bool = False) -> list[str]:
-        """The clients of this round, drawn without replacement, in the order of their names.
+        """Draw the clients of this round without replacement. They are returned in the order of their names.
 
         Args:
-            attempt: how often this round has been tried before.
-            spare: whether to draw more than the round keeps, where it keeps the first that come.
+            state: the state before the round.
+            attempt: number of earlier attempts at this round.
+            spare: whether to draw all clients of `round_size`, even if the round keeps only the first `keep` updates.
         """
-        # A client of weight 0 would train for nothing.
+        # The update of a client with weight 0 would change nothing.
         clients = [client for client, weight in self._weights(state).items() if weight != 0]
         size = self.settings.round_size(len(clients))
         if self.settings.keep is not None and not spare:
             size = min(size, self.settings.keep)
-        rng = np.random.default_rng(derive_seed(self.seed, "sample", state.round, *self._again(attempt)))
+        rng = np.random.default_rng(derive_seed(self.seed, "sample", state.round, *self._attempt_key(attempt)))
         return [clients[i] for i in sorted(rng.choice(len(clients), size, replace=False))]
 
     @staticmethod
-    def _again(attempt: int) -> tuple[int, ...]:
+    def _attempt_key(attempt: int) -> tuple[int, ...]:
         return (attempt,) if attempt else ()
 
     def drops_out(self, state: ServerState, client: str, attempt: int = 0) -> bool:
-        """Whether this client is simulated to vanish in this attempt at the round."""
-        rng = np.random.default_rng(derive_seed(self.seed, "dropout", state.round, client, *self._again(attempt)))
-        return bool(rng.random() < self.settings.dropout)
+        """Whether this client is simulated to drop out in this attempt at the round."""
+        seed = derive_seed(self.seed, "dropout", state.round, client, *self._attempt_key(attempt))
+        return bool(np.random.default_rng(seed).random() < self.settings.dropout)
 
     def broadcast(self, state: ServerState, client: str, since: int | None = None) -> Broadcast:
-        """What this client is sent: the adapter at its rank and scale, and what its base has not seen.
+        """Write the client's message: its adapter at its rank and scale, the heads, and the base patches it lacks.
 
         Args:
-            since: the version of its base; None is the one that it is known to hold.
+            state: the state before the round.
+            client: the client's name.
+            since: base version that the client has; None takes the version recorded in the state.
         """
         rank = state.ranks[client]
         scale = self.scale(rank)
@@ -179,37 +205,46 @@ class Server:
             indices=None if client_start.indices is None else tuple(client_start.indices.tolist()),
             heads=state.heads,
             patch=state.log.since(state.versions[client] if since is None else since),
-            wants_validation=self.ranks.loss_on == "own" and self.to_be_judged(state, client),
+            wants_validation=self.ranks.loss_on == "own" and self.needs_first_loss(state, client),
             precision=precision,
         )
         return message if precision == LOSSLESS else message.as_received()
 
-    def to_be_judged(self, state: ServerState, client: str) -> bool:
-        """Whether the loss after its training in this round decides about its rank."""
+    def needs_first_loss(self, state: ServerState, client: str) -> bool:
+        """Whether the client's loss after this round's training decides its rank."""
         return self.ranks.by_loss and client not in state.first_losses
 
     def personal_adapters(self, state: ServerState, kept: Mapping[str, Adapter]) -> dict[str, Adapter]:
-        """Client → the adapter that it would go on from: the common factors, and those it keeps."""
+        """Compute the adapter that each client would start the next round from.
+
+        Args:
+            state: the state between two rounds.
+            kept: client → the adapter that it keeps, see `Trainer.kept`.
+
+        Returns:
+            Client → adapter with the common factors of the state and the client's own factors.
+        """
         return {
             client: self.broadcast(state, client).adapter(state.log.shapes, kept.get(client))
             for client in sorted(state.ranks)
         }
 
     def step(self, state: ServerState, replies: Iterable[ClientReply]) -> tuple[ServerState, RoundOutcome]:
-        """One round: check the replies, aggregate, append the patch, allocate ranks.
+        """Finish one round: check the replies, aggregate the updates, append the base patch and promote clients.
 
         Args:
-            state: as broadcast.
-            replies: consumed one at a time; an update is folded in and dropped, so memory does not grow with the
-                number of clients. Their order matters to rounding.
+            state: the state that the broadcasts were written from.
+            replies: the clients' replies, consumed one at a time. Each update is added to running sums and then
+                dropped, so memory does not grow with the number of clients. Floating-point sums depend on their order.
 
         Raises:
             TooFewUpdates: if fewer than `min_clients` updates can be used.
-            FedeltaError: on the first bad one if the setting says refuse, or a mean that is not finite.
+            BadUpdate: on the first bad update if `on_bad_update` is "refuse".
+            Diverged: if the mean of the updates is not finite.
         """
         refuse = self.settings.on_bad_update == "refuse"
         updates = UpdateCollector(replies, state.log.shapes, self._weights(state), state.heads, refuse)
-        # Where clients keep B there is no product on the server to measure.
+        # If clients keep B, the server has no product to measure.
         measured = self.settings.deviation and not self.method.personal
         moments = self.method.fold(state.method, updates.contributions(), measured, frozenset(state.ranks.values()))
         self._check_usable(state, updates, moments)
@@ -225,7 +260,8 @@ class Server:
             patch_width=max((product.width for product in patch.values()), default=0),
             energy=method.adapter.energy_by_rank().tolist(),
         )
-        # A client that failed may or may not have folded what it was sent; it skips what it already has.
+        # A failed client may or may not have folded its patches. It keeps its old version here and is sent them again;
+        # it skips those that it already has.
         return ServerState(
             method=method,
             heads=updates.mean_heads(),
@@ -247,12 +283,12 @@ class Server:
                 diverged=bool(updates.skipped) and updates.diverged == set(updates.skipped),
             )
         for module, pair in moments.means().items():
-            # A product of factors as large as this may overflow where the factors themselves do not.
+            # The product of such large factors may overflow even if the factors themselves are finite.
             if not float(pair.A.abs().max()) * float(pair.B.abs().max()) < torch.finfo(pair.B.dtype).max:
                 raise Diverged(f"round {state.round}: the mean of module {module} is not finite; updates are too large")
 
     def _weights(self, state: ServerState) -> dict[str, float | None]:
-        """w_i of each client, in the order of names; None is its number of examples."""
+        """Map each client, in the order of names, to its weight w_i; None stands for its number of examples."""
         weighting, clients = self.settings.weighting, sorted(state.ranks)
         if isinstance(weighting, tuple):
             return dict(zip(clients, weighting, strict=True))

@@ -1,4 +1,4 @@
-"""What a person says about the rounds of a federation: who takes part, how updates are weighed, how long one waits."""
+"""Settings of a round: participation, weights, limits and precision."""
 
 from typing import Literal
 
@@ -10,23 +10,29 @@ from fedelta.settings import Settings, quota
 
 
 class FederationSettings(Settings):
-    """Who takes part in a round and how updates are weighed.
+    """The `federation` section: which clients take part in a round, and how their updates are weighted.
 
     Args:
-        participation: share of clients sampled each round.
-        sample: how many are sampled, in the place of a share.
-        keep: how many of their updates make the round: the first that come, the others are dropped. In process nobody
-            is late, and so many are sampled.
-        dropout: simulated probability that a sampled client vanishes after its download.
-        weighting: p_i by number of examples, all equal, or one weight for each client in the order of names.
-        on_bad_update: skip a client whose update can't be used, or stop the run.
-        min_clients: a round with fewer usable updates than this is tried again with newly sampled clients.
-        attempts: how often a round is tried before the run stops.
-        precision: of the numbers in messages: adapters and heads; patches of the base are always float32. What rounding
-            leaves out of a client's update is added to its next one.
-        deadline: seconds of a round over Flower; then it goes on without those who have not answered.
-        deviation: measure each round what averaging A and B apart would lose. For a method that needs means alone it
-            costs the memory of the clients' factors, at most that of a dense sum a layer.
+        participation: share of the clients that are sampled each round, above 0 and at most 1. At least one client is
+            sampled.
+        sample: number of clients that are sampled each round; replaces `participation`.
+        keep: number of updates that a round uses. Over Flower, the first `keep` usable updates are aggregated and the
+            others are dropped. In process no client is late, so at most `keep` clients are sampled.
+        dropout: probability that a sampled client is simulated to drop out after its download.
+        weighting: weight p_i of a client's update. `examples`: proportional to its number of training rows. `uniform`:
+            equal. A list: one weight per client in the order of their names; clients of weight 0 are never sampled.
+            Weights are normalized over the clients whose updates are used.
+        on_bad_update: what happens to an update that can't be used. `skip`: the round continues without this client.
+            `refuse`: the run stops.
+        min_clients: minimum number of usable updates. A round with fewer is tried again with newly sampled clients.
+        attempts: maximum number of attempts at a round. The run stops when the last one fails.
+        precision: number format of adapters and heads in messages. Base patches are always float32. What compression
+            leaves out of a client's update is added to its next update.
+        deadline: maximum duration of a round over Flower, in seconds. The round then continues without the clients
+            that have not replied.
+        deviation: whether to measure in each round the error of averaging A and B separately. For a method that needs
+            only means, this takes the memory of the clients' factors, or of a dense (m, n) sum per layer if that is
+            less.
     """
 
     participation: float = Field(default=1.0, gt=0, le=1)
@@ -42,25 +48,33 @@ class FederationSettings(Settings):
     deviation: bool = True
 
     def round_size(self, clients: int) -> int:
-        """How many of so many clients are sampled for a round."""
+        """Number of clients that are sampled for a round.
+
+        Args:
+            clients: number of clients that can be sampled.
+        """
         if self.sample is not None:
             return min(self.sample, clients)
         return max(1, quota(self.participation, clients))
 
     def check(self, clients: int) -> None:
-        """Whether a federation of so many clients can be run like this.
+        """Raise if these settings don't fit the number of clients.
+
+        Args:
+            clients: number of clients in the federation.
 
         Raises:
-            FedeltaError: if not.
+            FedeltaError: if `sample`, `keep` or `min_clients` exceeds the clients of a round, or if `weighting` does
+                not have one weight per client, has a negative weight, or has no positive one.
         """
         if (self.sample or 0) > clients:
             raise FedeltaError(f"federation.sample is {self.sample}, but there are {clients} clients")
         sampled, weights = self.round_size(clients), self.weighting
         if self.keep is not None and self.keep > sampled:
             raise FedeltaError(f"federation.keep is {self.keep}, but a round has {sampled} of {clients} clients")
-        if self.min_clients > (made_of := self.keep or sampled):
+        if self.min_clients > (used := self.keep or sampled):
             raise FedeltaError(
-                f"federation.min_clients is {self.min_clients}, but a round has {made_of} of {clients} clients"
+                f"federation.min_clients is {self.min_clients}, but a round has {used} of {clients} clients"
             )
         if isinstance(weights, tuple):
             if len(weights) != clients:

@@ -1,4 +1,4 @@
-"""A round's replies, taken in one at a time: checked at the door, counted, and handed on to be aggregated."""
+"""The replies of a round, one at a time: check each update, count it, and pass it to the aggregation."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -14,22 +14,24 @@ from fedelta.protocol.validation import receive
 
 
 class UpdateCollector:
-    """Turns replies into contributions and keeps what a round has to know of each client; the factors it lets go.
+    """Turns the replies of a round into contributions, and collects facts about each client.
+
+    It does not store the factors of an update, so memory does not grow with the number of clients.
 
     Args:
-        replies: in the order in which they are folded in.
-        shapes: module → (m, n).
-        weights: client → w_i, or None for its number of examples.
-        heads: the round's heads, name → tensor.
-        refuse: raise on a bad update instead of skipping it.
+        replies: the clients' replies, in the order of aggregation.
+        shapes: module → (m, n) of the adapted layers.
+        weights: client → w_i, or None to use its number of examples.
+        heads: name → tensor of the heads that the round started from.
+        refuse: whether to raise on a bad update instead of skipping it.
 
     Attributes:
-        contributors: clients whose updates were handed on.
-        skipped: client → why its update was not.
-        diverged: those of them whose training left the finite numbers.
-        versions: client → base version that it is known to hold.
-        losses: client → validation loss, of those who were asked for it or judged by the server.
-        pruned: client → rank, of those who sent a lower one than they were given.
+        contributors: clients whose updates were passed on.
+        skipped: client → why its update was not passed on.
+        diverged: skipped clients whose update is not finite.
+        versions: client → base version that it is known to have.
+        losses: client → validation loss, reported by the client on request or measured by the server.
+        pruned: client → rank of its update, if that is lower than the rank of its broadcast.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class UpdateCollector:
         self._heads = heads
         self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in heads.items()}
         self._weight = 0.0
-        self._loss: list[tuple[float, float]] = []
+        self._train_losses: list[tuple[float, float]] = []
         self.contributors: list[str] = []
         self.skipped: dict[str, str] = {}
         self.diverged: set[str] = set()
@@ -56,10 +58,10 @@ class UpdateCollector:
         self.pruned: dict[str, int] = {}
 
     def contributions(self) -> Iterator[Contribution]:
-        """The usable updates.
+        """Yield the usable updates.
 
         Raises:
-            BadUpdate: on the first bad one, if told to refuse.
+            BadUpdate: on the first bad update, if `refuse` is set.
         """
         for reply in self._replies:
             contribution = self._check(reply.sent, reply.update)
@@ -91,16 +93,16 @@ class UpdateCollector:
         if sent.wants_validation and "validation_loss" in contribution.metrics:
             self.losses[sent.client] = contribution.metrics["validation_loss"]
         if "train_loss" in contribution.metrics:
-            self._loss.append((contribution.weight, contribution.metrics["train_loss"]))
+            self._train_losses.append((contribution.weight, contribution.metrics["train_loss"]))
         self._weight += contribution.weight
         for name, total in self._sums.items():
             total += contribution.weight * contribution.heads[name].double()
 
     def mean_heads(self) -> dict[str, Tensor]:
-        """Σ p_i head_i, in the dtype of the heads before."""
+        """Average the heads: Σ p_i head_i, summed in float64 and returned in the dtype of the round's heads."""
         return {name: (total / self._weight).to(self._heads[name].dtype) for name, total in self._sums.items()}
 
     def mean_loss(self) -> float | None:
-        """Training loss over contributors by weight; None if none reported it."""
-        weight = sum(w for w, _ in self._loss)
-        return sum(w * loss for w, loss in self._loss) / weight if weight else None
+        """Average the training losses of the contributors by weight; None if none reported it."""
+        weight = sum(w for w, _ in self._train_losses)
+        return sum(w * loss for w, loss in self._train_losses) / weight if weight else None

@@ -1,4 +1,4 @@
-"""Whole runs in process, on a real model, real texts and real messages."""
+"""Complete runs in process, with a real model, real texts and real messages."""
 
 import json
 from pathlib import Path
@@ -40,17 +40,17 @@ class Tap(Observer):
 
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
-    """Every broadcast and update of the runs of a test, as bytes, in order."""
-    found: list[tuple[bytes, bytes]] = []
-    answer = Trainer.reply
+    """Each broadcast and its update in a test's runs, as bytes, in order."""
+    exchanges: list[tuple[bytes, bytes]] = []
+    reply = Trainer.reply
 
     def listen(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        reply = answer(self, blob, shard)
-        found.append((blob, reply))
-        return reply
+        update = reply(self, blob, shard)
+        exchanges.append((blob, update))
+        return update
 
     monkeypatch.setattr(Trainer, "reply", listen)
-    return found
+    return exchanges
 
 
 def files(finished: Run) -> tuple[bytes, bytes]:
@@ -71,8 +71,8 @@ def test_every_method_learns(name: str, tiny_config: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=label)
-def test_what_every_variant_sends_can_be_sent(name: str, options: dict[str, Any], tiny_config: Any) -> None:
-    """At α = r nothing is scaled on its way into a message: what a method gives twice is one tensor there."""
+def test_updates_of_every_variant_can_be_serialized(name: str, options: dict[str, Any], tiny_config: Any) -> None:
+    """At α = r, tensors enter a message unscaled, so a tensor that a method returns twice is the same object twice."""
     ranks, method = {"allocation": "uniform", "high": 4}, {"name": name, **options}
     finished = run(tiny_config(method=method, ranks=ranks, rounds=3, lora={"alpha": 4}))
     assert len(finished.records) == 3
@@ -87,7 +87,7 @@ def test_equal_ranks_give_identical_adapters_for_three_methods(tiny_config: Any)
     results = []
     for name in ("fedit", "zero-padding", "replication"):
         finished = run(tiny_config(name=name, method=name, ranks={"allocation": "uniform", "high": 3}))
-        # Broadcasts name the method, and names differ in length.
+        # Broadcasts contain the method's name, and names differ in length.
         records = [{k: v for k, v in record.items() if "bytes" not in k} for record in finished.records]
         results.append((files(finished)[0], records))
     assert results[0] == results[1] == results[2]
@@ -122,11 +122,11 @@ def test_ffa_clients_never_send_or_receive_A_and_keep_it_frozen(
     assert all(d < 1e-6 for record in finished.records for d in record["deviation"].values())
 
 
-def test_bytes_in_the_log_are_those_of_the_messages(tiny_config: Any, messages: list[tuple[bytes, bytes]]) -> None:
+def test_recorded_bytes_are_the_sizes_of_the_messages(tiny_config: Any, messages: list[tuple[bytes, bytes]]) -> None:
     finished = run(tiny_config(method="fedex"))
     for i, record in enumerate(finished.records):
-        mine = messages[4 * i : 4 * i + 4]
-        for key, blobs in (("bytes_down", [b for b, _ in mine]), ("bytes_up", [r for _, r in mine])):
+        in_round = messages[4 * i : 4 * i + 4]
+        for key, blobs in (("bytes_down", [b for b, _ in in_round]), ("bytes_up", [r for _, r in in_round])):
             assert record[key]["total"] == sum(map(len, blobs))
             assert record[key]["patch"] == sum(count_bytes(blob).patch for blob in blobs)
             assert record[key]["heads"] > 0
@@ -134,16 +134,16 @@ def test_bytes_in_the_log_are_those_of_the_messages(tiny_config: Any, messages: 
     assert finished.records[1]["bytes_up"]["patch"] == 0
 
 
-def test_high_rank_clients_pay_for_their_rank(tiny_config: Any, messages: list[tuple[bytes, bytes]]) -> None:
+def test_upload_bytes_grow_in_proportion_to_rank(tiny_config: Any, messages: list[tuple[bytes, bytes]]) -> None:
     run(tiny_config(rounds=1))
     sizes = [count_bytes(reply).adapter for _, reply in messages]
     assert sizes == [2 * sizes[2], 2 * sizes[2], sizes[2], sizes[2]]
 
 
-def test_every_client_that_takes_part_holds_the_servers_base_over_thirty_rounds(
+def test_each_sampled_client_has_the_servers_base_over_thirty_rounds(
     tiny_config: Any, messages: list[tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each client folds only what it is sent, into a base of its own; the server's log is the reference."""
+    """Each client folds only the patches it is sent, into a base of its own. The server's log is the reference."""
     logs: list[PatchLog] = []
     step = Server.step
 
@@ -168,11 +168,11 @@ def test_every_client_that_takes_part_holds_the_servers_base_over_thirty_rounds(
         server.apply(log.since(server.version))
         for _ in record["clients"]:
             sent = Broadcast.from_bytes(next(stream)[0])
-            mine = clients.setdefault(sent.client, PatchedBase())
-            missed.append(sent.patch.end - mine.version)
-            assert sent.patch.start == mine.version, "exactly what it has not seen"
-            mine.apply(sent.patch)
-            assert mine.content_hash() == server.content_hash()
+            base = clients.setdefault(sent.client, PatchedBase())
+            missed.append(sent.patch.end - base.version)
+            assert sent.patch.start == base.version, "a broadcast has exactly the patches that the client lacks"
+            base.apply(sent.patch)
+            assert base.content_hash() == server.content_hash()
     assert len(clients) == 6
     assert max(missed) > 3, "some client missed several rounds"
     assert server.version >= 25
@@ -189,15 +189,15 @@ def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Read off the model itself as local training begins, against a dense float64 sum of the messages."""
+    """Compare the model at the start of local training with a dense float64 sum of the messages."""
     checked = []
     original: dict[str, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}
     folded = [0]
     sent: list[Broadcast] = []
-    answer, train = Trainer.reply, client_module.train
+    reply, train = Trainer.reply, client_module.train
 
-    def written_out(product: Any) -> torch.Tensor:
+    def dense(product: Any) -> torch.Tensor:
         tensors = {part: tensor.double() for part, tensor in product.tensors.items()}
         return tensors["W"] if "W" in tensors else tensors["U"] @ tensors["V"]
 
@@ -212,8 +212,8 @@ def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
             if version > folded[0]:
                 folded[0] = version
                 for module, product in patch.items():
-                    sums[module] += written_out(product)
-        return answer(self, blob, shard)
+                    sums[module] += dense(product)
+        return reply(self, blob, shard)
 
     def look(model: Any, *arguments: Any, **more: Any) -> float:
         message = sent[-1]
@@ -222,7 +222,7 @@ def test_clients_train_on_base_plus_all_patches_plus_their_scaled_product(
             n = model.shapes[module][1]
             with torch.no_grad():
                 seen = (layer(torch.eye(n)) - layer(torch.zeros(1, n))).T.double()
-            base = sums[module] + (written_out(message.tail[module]) if module in message.tail else 0)
+            base = sums[module] + (dense(message.tail[module]) if module in message.tail else 0)
             pair = message.adapter(model.shapes)[module]
             s = lora_scale(8, message.rank, rule)  # type: ignore[arg-type]
             oracle = original[module] + base + s * pair.B.double() @ pair.A.double()
@@ -257,8 +257,8 @@ def test_the_penalty_of_hetlora_shrinks_the_tail(tiny_config: Any) -> None:
     assert tails[30.0] < 0.5 * tails[0.0]
 
 
-def test_a_client_that_diverged_keeps_what_it_had(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FedSA keeps B at the client: a NaN there would stay in its model for ever."""
+def test_a_client_that_diverged_keeps_its_previous_factors(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedSA keeps B at the client, so a NaN in it would stay in the client's model forever."""
     finish = type(make_method("fedsa")).finish
     calls = [0]
 
@@ -289,10 +289,10 @@ def test_clients_that_drop_out_are_skipped_with_a_warning(tiny_config: Any) -> N
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    answer = Trainer.reply
+    reply = Trainer.reply
 
     def spoil(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        update = ClientUpdate.from_bytes(answer(self, blob, shard), "sender")
+        update = ClientUpdate.from_bytes(reply(self, blob, shard), "sender")
         if update.client == "client-002":
             next(iter(update.factors["B"].values()))[0, 0] = value
         return update.to_bytes()
@@ -313,7 +313,9 @@ def test_a_poisoned_update_is_skipped_and_the_client_named(
     assert finished.result["test"]["loss"] < 10
 
 
-def test_a_poisoned_update_is_refused_by_setting(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poisoned_update_stops_the_run_if_the_setting_is_refuse(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, float("nan"))
     config = tiny_config(federation={"on_bad_update": "refuse"})
     with pytest.raises(FedeltaError, match="client client-002: B of module .* holds NaN or infinite values"):
@@ -323,12 +325,12 @@ def test_a_poisoned_update_is_refused_by_setting(tiny_config: Any, monkeypatch: 
 
 @pytest.mark.parametrize("setting", ["skip", "refuse"])
 def test_a_damaged_update_follows_the_setting(setting: str, tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Trainer.reply
+    reply = Trainer.reply
     calls = [0]
 
     def cut(self: Trainer, blob: bytes, shard: Any) -> bytes:
         calls[0] += 1
-        return answer(self, blob, shard)[: None if calls[0] != 2 else -9]
+        return reply(self, blob, shard)[: None if calls[0] != 2 else -9]
 
     monkeypatch.setattr(Trainer, "reply", cut)
     config = tiny_config(rounds=1, federation={"on_bad_update": setting})
@@ -339,14 +341,16 @@ def test_a_damaged_update_follows_the_setting(setting: str, tiny_config: Any, mo
         assert "damaged message" in run(config).records[0]["skipped"]["client-001"]
 
 
-def test_weights_are_renormalized_over_those_that_answered(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that fails leaves the same model as one that was never there."""
-    answer = Trainer.reply
+def test_weights_are_renormalized_over_the_clients_that_replied(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that fails leaves the same model as a client of weight 0."""
+    reply = Trainer.reply
 
     def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if Broadcast.from_bytes(blob).client == "client-003":
             raise RuntimeError("out of memory")
-        return answer(self, blob, shard)
+        return reply(self, blob, shard)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "reply", fail)
@@ -401,7 +405,7 @@ def test_a_bf16_base_runs_with_fp32_messages(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_where_clients_keep_factors_each_is_judged_with_its_own(workers: int, tiny_config: Any) -> None:
+def test_clients_that_keep_factors_are_evaluated_with_their_own(workers: int, tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedsa", workers=workers))
     checkpoint = load_checkpoint(finished.folder.checkpoint_file)
     trainer, data = assemble.prepare(finished.config)
@@ -419,46 +423,44 @@ def test_where_clients_keep_factors_each_is_judged_with_its_own(workers: int, ti
     assert finished.result["test"]["loss"] == pytest.approx(mean, rel=1e-6)
 
 
-def test_a_model_that_diverged_ends_in_one_line(tiny_config: Any) -> None:
+def test_a_model_that_diverges_raises_one_line(tiny_config: Any) -> None:
     training = {"steps": 2, "batch_size": 8, "learning_rate": 1e25, "max_grad_norm": None, "optimizer": "sgd"}
     with pytest.raises(FedeltaError, match="round 0|updates are too large"):
         run(tiny_config(training=training, federation={"on_bad_update": "skip"}))
 
 
-def test_an_engine_refuses_to_judge_a_model_on_a_stale_base(tiny_config: Any) -> None:
+def test_the_evaluator_refuses_a_stale_base(tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedex"))
     state, *_ = load_checkpoint(finished.folder.checkpoint_file)
     evaluator = Evaluator.__new__(Evaluator)
     evaluator.trainer = Trainer.__new__(Trainer)
     evaluator.trainer.base = PatchedBase()
-    with pytest.raises(FedeltaError, match="base is at version 0, the server at 3"):
+    with pytest.raises(FedeltaError, match="base is at version 0, but the server is at version 3"):
         evaluator.evaluate(state, None, "test")  # type: ignore[arg-type]
 
 
-def test_rounds_hold_no_timings_and_timings_no_scores(tiny_config: Any) -> None:
+def test_round_records_have_no_timings_and_timings_have_no_scores(tiny_config: Any) -> None:
     finished = run(tiny_config())
     timing = json.loads(finished.folder.timings_file.read_text().splitlines()[0])
     assert set(timing) == {"round", "seconds", "in_workers", "counts"}
     assert "seconds" not in finished.records[0]
 
 
-def test_clients_report_the_loss_on_rows_that_they_do_not_train_on(
-    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer = Trainer.reply
-    compared = []
+def test_clients_report_the_loss_on_their_held_out_rows(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = Trainer.reply
+    differences = []
 
     def check(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        reply = answer(self, blob, shard)
-        found = ClientUpdate.from_bytes(reply, "sender").metrics["validation_loss"]
+        update = reply(self, blob, shard)
+        reported = ClientUpdate.from_bytes(update, "sender").metrics["validation_loss"]
         on_held_out, on_trained = (
             evaluate(Classification(), self.model, self.tokenizer, rows, 64)["loss"]
             for rows in (shard.validation, shard.train)
         )
-        assert found == pytest.approx(on_held_out, rel=1e-6)
-        compared.append(abs(found - on_trained))
-        return reply
+        assert reported == pytest.approx(on_held_out, rel=1e-6)
+        differences.append(abs(reported - on_trained))
+        return update
 
     monkeypatch.setattr(Trainer, "reply", check)
     run(tiny_config(ranks={"allocation": "loss", "low": 2, "high": 4, "share": 0.5}, rounds=1))
-    assert max(compared) > 1e-3
+    assert max(differences) > 1e-3

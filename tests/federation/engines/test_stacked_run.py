@@ -1,4 +1,4 @@
-"""Runs whose clients train several in a pass: what one by one gives, to rounding."""
+"""Runs that train several clients in one pass give the results of training one by one, up to rounding."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,10 @@ TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 0.01}
 
 @pytest.fixture
 def calm_config(tiny_config: Any, calm_bert: Path) -> Any:
-    """The tiny configuration on a base without dropout: fused attention draws for all clients from one generator."""
+    """The tiny configuration on a base without dropout.
+
+    With dropout, fused attention would draw for all clients of a stack from one generator.
+    """
 
     def make(stack: int | str, **changes: Any) -> Any:
         return tiny_config(
@@ -49,42 +52,46 @@ def bits(finished: Run) -> list[bytes]:
 
 @pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
-    """How many clients each attempt at a stack has trained; None where they could only train one by one."""
-    seen: list[int | None] = []
-    true = Trainer.reply_together
+    """Number of clients trained by each attempt at a stack; None if they could only train one by one."""
+    sizes: list[int | None] = []
+    reply_together = Trainer.reply_together
 
     def count(self: Trainer, *arguments: Any) -> Any:
-        found = true(self, *arguments)
-        seen.append(len(found) if found else None)
-        return found
+        updates = reply_together(self, *arguments)
+        sizes.append(len(updates) if updates else None)
+        return updates
 
     monkeypatch.setattr(Trainer, "reply_together", count)
-    return seen
+    return sizes
 
 
 @pytest.mark.parametrize("method", ["replication", "fedex", "hetlora", "ffa", "fedsa"])
-def test_a_stack_learns_what_each_client_learns_alone(method: str, calm_config: Any, stacks: list[int | None]) -> None:
+def test_clients_in_a_stack_learn_what_they_learn_alone(
+    method: str, calm_config: Any, stacks: list[int | None]
+) -> None:
     ranks = {} if method == "replication" else {"ranks": {"allocation": "fixed", "low": 3, "high": 3}}
     alone, together = (run(calm_config(stack, method=method, **ranks)) for stack in (1, 3))
-    assert stacks == [3] * 3  # four clients: three, and one who needs no company
-    for mine, other in zip(together.records, alone.records, strict=True):
-        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
-        assert mine["bytes_by_client"] == other["bytes_by_client"]
-        assert mine["clients"] == other["clients"]
-    other_adapter = adapter(alone)
-    assert adapter(together).keys() == other_adapter.keys()
+    assert stacks == [3] * 3  # each round has four clients: a stack of three, and one client that trains alone
+    for stacked, single in zip(together.records, alone.records, strict=True):
+        assert stacked["train_loss"] == pytest.approx(single["train_loss"], rel=1e-4)
+        assert stacked["bytes_by_client"] == single["bytes_by_client"]
+        assert stacked["clients"] == single["clients"]
+    expected = adapter(alone)
+    assert adapter(together).keys() == expected.keys()
     for name, tensor in adapter(together).items():
-        assert float((tensor - other_adapter[name]).norm() / other_adapter[name].norm()) < 1e-3, name
+        assert float((tensor - expected[name]).norm() / expected[name].norm()) < 1e-3, name
 
 
-def test_what_cannot_be_stacked_trains_one_by_one_to_the_bit(calm_config: Any, stacks: list[int | None]) -> None:
+def test_clients_that_cannot_be_stacked_train_one_by_one_with_identical_results(
+    calm_config: Any, stacks: list[int | None]
+) -> None:
     ranks = {"ranks": {"allocation": "fixed", "low": 3, "high": 3}}
     alone, together = (run(calm_config(stack, method="fed-sb", **ranks)) for stack in (1, 4))
     assert stacks == [None] * 3
     assert bits(together)[0] == bits(alone)[0]
 
 
-def test_clients_with_a_tail_of_their_own_train_one_by_one(calm_config: Any, stacks: list[int | None]) -> None:
+def test_clients_with_a_tail_train_one_by_one(calm_config: Any, stacks: list[int | None]) -> None:
     alone, together = (run(calm_config(stack, method="fed-plora")) for stack in (1, 4))
     assert None in stacks
     losses = [[record["train_loss"] for record in each.records] for each in (together, alone)]
@@ -101,18 +108,20 @@ def test_clients_report_their_validation_losses_from_a_stack(calm_config: Any) -
     assert any(r["promoted"] for r in alone.records)
 
 
-def test_stacks_in_workers_change_no_bit(calm_config: Any) -> None:
+def test_stacks_give_identical_results_in_workers(calm_config: Any) -> None:
     one, two = (run(calm_config(2, workers=workers, name=f"workers-{workers}")) for workers in (1, 2))
     assert bits(one)[0] == bits(two)[0]
     assert adapter(one).keys() == adapter(two).keys()
     assert all(torch.equal(tensor, adapter(two)[name]) for name, tensor in adapter(one).items())
 
 
-def test_a_client_that_fails_takes_no_other_with_it(calm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = Trainer._task
+def test_a_failing_client_does_not_affect_the_rest_of_its_stack(
+    calm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Trainer._task
 
     def fail(self: Trainer, blob: bytes, shard: Any) -> Any:
-        task = true(self, blob, shard)
+        task = decode(self, blob, shard)
         if task.broadcast.client.endswith("1"):
             raise OSError("no disk")
         return task
@@ -126,34 +135,34 @@ def test_a_client_that_fails_takes_no_other_with_it(calm_config: Any, monkeypatc
     assert sum("one by one: OSError: no disk" in warning for warning in warnings) == 1
 
 
-def test_what_was_measured_is_kept_with_the_run(calm_config: Any) -> None:
+def test_a_resumed_run_keeps_the_measured_stack(calm_config: Any) -> None:
     whole = run(calm_config(3, name="whole", rounds=4))
     run(calm_config(3, name="parts", rounds=2))
-    # Not what this machine would find now: what the run began with.
+    # The run keeps the stack that it began with and does not measure again.
     resumed = run(calm_config("auto", name="parts", rounds=4), resume=True)
     assert bits(resumed)[0] == bits(whole)[0]
     assert all(torch.equal(tensor, adapter(resumed)[name]) for name, tensor in adapter(whole).items())
     assert resumed.folder.config["training"]["stack"] == 3
 
 
-def test_auto_measures_and_is_written_down(calm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(runner, "fastest_stack", lambda _trainer, _examples, ranks: asked.append(ranks) or 2)
+def test_auto_measures_the_stack_and_saves_it(calm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_ranks = []
+    monkeypatch.setattr(runner, "fastest_stack", lambda _trainer, _examples, ranks: measured_ranks.append(ranks) or 2)
     finished = run(calm_config("auto"))
-    assert asked == [[2, 4, 2, 4]] or sorted(asked[0]) == [2, 2, 4, 4]
+    assert measured_ranks == [[2, 4, 2, 4]] or sorted(measured_ranks[0]) == [2, 2, 4, 4]
     assert "stack: 2" in (finished.folder.path / "config.yaml").read_text()
     assert bits(finished)[0] == bits(run(calm_config(2)))[0]
 
 
-def test_a_stack_that_fails_late_leaves_nothing_behind(calm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The update of a later client fails after the first has kept its factors: all start again where they started."""
-    true = Trainer._update
+def test_a_stack_that_fails_late_leaves_no_state_behind(calm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later client's update fails after the first client has kept its factors. All must start from the old state."""
+    build_update = Trainer._update
     ranks = {"ranks": {"allocation": "fixed", "low": 3, "high": 3}}
 
     def fail(self: Trainer, task: Any, loss: float) -> bytes:
         if task.broadcast.client.endswith("2") and task.broadcast.round == 1:
             raise OSError("no disk")
-        return true(self, task, loss)
+        return build_update(self, task, loss)
 
     monkeypatch.setattr(Trainer, "_update", fail)
     alone, together = (run(calm_config(stack, method="fedsa", rounds=2, **ranks)) for stack in (1, 4))
@@ -168,7 +177,7 @@ def test_a_stack_that_fails_late_leaves_nothing_behind(calm_config: Any, monkeyp
 def test_the_fastest_stack_is_found(
     cost_of_a_pass: float, best: int, calm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock on which a pass has a price of its own, or each further client costs more than the last."""
+    """A simulated clock: either each pass has a fixed cost, or each further client costs more than the last."""
     now = [0.0]
 
     def alone(*_: Any, **__: Any) -> float:
@@ -182,14 +191,14 @@ def test_the_fastest_stack_is_found(
     config = calm_config(1)
     trainer, _ = assemble.prepare(config)
     tokenized, _ = assemble.tokenized_splits(config)
-    assert measure.fastest_stack(trainer, tokenized.train, [2, 4, 2]) in (1, 2, 3)  # by the true clock
+    assert measure.fastest_stack(trainer, tokenized.train, [2, 4, 2]) in (1, 2, 3)  # measured on the real clock
     monkeypatch.setattr(measure, "train", alone)
     monkeypatch.setattr(measure, "train_stacked", stacked)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     assert measure.fastest_stack(trainer, tokenized.train, [2, 4, 2, 4, 2]) == best
 
 
-def test_a_pass_that_is_limited_is_not_of_a_stack(calm_config: Any) -> None:
+def test_micro_batches_cannot_be_stacked(calm_config: Any) -> None:
     limited = {"training": {**TRAINING, "micro_batch_size": 2, "stack": 3}}
     with pytest.raises(FedeltaError, match="training: micro_batch_size needs stack: 1, or auto, found stack: 3"):
         calm_config(3, **limited)

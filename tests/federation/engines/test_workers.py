@@ -1,4 +1,4 @@
-"""Processes forked from a warm parent: the same results in any number, also when one dies."""
+"""Forked workers give the same results in any number, even if a worker dies."""
 
 import json
 import multiprocessing
@@ -27,20 +27,20 @@ def files(finished: Run) -> list[bytes]:
     return [path.read_bytes() for path in [*adapters, finished.folder.rounds_file]]
 
 
-def test_results_come_in_order_whatever_takes_longest() -> None:
+def test_map_yields_results_in_order_even_if_the_first_task_is_slow() -> None:
     def work(i: int) -> Result:
         time.sleep(0.05 if i == 0 else 0)
         return Result({"i": i, "pid": os.getpid()}, [bytes([i]), b""])
 
     for count in (1, 2, 3):
-        found = list(Workers(count).map(work, [1.0] * 7))
-        assert [result.facts["i"] for result in found] == list(range(7))
-        assert [result.blobs for result in found] == [[bytes([i]), b""] for i in range(7)]
-        elsewhere = {result.facts["pid"] for result in found} - {os.getpid()}
-        assert len(elsewhere) == (0 if count == 1 else count)
+        results = list(Workers(count).map(work, [1.0] * 7))
+        assert [result.facts["i"] for result in results] == list(range(7))
+        assert [result.blobs for result in results] == [[bytes([i]), b""] for i in range(7)]
+        worker_pids = {result.facts["pid"] for result in results} - {os.getpid()}
+        assert len(worker_pids) == (0 if count == 1 else count)
 
 
-def test_results_as_completed_come_before_what_takes_longer(tmp_path: Path) -> None:
+def test_as_completed_yields_fast_results_before_slow_ones(tmp_path: Path) -> None:
     def work(i: int) -> Result:
         while i == 0 and not (tmp_path / "others").exists():
             time.sleep(0.01)
@@ -56,23 +56,23 @@ def test_results_as_completed_come_before_what_takes_longer(tmp_path: Path) -> N
     assert order[-1] == 0
 
 
-def test_fresh_workers_are_born_for_each_task() -> None:
-    gathered: list[int] = []
+def test_fresh_workers_are_forked_for_each_task() -> None:
+    history: list[int] = []
 
     def work(i: int) -> Result:
-        gathered.append(i)
-        return Result({"pid": os.getpid(), "gathered": len(gathered)})
+        history.append(i)
+        return Result({"pid": os.getpid(), "tasks": len(history)})
 
-    found = list(Workers(2, fresh=True).map(work, [1.0] * 5))
-    assert [result.facts["gathered"] for result in found] == [1] * 5
-    assert len({result.facts["pid"] for result in found}) == 5
+    results = list(Workers(2, fresh=True).map(work, [1.0] * 5))
+    assert [result.facts["tasks"] for result in results] == [1] * 5
+    assert len({result.facts["pid"] for result in results}) == 5
 
 
 def test_expensive_tasks_start_first_within_a_window() -> None:
     assert _order([1, 3, 2, 9, 9, 1], 3) == [1, 2, 0, 3, 4, 5]
 
 
-def test_a_worker_that_dies_is_replaced_and_its_task_done_again(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced_and_its_task_runs_again(tmp_path: Path) -> None:
     def work(i: int) -> Result:
         if i == 2 and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
@@ -85,20 +85,20 @@ def test_a_worker_that_dies_is_replaced_and_its_task_done_again(tmp_path: Path) 
 def test_a_worker_that_dies_between_tasks_is_replaced() -> None:
     results = Workers(2).map(lambda i: Result({"i": i, "pid": os.getpid()}), [1.0] * 6)
     first = next(results)
-    time.sleep(0.2)  # both have answered and wait for work
+    time.sleep(0.2)  # both workers have sent a result and wait for a task
     for process in multiprocessing.active_children():
         os.kill(int(process.pid or 0), signal.SIGKILL)
         process.join()
-    found = [first, *results]
-    assert [result.facts["i"] for result in found] == list(range(6))
-    assert first.facts["pid"] not in {result.facts["pid"] for result in found[1:]}
+    others = list(results)
+    assert [result.facts["i"] for result in (first, *others)] == list(range(6))
+    assert first.facts["pid"] not in {result.facts["pid"] for result in others}
 
 
-def test_a_worker_that_dies_while_it_answers_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_dies_while_it_sends_its_result_is_replaced(tmp_path: Path) -> None:
     def work(i: int) -> Result:
         if i == 1 and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
-            # In a moment, when the pipe is full and nobody reads it yet.
+            # The kill comes when the pipe is full and not yet read.
             threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
         return Result({"i": i}, [bytes(10**7)])
 
@@ -108,17 +108,17 @@ def test_a_worker_that_dies_while_it_answers_is_replaced(tmp_path: Path) -> None
     assert [(result.facts["i"], len(result.blobs[0])) for result in results] == [(1, 10**7), (2, 10**7)]
 
 
-def test_work_that_kills_every_worker_ends_in_one_line() -> None:
+def test_a_task_that_kills_every_worker_raises_one_line() -> None:
     def work(i: int) -> Result:
         if i == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return Result({})
 
-    with pytest.raises(FedeltaError, match="died twice at the same work .signal SIGKILL, perhaps out of memory"):
+    with pytest.raises(FedeltaError, match="died twice on the same task .signal SIGKILL, perhaps out of memory"):
         list(Workers(2).map(work, [1.0] * 4))
 
 
-def test_an_error_in_a_worker_is_raised_here() -> None:
+def test_an_error_in_a_worker_is_raised_in_the_parent() -> None:
     def work(i: int) -> Result:
         raise FedeltaError(f"task {i} can't be done") if i else KeyError("absent")
 
@@ -126,7 +126,7 @@ def test_an_error_in_a_worker_is_raised_here() -> None:
         list(Workers(2).map(work, [1.0, 2.0]))
 
 
-def test_no_worker_is_left_behind_when_nobody_wants_more() -> None:
+def test_no_idle_worker_is_left_after_close() -> None:
     results = Workers(2).map(lambda _: Result({"pid": os.getpid()}), [1.0] * 8)
     pid = next(results).facts["pid"]
     results.close()
@@ -157,14 +157,14 @@ def test_workers_end_with_their_parent_even_at_work(tmp_path: Path) -> None:
 
 
 def _status(pid: int) -> str:
-    """Its state, a letter; Z is one that has ended and that nobody has asked about."""
+    """The letter of the process's state in /proc; Z also if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "Z"
 
 
-def test_workers_at_work_end_when_nobody_wants_more(tmp_path: Path) -> None:
+def test_busy_workers_end_after_close(tmp_path: Path) -> None:
     def work(i: int) -> Result:
         (tmp_path / str(os.getpid())).touch()
         time.sleep(600 if i else 0)
@@ -177,7 +177,7 @@ def test_workers_at_work_end_when_nobody_wants_more(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_no_worker_stays_after_an_error() -> None:
+def test_no_worker_is_left_after_an_error() -> None:
     def work(i: int) -> Result:
         raise KeyError(f"no\nway {i}")
 
@@ -188,71 +188,71 @@ def test_no_worker_stays_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("method", ["replication", "fedex", "fedsa"])
-def test_the_number_of_workers_changes_no_bit(method: str, tiny_config: Any) -> None:
+def test_results_are_identical_for_any_number_of_workers(method: str, tiny_config: Any) -> None:
     ranks = {"allocation": "loss", "low": 2, "high": 4, "share": 0.5}
     if method == "fedsa":
         ranks = {"allocation": "uniform", "high": 3}
     lora = {"dropout": 0.1}
-    found = []
+    outcomes = []
     for workers in (1, 2, 3):
         config = tiny_config(name=f"of-{workers}", method=method, ranks=ranks, lora=lora, workers=workers)
         finished = run(config)
-        found.append((files(finished), finished.result))
-    assert found[0] == found[1] == found[2]
+        outcomes.append((files(finished), finished.result))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-def test_a_client_whose_worker_dies_is_trained_again_to_the_bit(
+def test_a_client_whose_worker_dies_is_trained_again_with_identical_results(
     tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Trainer.reply
+    reply = Trainer.reply
 
     def fragile(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        reply = answer(self, blob, shard)
+        update = reply(self, blob, shard)
         if not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return reply
+        return update
 
     whole = run(tiny_config(name="whole", workers=2))
     monkeypatch.setattr(Trainer, "reply", fragile)
     assert files(run(tiny_config(name="broken", workers=2))) == files(whole)
 
 
-def test_failures_are_told_the_same_from_any_process(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Trainer.reply
+def test_failures_are_recorded_alike_from_any_process(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = Trainer.reply
 
     def fail(self: Trainer, blob: bytes, shard: Any) -> bytes:
         if Broadcast.from_bytes(blob).client == "client-002":
             raise RuntimeError("out of memory")
-        return answer(self, blob, shard)
+        return reply(self, blob, shard)
 
     monkeypatch.setattr(Trainer, "reply", fail)
     federation = {"dropout": 0.2}
     one = run(tiny_config(name="one", workers=1, federation=federation))
     two = run(tiny_config(name="two", workers=2, federation=federation))
     assert files(one) == files(two)
-    # Who did nothing counts for nothing.
+    # Clients that dropped out or failed add nothing to the counts.
     counted = [[json.loads(line)["counts"] for line in run.folder.timings_file.open()] for run in (one, two)]
     assert counted[0] == counted[1]
 
 
-def test_what_a_client_keeps_does_not_depend_on_where_its_update_was_damaged(
+def test_a_damaged_update_does_not_change_what_a_client_keeps_in_any_process(
     tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Trainer.reply
+    reply = Trainer.reply
 
     def cut(self: Trainer, blob: bytes, shard: Any) -> bytes:
         damaged = Broadcast.from_bytes(blob).client == "client-001"
-        return answer(self, blob, shard)[: -9 if damaged else None]
+        return reply(self, blob, shard)[: -9 if damaged else None]
 
     monkeypatch.setattr(Trainer, "reply", cut)
     ranks = {"allocation": "uniform", "high": 3}
-    found = [run(tiny_config(name=f"{n}", method="fedsa", ranks=ranks, workers=n)) for n in (1, 2)]
-    assert found[0].records[0]["skipped"]
-    assert files(found[0]) == files(found[1])
+    one, two = (run(tiny_config(name=f"{n}", method="fedsa", ranks=ranks, workers=n)) for n in (1, 2))
+    assert one.records[0]["skipped"]
+    assert files(one) == files(two)
 
 
-def test_a_run_may_go_on_with_other_workers(tiny_config: Any) -> None:
+def test_a_run_can_resume_with_another_number_of_workers(tiny_config: Any) -> None:
     run(tiny_config(name="grown", workers=1, rounds=1))
     grown = run(tiny_config(name="grown", workers=2, rounds=3), resume=True)
     assert files(grown) == files(run(tiny_config(name="straight", workers=1, rounds=3)))
@@ -265,6 +265,6 @@ def test_threads_in_forked_workers_are_refused(tiny_config: Any) -> None:
         Workers(2, threads=2)
 
 
-def test_auto_measures_and_leaves_no_trace(tiny_config: Any) -> None:
+def test_measuring_workers_does_not_change_results(tiny_config: Any) -> None:
     torch.manual_seed(0)
     assert files(run(tiny_config(name="auto", workers="auto"))) == files(run(tiny_config(name="one")))

@@ -1,4 +1,4 @@
-"""Engines carry messages between the server and clients; all of them give the same numbers."""
+"""Engines carry messages between the server and the clients. All engines give the same numbers."""
 
 from fedelta.federation.engines.observer import Observer
 

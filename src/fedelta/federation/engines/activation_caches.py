@@ -1,4 +1,4 @@
-"""Which texts of a run have their activations below the lowest adapter kept, and who computes them."""
+"""Select the texts of a run whose activations below the lowest adapter are cached, and compute them in workers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,15 +12,21 @@ from fedelta.learning.shards import Shard
 
 
 class ActivationCaches:
-    """Chosen once, by name and size: what is kept, and with it the last bits of a result, must not depend on
-    who was sampled, nor on where a run was resumed.
+    """The cached texts of a run.
+
+    They are selected once, by name and size. Caching changes the last bits of a result, so the selection must not
+    depend on which clients were sampled or where the run was resumed.
 
     Args:
-        cache: of the model, or None.
-        workers: that compute activations.
-        validation: kept first, as it is read most.
-        shards: client → its rows, kept in the order of names, where training has no dropout in the cache.
-        most: bytes to keep altogether.
+        cache: the model's activation cache, or None.
+        workers: workers that compute activations.
+        validation: the validation split; selected first because it is read most often.
+        shards: client → its rows. Training rows are selected in the order of client names, unless the layers below
+            the lowest adapter apply dropout.
+        max_bytes: maximum size of all cached activations, in bytes.
+
+    Attributes:
+        chosen: the selected sets of texts.
     """
 
     def __init__(
@@ -29,21 +35,21 @@ class ActivationCaches:
         workers: Workers,
         validation: Examples,
         shards: Mapping[str, Shard],
-        most: float,
+        max_bytes: float,
     ) -> None:
         self.activation_cache = cache
         self.workers = workers
         self.chosen: set[Examples] = set()
         if cache is None:
             return
-        wanted = [] if cache.drops_out else [shards[client].train for client in sorted(shards)]
-        for examples in [validation, *wanted]:
-            if (size := cache.bytes_of(examples)) <= most:
+        training = [] if cache.drops_out else [shards[client].train for client in sorted(shards)]
+        for examples in [validation, *training]:
+            if (size := cache.bytes_of(examples)) <= max_bytes:
                 self.chosen.add(examples)
-                most -= size
+                max_bytes -= size
 
     def fill(self, sets: Sequence[Examples]) -> None:
-        """Compute what is missing for these, as far as it was chosen."""
+        """Compute the missing activations of those sets of texts that were selected."""
         if (cache := self.activation_cache) is None:
             return
         new = [examples for examples in sets if examples in self.chosen and not cache.keeps(examples)]

@@ -1,4 +1,4 @@
-"""The server's evaluation of the global model, its batches shared out to workers."""
+"""Evaluation of the global model and of clients' models on the server, with batches distributed over workers."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ Scores = dict[str, float]
 
 
 class Evaluator:
-    """Scores of the model that a state stands for.
+    """Computes scores of the global model and of single clients' models.
 
     Args:
-        server: the rules.
-        trainer: whose model and base are used.
-        workers: among which batches are shared out.
-        observer: is told of progress.
-        caches: what need not be computed again.
+        server: the rules of the run.
+        trainer: its model, base patches and tokenizer are used.
+        workers: workers that evaluate the batches.
+        observer: notified of progress.
+        caches: cached activations.
     """
 
     def __init__(
@@ -44,32 +44,47 @@ class Evaluator:
         self.caches = caches
 
     def evaluate(self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None) -> Scores:
-        """Scores of the global model: base with all patches, adapter at rank R, heads.
+        """Evaluate the global model: the base with all patches, the adapter at rank R, and the heads.
 
-        Where clients keep factors of their own there is no such model: the mean of the scores of each client's own.
+        If clients keep factors of their own, there is no global model. The scores are then the means of the scores of
+        all clients' models.
+
+        Args:
+            state: the server's state; the trainer's base must be at its version.
+            examples: the rows to evaluate on.
+            split: name of the split, such as "validation".
+            watch: counts the evaluated texts and tokens, if given.
+
+        Raises:
+            FedeltaError: if the base is at another version than the state.
         """
         if self.trainer.base.version != state.log.version:
-            raise FedeltaError(f"base is at version {self.trainer.base.version}, the server at {state.log.version}")
+            raise FedeltaError(
+                f"the base is at version {self.trainer.base.version}, but the server is at version {state.log.version}"
+            )
         if self.server.method.personal:
             adapters = list(self.server.personal_adapters(state, self.trainer.kept).values())
         else:
             adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
-        return self._judge(adapters, state.heads, examples, split, watch)
+        return self._score(adapters, state.heads, examples, split, watch)
 
     def evaluate_client(self, state: ServerState, sent: Broadcast, update: ClientUpdate, examples: Examples) -> Scores:
-        """Scores of the model that one client has after its training: its own adapter, heads and tail.
+        """Evaluate one client's model after its training: its own adapter, heads and tail.
 
         Args:
-            state: that it was sent from, whose base this is.
+            state: the state that the broadcast was written from; the trainer's base must be at its version.
+            sent: the broadcast to the client.
+            update: the client's update.
+            examples: the rows to evaluate on.
 
         Raises:
-            BadUpdate: if the update does not answer the broadcast.
+            BadUpdate: if the update does not match the broadcast.
         """
         own = receive(update, sent, state.log.shapes)
         with self.trainer.with_tail(sent.tail):
-            return self._judge([own.adapter], own.heads, examples, own.client, None)
+            return self._score([own.adapter], own.heads, examples, own.client, None)
 
-    def _judge(
+    def _score(
         self,
         adapters: Sequence[Adapter],
         heads: Mapping[str, Tensor],
@@ -77,7 +92,7 @@ class Evaluator:
         split: str,
         watch: Stopwatch | None,
     ) -> Scores:
-        """Mean scores of these adapters, each with the same heads, on the base as it is."""
+        """Average the scores of several adapters, each with the same heads, on the current base."""
         task, tokenizer = self.trainer.task, self.trainer.tokenizer
         units = task.units(examples, self.trainer.evaluation_batch, final=split == "test")
         self.observer.evaluation_started(split, sum(len(unit.rows) for unit in units) * len(adapters))
@@ -85,12 +100,12 @@ class Evaluator:
         model = self.trainer.model
         loaded = [0]
 
-        def judge(place: int) -> Result:
-            which, number = divmod(place, len(units))
-            unit = units[number]
-            if which != loaded[0]:
-                model.load(adapters[which], heads)
-                loaded[0] = which
+        def evaluate_unit(i: int) -> Result:
+            adapter_index, unit_index = divmod(i, len(units))
+            unit = units[unit_index]
+            if adapter_index != loaded[0]:
+                model.load(adapters[adapter_index], heads)
+                loaded[0] = adapter_index
             lower = "task.generate.batch_size" if unit.kind == "generate" else "evaluation.batch_size"
             with device_errors(f"the model is evaluated ({split})", [f"lower {lower} (now {len(unit.rows)})"]):
                 outcomes = task.evaluate_batch(model, tokenizer, examples, unit, self.trainer.activation_cache)
@@ -98,16 +113,16 @@ class Evaluator:
             counts = {f"evaluated_{name}": count for name, count in counted.items()}
             return Result({"outcomes": outcomes, "counts": counts})
 
-        # Workers inherit what is loaded; with one adapter a side, nothing is left to load.
+        # Forked workers inherit the loaded adapter. With a single adapter, they have nothing to load.
         model.load(adapters[0], heads)
         costs = [float(len(unit.rows) * max(map(examples.length, unit.rows))) for unit in units] * len(adapters)
-        outcomes: list[list[Outcome]] = []
-        for result in self.workers.map(judge, costs):
-            outcomes.append(result.facts["outcomes"])
+        outcomes_by_unit: list[list[Outcome]] = []
+        for result in self.workers.map(evaluate_unit, costs):
+            outcomes_by_unit.append(result.facts["outcomes"])
             if watch is not None:
                 watch.add({}, result.facts["counts"])
             self.observer.evaluation_advanced(len(result.facts["outcomes"]))
         scores: Counter[str] = Counter()
-        for begin in range(0, len(outcomes), len(units)):
-            scores.update(task.score(examples, units, outcomes[begin : begin + len(units)]))
+        for begin in range(0, len(outcomes_by_unit), len(units)):
+            scores.update(task.score(examples, units, outcomes_by_unit[begin : begin + len(units)]))
         return {name: total / len(adapters) for name, total in scores.items()}

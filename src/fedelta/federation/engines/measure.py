@@ -1,4 +1,4 @@
-"""How many workers, and how many clients in one pass, are fastest on this machine as it is loaded now."""
+"""Measure the fastest number of workers and of clients per pass on this machine under its current load."""
 
 import time
 from collections.abc import Sequence
@@ -15,27 +15,39 @@ from fedelta.learning.training.stacked import StackedClient, can_stack, train_st
 from fedelta.lora.adapter import initial_adapter
 from fedelta.seeds import torch_seed
 
-BETTER = 1.05
-"""More workers, or more clients in one pass, have to be faster by this factor to be taken."""
+MIN_SPEEDUP = 1.05
+"""More workers, or more clients per pass, are chosen only if they are faster by this factor."""
 
-PROBE_STEPS, TRIES = 2, 3
-"""Steps of a trial, and trials of which one has to succeed: somebody else may be busy for a moment."""
+PROBE_STEPS = 2
+"""Training steps of one trial."""
+
+TRIES = 3
+"""Trials, one of which must succeed. Several are needed because other processes may use the cores for a moment."""
 
 
 def total_gemm_rate(workers: Workers, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of square products in all workers at once."""
+    """Measure the FLOP/s of square matrix products in all workers at once.
+
+    Args:
+        workers: the workers; each computes products at the same time.
+        dtype: dtype of the matrices.
+        device: device of the matrices.
+    """
     rates = workers.map(lambda _: Result({"rate": gemm_rate(dtype, device)}), [1.0] * workers.count)
     return sum(result.facts["rate"] for result in rates)
 
 
 def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], steps: int = 3) -> int:
-    """The number of clients in one pass with the most of them trained a second, out of 1, 2, 4, … and all of a round.
+    """Find the number of clients per pass that trains the most clients per second.
+
+    The candidates are 1, 2, 4, … and all clients of a round. The search ends at the first candidate that is not
+    faster, or that does not fit the device's memory.
 
     Args:
-        trainer: what its model has loaded is left behind changed.
-        examples: of which clients get as many as their steps need.
-        ranks: of the clients of a round.
-        steps: that each trains.
+        trainer: the model to train; its loaded adapter and heads are changed.
+        examples: rows for the trials; each client gets as many as its steps need.
+        ranks: ranks of the clients of a round.
+        steps: training steps of each client in a trial.
     """
     model = trainer.model
     if trainer.settings.micro_batch_size is not None or can_stack(model):
@@ -69,21 +81,26 @@ def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], st
     best, fastest = 1, min(seconds_each(1) for _ in range(3))
     for size in sorted({*(2**k for k in range(1, len(ranks).bit_length())), len(ranks)} - {1}):
         try:
-            found = min(seconds_each(size) for _ in range(2))
+            seconds = min(seconds_each(size) for _ in range(2))
         except torch.OutOfMemoryError:
             break
-        if found * BETTER > fastest:
+        if seconds * MIN_SPEEDUP > fastest:
             break
-        best, fastest = size, found
+        best, fastest = size, seconds
     return best
 
 
 def fastest_workers(trainer: Trainer, examples: Examples) -> int:
-    """The number of workers with the most training steps a second, out of 1, 2, 4, … and the number of cores.
+    """Find the number of workers that makes the most training steps per second.
 
-    It decides nothing but time: results do not depend on where a client trains.
+    The candidates are 1, 2, 4, … and the number of physical cores. The choice changes only the duration of a run:
+    results do not depend on which process trains a client.
+
+    Args:
+        trainer: the model to train; its weights are not changed.
+        examples: rows for the trials.
     """
-    # joblib knows of affinity masks and of the limits of a container.
+    # joblib respects CPU affinity and the limits of a container.
     import joblib
 
     cores = joblib.cpu_count(only_physical_cores=True)
@@ -95,7 +112,7 @@ def fastest_workers(trainer: Trainer, examples: Examples) -> int:
         model = trainer.model
         with torch_seed(0, model.device):
             model.peft.train()
-            # A client's training is long beside the birth of its worker, so the trial must not be too short.
+            # Training a client takes much longer than forking its worker, so a trial must not be too short.
             for _ in range(PROBE_STEPS):
                 model.peft(**examples.batch(rows, trainer.tokenizer, model.device)).loss.backward()
         model.peft.zero_grad()
@@ -107,11 +124,11 @@ def fastest_workers(trainer: Trainer, examples: Examples) -> int:
             pass
         return count / (time.perf_counter() - begin)
 
-    probe(0)  # warm
+    probe(0)  # warm up
     counts = sorted({*(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores})
     best = 1
     for count in counts:
-        if not any(rate(count) > BETTER * rate(best) for _ in range(TRIES)):
+        if not any(rate(count) > MIN_SPEEDUP * rate(best) for _ in range(TRIES)):
             break
         best = count
     return best

@@ -1,32 +1,47 @@
-"""What an engine tells about its progress. The base class ignores all of it."""
+"""Callbacks for the progress of a run. The base class ignores all of them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class Observer:
-    """Called by an engine as a run goes on; subclasses show it to people."""
+    """Receives the progress of a run from its engine. Subclasses display it."""
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
-        """A run begins, `done` of its rounds finished before."""
+        """A run starts or resumes.
+
+        Args:
+            title: the run's name.
+            done: number of rounds that were finished before.
+            rounds: number of rounds of the whole run.
+        """
 
     def clients_started(self, round: int, clients: int) -> None:
-        """A round begins with so many clients."""
+        """A round starts with this number of clients."""
 
     def client_done(self, client: str) -> None:
-        """A client has answered, or failed."""
+        """A client has replied or failed."""
 
     def evaluation_started(self, split: str, texts: int) -> None:
-        """The server evaluates the global model on so many texts."""
+        """An evaluation starts.
+
+        Args:
+            split: name of the split, or of the client whose model is evaluated.
+            texts: number of texts to evaluate.
+        """
 
     def evaluation_advanced(self, texts: int) -> None:
-        """So many texts more are done."""
+        """This number of further texts is evaluated."""
 
     def round_done(self, record: Mapping[str, Any]) -> None:
-        """A round is finished and saved; the record is its line of `rounds.jsonl`."""
+        """A round is finished and saved.
+
+        Args:
+            record: its line of `rounds.jsonl`.
+        """
 
     def say(self, message: str) -> None:
-        """Something that is good to know."""
+        """Show an informative message."""
 
     def warn(self, message: str) -> None:
-        """Something went wrong that does not stop the run."""
+        """Show a warning about a problem that does not stop the run."""

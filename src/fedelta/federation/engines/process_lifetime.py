@@ -1,4 +1,4 @@
-"""Processes that do not outlive whoever started them, however that ended."""
+"""End a process when the process that started it ends, for whatever reason that ended."""
 
 import ctypes
 import os
@@ -12,23 +12,25 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends."""
+"""Option of Linux's prctl that sets the signal a process gets when its parent ends."""
 
-# Loaded here: between fork and exec nothing should be.
+# Load the library at import: a library must not be loaded between fork and exec.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_holder(lock: Path) -> None:
-    """Have this process end when nobody holds a lock any more: for one whose parent is not who started it.
+    """End this process when no process holds a lock any more.
+
+    This is for a process whose parent is not the process that started it.
 
     Args:
-        lock: a file that a living `FileLock` holds.
+        lock: the file of a `FileLock` that another process holds.
     """
 
     def watch() -> None:
         while True:
             time.sleep(1)
-            # It may be gone with the folder that it was in.
+            # The file may have been removed together with its folder.
             if lock.exists():
                 with suppress(Timeout, OSError), FileLock(lock, timeout=0):
                     os._exit(1)
@@ -39,6 +41,10 @@ def end_with_holder(lock: Path) -> None:
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have this process get a signal when its parent ends, also by kill -9; only Linux can."""
+    """Send this process a signal when its parent ends, even by kill -9. It works only on Linux.
+
+    Args:
+        number: the signal.
+    """
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, number)

@@ -1,4 +1,4 @@
-"""The rounds of a run, whatever carries the messages: sample, step, evaluate, write down."""
+"""The rounds of a run, independent of how messages are carried: sample, step, evaluate, save."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,24 +13,24 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates,
 from fedelta.federation.client import Trainer
 from fedelta.federation.engines.evaluation import Evaluator
 from fedelta.federation.engines.observer import Observer
-from fedelta.federation.records import Bytes, Events, RoundRecord
+from fedelta.federation.engines.traffic import Traffic
+from fedelta.federation.records import Events, RoundRecord
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import RoundOutcome, Server, ServerState
 from fedelta.learning.data import Examples
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.protocol.messages import ClientUpdate
-from fedelta.protocol.serialization import ByteCount
 from fedelta.seeds import derive_seed
 
 
 class Draw(NamedTuple):
-    """Who takes part in a round.
+    """The clients drawn for one attempt at a round.
 
     Args:
-        clients: sampled, in the order in which their updates are folded in.
-        absent: those of them that are simulated to vanish after the download.
-        attempt: how often the round has been tried before.
+        clients: the sampled clients, in the order in which their updates are aggregated.
+        absent: sampled clients that are simulated to drop out after the download.
+        attempt: number of earlier attempts at this round.
     """
 
     clients: Sequence[str]
@@ -38,46 +38,16 @@ class Draw(NamedTuple):
     attempt: int
 
 
-class Traffic:
-    """Bytes of a round by client, over all attempts at it."""
-
-    def __init__(self) -> None:
-        self.down: dict[str, ByteCount] = {}
-        self.up: dict[str, ByteCount] = {}
-
-    def count(self, reply: ClientReply) -> None:
-        client = reply.client
-        self.down[client] = self.down.get(client, ByteCount()).plus(reply.down)
-        self.up[client] = self.up.get(client, ByteCount()).plus(reply.up)
-
-    def total_down(self) -> Bytes:
-        """Bytes to all clients together."""
-        return _total(self.down)
-
-    def total_up(self) -> Bytes:
-        """Bytes from all clients together."""
-        return _total(self.up)
-
-
-def _total(counts: Mapping[str, ByteCount]) -> Bytes:
-    total = ByteCount()
-    for count in counts.values():
-        total = total.plus(count)
-    return {
-        "adapter": total.adapter,
-        "heads": total.heads,
-        "patch": total.patch,
-        "overhead": total.overhead,
-        "total": total.total,
-    }
-
-
 def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpdate | Exception:
-    """An update, or why there is none.
+    """Read an update, or the reason why there is none.
 
     Args:
-        client: whom it must be from.
-        facts: holds `refused` or `failed`, with the reason, where there is none.
+        client: the client that must have sent it.
+        facts: facts sent along with the update. If there is no update, `refused` or `failed` holds the reason.
+        blob: a serialized `ClientUpdate`.
+
+    Returns:
+        The update, `BadUpdate` if it can't be used, or `ClientFailed` if the client failed.
     """
     if "failed" in facts:
         return ClientFailed(client, one_line(facts["failed"]))
@@ -88,29 +58,29 @@ def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpd
     except BadUpdate as error:
         return error
     except Exception as error:
-        # Whatever a blob may do to whoever reads it, it costs its sender's round and nobody else's.
+        # A damaged blob may raise anything. It must exclude only its sender from the round.
         return BadUpdate(client, in_one_line(error))
 
 
 def explain(error: Exception) -> dict[str, str]:
-    """What `read_update` is told of a client whose part in a round ended like this."""
+    """Describe an error of a client as the facts that `read_update` reads."""
     if isinstance(error, BadUpdate):
         return {"refused": error.reason}
-    # A client may fail in any way; the round goes on without it, and says so.
+    # A client may fail in any way. The round continues without it and records the reason.
     return {"refused": str(error)} if isinstance(error, FedeltaError) else {"failed": in_one_line(error)}
 
 
 @dataclass(frozen=True, eq=False)
 class EngineContext:
-    """What every engine works with.
+    """The parts of a run that every engine needs.
 
     Args:
         server: the rules of the run.
-        trainer: the server's own model, on which it evaluates.
+        trainer: the server's own model, used for evaluation.
         evaluator: evaluates the global model.
-        validation: the server's rows, on which the global model is followed.
+        validation: the server's validation split; the global model is evaluated on it during the run.
         folder: receives rounds and checkpoints.
-        observer: is told of progress.
+        observer: notified of progress.
     """
 
     server: Server
@@ -122,9 +92,16 @@ class EngineContext:
 
 
 class Engine(ABC):
-    """Runs rounds until the configured number is done.
+    """Runs the rounds of a run: samples clients, passes their replies to `Server.step`, evaluates and saves.
 
-    Subclasses carry the messages.
+    Subclasses carry the messages to the clients and back in `replies`. A round with too few usable updates is tried
+    again with newly sampled clients, up to `federation.attempts` times.
+
+    Args:
+        context: the parts of the run.
+
+    Attributes:
+        evaluated_client_rounds: number of rounds, from the first, in which each client's own model is evaluated.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -141,33 +118,44 @@ class Engine(ABC):
             self._loss_rows = validation.select(sorted(order[:rows].tolist()))
 
     spare: ClassVar[bool] = False
-    """Whether clients beyond those that a round keeps are sampled."""
+    """Whether to sample more clients than `federation.keep`, because some may be late."""
 
     @abstractmethod
     def replies(self, state: ServerState, draw: Draw, watch: Stopwatch, inside: Stopwatch) -> Iterator[ClientReply]:
-        """Have these clients train, and yield their replies in this order.
+        """Train the drawn clients and yield one reply per client, in the order of `draw.clients`.
+
+        A client that drops out or fails also has a reply, with the error in place of the update.
 
         Args:
-            watch: counts the seconds of `clients` and `messages` here.
-            inside: counts what ran in workers, by phase.
+            state: the state before the round.
+            draw: the clients of this attempt.
+            watch: counts the seconds of the phases `clients` and `messages` in this process.
+            inside: counts the seconds of each phase inside workers.
         """
 
     def events(self) -> Events:
-        """What else happened since the last round, for its line in `rounds.jsonl`."""
+        """Return the engine's keys for the round's line of `rounds.jsonl`, and start counting for the next round."""
         return {"late": {}, "bytes_late": 0, "caught_up": {}}
 
     def run(
         self, state: ServerState, rounds: int, evaluate_every: int, evaluated_client_rounds: int = 0
     ) -> ServerState:
-        """Go on from a state, fresh or from a checkpoint, to the end.
+        """Run the remaining rounds.
 
         Args:
-            rounds: after which the run ends.
-            evaluate_every: so many of them the global model is evaluated.
-            evaluated_client_rounds: in so many, from the first, each client's own model is too.
+            state: a new state or one from a checkpoint.
+            rounds: number of rounds of the whole run.
+            evaluate_every: the global model is evaluated every `evaluate_every` rounds and after the last.
+            evaluated_client_rounds: number of rounds, from the first, in which each client's own model is evaluated.
+
+        Returns:
+            The state after the last round.
+
+        Raises:
+            TooFewUpdates: if all attempts at a round have too few usable updates.
         """
         self.evaluated_client_rounds = evaluated_client_rounds
-        # After a resume the shared base is blank; a client that was up to date needs the folded one.
+        # After a resume the shared base has no patches, but clients that were up to date expect them.
         self.trainer.catch_up(state.log.since(self.trainer.base.version))
         while state.round < rounds:
             due = (state.round + 1) % evaluate_every == 0 or state.round + 1 == rounds
@@ -188,11 +176,11 @@ class Engine(ABC):
                 failed.append(error.skipped)
                 if len(failed) == self.server.settings.attempts:
                     raise
-                self.observer.warn(f"{error}; it is tried again")
+                self.observer.warn(f"{error}; trying the round again")
         for client, reason in outcome.skipped.items():
             self.observer.warn(f"round {state.round}: {client} skipped: {reason}")
         watch.lap("aggregation")
-        # Before the round's patch: on the base that they trained on.
+        # Evaluate clients before the round's patch is folded, on the base that they trained on.
         own = {r.client: self._evaluate_client(state, r) for r in used if r.client in outcome.contributors}
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
         scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
@@ -222,33 +210,33 @@ class Engine(ABC):
         self.observer.clients_started(state.round, len(clients))
         for reply in self.replies(state, Draw(clients, absent, attempt), watch, inside):
             traffic.count(reply)
-            # Where clients keep factors of their own, what they sent is no model.
+            # If clients keep factors of their own, an update is not a complete model.
             if state.round < self.evaluated_client_rounds and not self.server.method.personal:
                 used.append(reply)
             watch.lap("messages")
             self.observer.client_done(reply.client)
             yield reply._replace(loss=self._loss(state, reply))
-            # Whatever ran since the reply was handed over is the server's folding it in.
+            # The time since the yield is the server's: it has aggregated the update.
             watch.lap("aggregation")
 
     def _evaluate_client(self, state: ServerState, reply: ClientReply) -> dict[str, float | None]:
         assert isinstance(reply.update, ClientUpdate)
         scores = self.evaluator.evaluate_client(state, reply.sent, reply.update, self.validation)
-        # To look at a client must not end the run: what is not finite is left out.
+        # Evaluating a client must not end the run, so scores that are not finite become None.
         finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
         return {"rank": reply.update.rank, **finite}
 
     def _loss(self, state: ServerState, reply: ClientReply) -> float | None:
-        """On the server's own rows, where ranks are given out by that."""
+        """Measure the loss of a client's model on the server's rows, if it decides the client's rank; else None."""
         ranks, update = self.server.ranks, reply.update
-        if ranks.loss_on == "own" or not self.server.to_be_judged(state, reply.client):
+        if ranks.loss_on == "own" or not self.server.needs_first_loss(state, reply.client):
             return None
         if not isinstance(update, ClientUpdate):
             return None
         try:
             loss = self.evaluator.evaluate_client(state, reply.sent, update, self._loss_rows)["loss"]
         except BadUpdate:
-            return None  # it will be refused
+            return None  # the server refuses this update later
         return loss if math.isfinite(loss) else None
 
 

@@ -1,8 +1,8 @@
-"""Processes that borrow one warm model: forked for a stretch of work, gone after it.
+"""Worker processes that share one loaded model: forked for a list of tasks, ended after it.
 
-A fork takes some milliseconds and copies no tensor. A worker therefore never has to be brought up to date: it is
-born with the base as it is folded, the adapters and the data of that moment, and what it changes dies with it.
-Memory stays shared until it is written, which only an adapter, its gradients and activations are.
+A fork takes a few milliseconds and copies no tensor. A worker therefore never needs updates: it starts with the
+folded base, the adapters and the data of that moment, and its changes are lost when it ends. Memory stays shared until
+it is written, and workers write only adapters, gradients and activations.
 """
 
 import json
@@ -23,11 +23,17 @@ from fedelta.errors import FedeltaError, in_one_line
 from fedelta.federation.engines.process_lifetime import end_with_parent
 
 WINDOW = 16
-"""Tasks for each worker among which the most expensive comes first; what waits for its turn is as little as that."""
+"""Tasks per worker in a window. Within a window the most expensive task starts first, so no more results than this
+wait for their turn."""
 
 
 class Result(NamedTuple):
-    """What a task gives: plain facts, and bytes. Both cross a pipe as they are, without pickle."""
+    """The result of a task. It crosses a pipe without pickle.
+
+    Args:
+        facts: values that JSON can hold.
+        blobs: raw bytes.
+    """
 
     facts: dict[str, Any]
     blobs: Sequence[bytes] = ()
@@ -37,12 +43,17 @@ Work = Callable[[int], Result]
 
 
 class Workers:
-    """Runs tasks in some processes, or in this one; where they run changes no bit of what they give.
+    """Runs tasks in forked processes or in this one. Results are the same bit by bit.
 
     Args:
-        count: of processes; 1 is this one.
-        threads: of torch in each. More than one needs `count` 1: a forked process can't use its parent's.
-        fresh: fork one for each task, for tasks so long that what a process gathers would outweigh its birth.
+        count: number of processes; 1 runs the tasks in this process.
+        threads: torch threads per process. More than one needs `count` 1, because a forked process can't use its
+            parent's threads.
+        fresh: whether to fork a new process for each task. This is for long tasks, where the memory that a process
+            accumulates costs more than another fork.
+
+    Raises:
+        ValueError: if both `count` and `threads` are more than 1.
     """
 
     def __init__(self, count: int, threads: int = 1, fresh: bool = False) -> None:
@@ -53,25 +64,27 @@ class Workers:
         self.fresh = fresh
 
     def map(self, work: Work, costs: Sequence[float]) -> Iterator[Result]:
-        """As `as_completed`, in order."""
+        """Run `as_completed` and yield only the results, in the order of the tasks."""
         done: dict[int, Result] = {}
-        turn = 0
+        next_task = 0
         with closing(self.as_completed(work, costs)) as results:
             for i, result in results:
                 done[i] = result
-                while turn in done:
-                    yield done.pop(turn)
-                    turn += 1
+                while next_task in done:
+                    yield done.pop(next_task)
+                    next_task += 1
 
     def as_completed(self, work: Work, costs: Sequence[float]) -> Generator[tuple[int, Result]]:
-        """i and work(i) for each i. A worker that dies is replaced, and its task done again, once.
+        """Yield i and work(i) for each task i, as tasks complete.
+
+        If a worker dies, it is replaced and its task runs once more.
 
         Args:
-            work: depends on nothing but i and on what this process holds now.
-            costs: of each task, to any scale: expensive ones start early, so that workers end together.
+            work: the function to run. It must depend only on i and on the current state of this process.
+            costs: cost of each task, in any unit. Expensive tasks start early, so that workers finish together.
 
         Raises:
-            FedeltaError: if a task kills its worker twice, or raises in a worker.
+            FedeltaError: if a worker dies twice on the same task, or if a task raises in a worker.
         """
         if self.count == 1 or len(costs) < 2:
             torch.set_num_threads(self.threads)
@@ -85,12 +98,12 @@ class Workers:
 
 
 def can_fork() -> bool:
-    """Whether a process that has loaded a model may be forked: not where a GPU or another system is in play."""
+    """Whether a process with a loaded model can be forked. It must run on Linux and must not have used a GPU."""
     return hasattr(os, "fork") and os.uname().sysname == "Linux" and not torch.cuda.is_initialized()
 
 
 def _order(costs: Sequence[float], window: int) -> list[int]:
-    """The most expensive first within each window of tasks."""
+    """Order the tasks so that within each window the most expensive comes first."""
     order: list[int] = []
     for begin in range(0, len(costs), window):
         order += sorted(range(begin, min(begin + window, len(costs))), key=lambda i: (-costs[i], i))
@@ -98,6 +111,8 @@ def _order(costs: Sequence[float], window: int) -> list[int]:
 
 
 class _Pool:
+    """Forked workers, each at the other end of a pipe. `busy` maps a pipe to its process and its task."""
+
     def __init__(self, work: Work, count: int, fresh: bool) -> None:
         self.work = work
         self.fresh = fresh
@@ -105,16 +120,17 @@ class _Pool:
         self.idle = [self._fork() for _ in range(count)]
 
     def _fork(self) -> tuple[Connection, Any]:
-        mine, its = multiprocessing.Pipe()
+        parent_end, worker_end = multiprocessing.Pipe()
         process = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(its, mine, self.work, os.getpid()), daemon=True
+            target=_serve, args=(worker_end, parent_end, self.work, os.getpid()), daemon=True
         )
         with warnings.catch_warnings():
-            # The other thread is that of a progress bar, whose locks a worker never takes.
+            # Python warns about forking with threads. The other thread draws a progress bar, and a worker never takes
+            # its locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
-        its.close()
-        return mine, process
+        worker_end.close()
+        return parent_end, process
 
     def run(self, order: Sequence[int]) -> Iterator[tuple[int, Result]]:
         waiting = deque(order)
@@ -125,8 +141,8 @@ class _Pool:
                 try:
                     connection.send_bytes(str(waiting[0]).encode())
                 except OSError:
-                    # It died while it had nothing to do.
-                    self._bury(connection, process)
+                    # The worker died while it was idle.
+                    self._remove(connection, process)
                     self.idle.append(self._fork())
                     continue
                 self.busy[connection] = process, waiting.popleft()
@@ -137,26 +153,26 @@ class _Pool:
                 try:
                     finished.append((i, _receive(ready)))
                     if self.fresh:
-                        # It would not see its connection close: those born after it hold this end too.
+                        # Closing the pipe would not end it: workers forked later have inherited this end.
                         process.terminate()
-                        self._bury(ready, process)
+                        self._remove(ready, process)
                         self.idle.append(self._fork())
                     else:
                         self.idle.append((ready, process))
                 except (EOFError, OSError):
-                    self._bury(ready, process)
+                    self._remove(ready, process)
                     deaths[i] += 1
                     if deaths[i] > 1:
                         raise FedeltaError(
-                            f"a worker process died twice at the same work ({_cause(process.exitcode)}); "
-                            "with workers=1, or --parallel 1 in a grid, it runs in the main process"
+                            f"a worker process died twice on the same task ({_cause(process.exitcode)}); "
+                            "set workers=1, or --parallel 1 for a grid, to run it in the main process"
                         ) from None
                     waiting.appendleft(i)
                     self.idle.append(self._fork())
                 del self.busy[ready]
             yield from finished
 
-    def _bury(self, connection: Connection, process: Any) -> None:
+    def _remove(self, connection: Connection, process: Any) -> None:
         connection.close()
         process.join()
 
@@ -185,16 +201,25 @@ def _receive(connection: Connection) -> Result:
 
 
 def _serve(connection: Connection, other_end: Connection, work: Work, parent: int) -> None:
-    """A worker's life. Ctrl-C reaches it too, but it is the parent that ends it, also by its death."""
+    """Run tasks in a worker until the parent closes the pipe.
+
+    The worker ignores Ctrl-C, because the parent ends it. If the parent dies, the worker is killed.
+
+    Args:
+        connection: the worker's end of the pipe.
+        other_end: the parent's end, closed here.
+        work: the function to run for each task.
+        parent: the parent's process id.
+    """
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
-        return  # it died before
+        return  # the parent died before the signal was set
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     other_end.close()
-    # A progress bar's thread may have held the lock of a stream at the moment of the fork.
+    # The thread of a progress bar may have held the lock of a stream during the fork. New streams have new locks.
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w") for number in (1, 2))
-    # A parallel region of OpenMP would wait for threads that the fork left behind.
+    # A parallel region of OpenMP would wait for threads that a fork does not copy.
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     while True:
@@ -213,5 +238,4 @@ def _serve(connection: Connection, other_end: Connection, work: Work, parent: in
             for blob in blobs:
                 connection.send_bytes(blob)
         except ConnectionError:
-            # Nobody is there any more.
-            return
+            return  # the parent has closed the pipe

@@ -1,4 +1,4 @@
-"""What the server learns by looking at clients' own models: their scores before they are averaged, and their ranks."""
+"""Evaluation of clients' own models on the server: their scores before averaging, and ranks by these scores."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from fedelta.lora.adapter import Adapter, LoraPair, initial_adapter
 from fedelta.runs.assemble import make_server
 from fedelta.runs.runner import run
 
-ALONE = {"partition": {"kind": "iid", "clients": 1}, "ranks": {"allocation": "uniform", "high": 4}}
+SINGLE_CLIENT = {"partition": {"kind": "iid", "clients": 1}, "ranks": {"allocation": "uniform", "high": 4}}
 
 
-def test_a_client_that_is_alone_scores_as_the_global_model_it_becomes(tiny_config: Any) -> None:
+def test_a_single_client_has_the_scores_of_the_global_model(tiny_config: Any) -> None:
     for method in ("replication", "fed-plora"):
-        finished = run(tiny_config(name=method, method=method, evaluation={"clients": 2}, **ALONE))
+        finished = run(tiny_config(name=method, method=method, evaluation={"clients": 2}, **SINGLE_CLIENT))
         for record in finished.records:
             if record["round"] < 2:
                 (own,) = record["clients_validation"].values()
@@ -26,10 +26,10 @@ def test_a_client_that_is_alone_scores_as_the_global_model_it_becomes(tiny_confi
                 assert record["clients_validation"] == {}
 
 
-def test_own_scores_are_of_the_rounds_clients_and_change_nothing_else(tiny_config: Any) -> None:
+def test_evaluating_clients_covers_the_rounds_clients_and_changes_nothing_else(tiny_config: Any) -> None:
     plain = run(tiny_config(name="plain", method="fedex"))
-    judged = run(tiny_config(name="judged", method="fedex", evaluation={"clients": 3}, workers=2))
-    for before, after in zip(plain.records, judged.records, strict=True):
+    evaluated = run(tiny_config(name="evaluated", method="fedex", evaluation={"clients": 3}, workers=2))
+    for before, after in zip(plain.records, evaluated.records, strict=True):
         own = after.pop("clients_validation")
         assert set(own) == set(after["clients"])
         assert {scores["rank"] for scores in own.values()} == {2, 4}
@@ -39,14 +39,14 @@ def test_own_scores_are_of_the_rounds_clients_and_change_nothing_else(tiny_confi
     assert len(different) == len(own), "each client's model is its own"
 
 
-def test_methods_without_a_global_model_have_no_own_scores_to_show(tiny_config: Any) -> None:
-    finished = run(tiny_config(method="fedsa", rounds=1, evaluation={"clients": 1}, **ALONE))
+def test_clients_that_keep_factors_are_not_evaluated_one_by_one(tiny_config: Any) -> None:
+    finished = run(tiny_config(method="fedsa", rounds=1, evaluation={"clients": 1}, **SINGLE_CLIENT))
     assert finished.records[0]["clients_validation"] == {}
 
 
 def test_the_server_ranks_clients_by_the_loss_on_its_own_rows(tiny_config: Any) -> None:
     ranks = {"allocation": "loss", "loss_on": "server", "low": 2, "high": 4, "share": 0.25}
-    # Nothing is held out by clients: nothing there could be asked for.
+    # Clients hold out no rows, so they could not report a loss.
     data = {**tiny_config().dump()["data"], "client_validation": 0}
     config = tiny_config(ranks=ranks, evaluation={"clients": 1}, rounds=2, data=data)
     finished = run(config)
@@ -60,7 +60,7 @@ def test_the_server_ranks_clients_by_the_loss_on_its_own_rows(tiny_config: Any) 
     assert again.folder.rounds_file.read_bytes() == finished.folder.rounds_file.read_bytes()
 
 
-def test_some_of_the_servers_rows_are_the_same_for_everyone(tiny_config: Any) -> None:
+def test_loss_rows_measures_the_loss_on_a_subset_of_the_servers_rows(tiny_config: Any) -> None:
     ranks = {"allocation": "loss", "loss_on": "server", "loss_rows": 5, "low": 2, "high": 4, "share": 0.25}
     finished = run(tiny_config(ranks=ranks, evaluation={"clients": 1}, rounds=1))
     losses = load_checkpoint(finished.folder.checkpoint_file).state.first_losses
@@ -69,13 +69,14 @@ def test_some_of_the_servers_rows_are_the_same_for_everyone(tiny_config: Any) ->
     assert all(losses[client] != whole[client] for client in whole)
 
 
-def test_what_stays_at_clients_can_not_be_judged_by_the_server(tiny_config: Any) -> None:
+def test_the_server_cannot_measure_the_loss_of_clients_that_keep_factors(tiny_config: Any) -> None:
     ranks = {"allocation": "loss", "loss_on": "server", "low": 4, "high": 4}
-    with pytest.raises(FedeltaError, match="fedsa keeps factors at clients; ranks.loss_on: server can't judge them"):
+    message = "fedsa keeps factors at clients, so the server can't measure their losses; expected ranks.loss_on: own"
+    with pytest.raises(FedeltaError, match=message):
         make_server(tiny_config(method="fedsa", ranks=ranks))
 
 
-def test_energy_by_rank_is_that_of_the_outer_products() -> None:
+def test_energy_by_rank_is_the_energy_of_the_outer_products() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = {
         name: LoraPair(torch.randn(r, 5, generator=generator), torch.randn(7, r, generator=generator), scale)
@@ -89,7 +90,7 @@ def test_energy_by_rank_is_that_of_the_outer_products() -> None:
     assert torch.allclose(Adapter(pairs).energy_by_rank(), dense, rtol=1e-12)
 
 
-def test_rounds_tell_the_energy_of_each_rank_index_and_zero_padding_loses_that_above(tiny_config: Any) -> None:
+def test_rounds_record_the_energy_by_rank_and_zero_padding_loses_it_above_the_low_rank(tiny_config: Any) -> None:
     ranks = {"allocation": "fixed", "low": 2, "high": 4, "share": 0.25}
     above = {}
     for method in ("zero-padding", "replication"):
@@ -105,11 +106,11 @@ def test_rounds_tell_the_energy_of_each_rank_index_and_zero_padding_loses_that_a
 def test_a_score_that_is_not_finite_neither_promotes_nor_ends_a_run(tiny_config: Any, monkeypatch: Any) -> None:
     from fedelta.federation.engines.evaluation import Evaluator
 
-    scores = Evaluator.evaluate_client
+    evaluate_client = Evaluator.evaluate_client
 
     def broken(self: Evaluator, state: Any, sent: Any, update: Any, examples: Any) -> dict[str, float]:
-        found = scores(self, state, sent, update, examples)
-        return found | {"loss": float("nan")} if sent.client == "client-000" else found
+        scores = evaluate_client(self, state, sent, update, examples)
+        return scores | {"loss": float("nan")} if sent.client == "client-000" else scores
 
     monkeypatch.setattr(Evaluator, "evaluate_client", broken)
     ranks = {"allocation": "loss", "loss_on": "server", "low": 2, "high": 4, "share": 0.25}
@@ -119,16 +120,16 @@ def test_a_score_that_is_not_finite_neither_promotes_nor_ends_a_run(tiny_config:
     assert "client-000" not in load_checkpoint(finished.folder.checkpoint_file).state.first_losses
 
 
-def test_a_refused_update_is_judged_by_nobody(tiny_config: Any, monkeypatch: Any) -> None:
+def test_a_refused_update_is_not_evaluated(tiny_config: Any, monkeypatch: Any) -> None:
     from fedelta.federation.client import Trainer
 
-    answer = Trainer.reply
+    reply = Trainer.reply
 
-    def spoilt(self: Trainer, blob: bytes, shard: Any) -> bytes:
-        update = answer(self, blob, shard)
+    def spoiled(self: Trainer, blob: bytes, shard: Any) -> bytes:
+        update = reply(self, blob, shard)
         return update.replace(b"client-001", b"client-009") if b"client-001" in update else update
 
-    monkeypatch.setattr(Trainer, "reply", spoilt)
+    monkeypatch.setattr(Trainer, "reply", spoiled)
     ranks = {"allocation": "loss", "loss_on": "server", "low": 2, "high": 4, "share": 0.25}
     finished = run(tiny_config(ranks=ranks, evaluation={"clients": 1}, rounds=1))
     (record,) = finished.records
