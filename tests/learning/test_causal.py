@@ -181,7 +181,7 @@ def test_a_quantized_base_is_never_written_and_carries_its_patch_beside_it(
     assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
     lines = export_run(config.folder, None, config.folder / "merged")
     assert lines == [
-        f"merged    {config.folder / 'merged'}: into the base of full precision; the run's had {bits} weights"
+        f"merged    {config.folder / 'merged'}: into the base in full precision; the run used {bits} weights"
     ]
     # A fresh quantized base with the exported adapter, in which the patch is.
     plain, _ = prepare(config.model_copy(update={"method": config.method.model_copy(update={"name": "fedit"})}))

@@ -102,7 +102,7 @@ def test_a_task_that_the_harness_lacks_is_told_before_a_grid(causal_config: Any)
 def test_the_harness_is_of_language_models(
     tiny_config: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FedeltaError, match=r"evaluation.harness is of language models, expected task: completion"):
+    with pytest.raises(FedeltaError, match=r"evaluation.harness needs a language model, expected task: completion"):
         tiny_config(evaluation={"harness": {"tasks": ["gsm8k"]}})
     with pytest.raises(FedeltaError, match="method fedsa has no global model"):
         run(causal_config(method="fedsa", evaluation={"harness": {"tasks": ["gsm8k"]}}))

@@ -415,7 +415,7 @@ def test_an_answer_repeats_what_its_prompt_says_and_not_itself(beams: int, causa
 
 def test_partitions_by_class_are_for_classes(causal_config: Any) -> None:
     for kind in ("dirichlet", "two-quality", "pathological", "shards"):
-        with pytest.raises(FedeltaError, match=f"partition.kind: {kind} is by classes, which task completion has not"):
+        with pytest.raises(FedeltaError, match=f"partition.kind: {kind} needs classes, but task completion has none"):
             causal_config(partition={"kind": kind, "clients": 3})
 
 
