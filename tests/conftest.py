@@ -51,7 +51,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
-    """A function that makes a configuration, which trains in a second or two. Keyword arguments replace whole sections."""
+    """A function that makes a configuration. It trains in a second or two; keyword arguments replace whole sections."""
 
     def make(**changes: Any) -> Config:
         data = {
