@@ -2,12 +2,12 @@
 
     python experiments/exact_aggregation/published_reference.py
 
-As docs/methods.md describes it, the published code averages A and B, takes the mean of the dense products, and
-subtracts the product of the means. It adds the transpose of that residual to the weight of every layer. This is correct
+The published code averages A and B, takes the mean of the dense products, and subtracts the product of the means. It
+adds the transpose of that residual to the weight of every layer. This is correct
 for GPT-2's Conv1D, which stores its weight as in×out. It is wrong for `nn.Linear`: a square layer gives no error
 message, and on any other layer torch raises.
 
-`published` is written from that description, without copying code. The models have random weights, because the error is
+`published` is written from this description, without copying code. The models have random weights, because the error is
 one of algebra.
 """
 
