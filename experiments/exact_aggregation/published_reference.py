@@ -1,12 +1,14 @@
-"""The published reference of FedEx-LoRA beside ours: how far the weight after one round is from the exact mean.
+"""Compare the published reference code of FedEx-LoRA with fedelta: error of the weight after one round.
 
     python experiments/exact_aggregation/published_reference.py
 
-As METHODS has it, the published code averages A and B, takes the mean of dense products, subtracts the product of the
-means, and adds the transpose of that residual to the weight, whatever kind of layer it is of. That is right for GPT-2's
-Conv1D, which is stored in×out, and for no `nn.Linear`: on a square one it is silent, on any other torch refuses.
+The published code averages A and B, takes the mean of the dense products, and subtracts the product of the means. It
+adds the transpose of that residual to the weight of every layer. This is correct
+for GPT-2's Conv1D, which stores its weight as in×out. It is wrong for `nn.Linear`: a square layer gives no error
+message, and on any other layer torch raises.
 
-Written anew from that description; nothing is copied. The models have random weights: the error is one of algebra.
+`published` is written from this description, without copying code. The models have random weights, because the error is
+one of algebra.
 """
 
 from collections.abc import Callable
@@ -41,12 +43,13 @@ Step = Callable[[LoraModel, list[Adapter]], dict[str, str]]
 
 
 def lora_model(config: Any, modules: tuple[str, ...]) -> LoraModel:
+    """Build a model with random weights and LoRA on these modules."""
     torch.manual_seed(0)
     return LoraModel(AutoModelForSequenceClassification.from_config(config), LoraSettings(target_modules=modules))
 
 
 def trained(model: LoraModel, seed: int) -> list[Adapter]:
-    """A client's A and B after its training: somewhere around where all began."""
+    """Draw the A and B of each client after training: random changes to a common starting point."""
     draw = torch.Generator().manual_seed(seed)
     begin = {name: torch.randn(RANK, n, generator=draw) / n**0.5 for name, (_, n) in model.shapes.items()}
     clients = []
@@ -60,7 +63,7 @@ def trained(model: LoraModel, seed: int) -> list[Adapter]:
 
 
 def published(model: LoraModel, clients: list[Adapter]) -> dict[str, str]:
-    """Means of A and B into the adapter, the transposed residual into the weight; module → why it failed."""
+    """Load the means of A and B, and add the transposed residual to the weight. Return module → error message."""
     failed = {}
     means = {}
     for name, layer in model.layers.items():
@@ -79,7 +82,7 @@ def published(model: LoraModel, clients: list[Adapter]) -> dict[str, str]:
 
 
 def ours(model: LoraModel, clients: list[Adapter]) -> dict[str, str]:
-    """One step of the method `fedex`, and its patch into the base as every client folds it."""
+    """Run one step of the method `fedex`, and fold its patch into the base as every client does."""
     method = make_method("fedex")
     state = method.start(model.shapes, RANK, 0)
     after, patch = method.step(state, [Contribution(f"client-{i}", 1.0, adapter) for i, adapter in enumerate(clients)])
@@ -90,14 +93,17 @@ def ours(model: LoraModel, clients: list[Adapter]) -> dict[str, str]:
 
 @torch.no_grad()
 def effective_weight(model: LoraModel, name: str) -> Tensor:
-    """What a layer multiplies its input by, out×in, read off its own forward pass."""
+    """Return the matrix (out, in) that a layer multiplies its input by, computed from its forward pass."""
     layer = model.layers[name]
     eye = torch.eye(layer.in_features)
     return (layer(eye) - layer(torch.zeros(1, layer.in_features))).T.double()
 
 
 def errors(step: Step, architecture: str, seed: int = 0) -> dict[str, float | str]:
-    """Module → ‖W − W*‖_F / ‖W* − W0‖_F after one round, W* = W0 + mean of s·B·A in float64; or why there is none."""
+    """Return module → ‖W − W*‖_F / ‖W* − W0‖_F after one round, or the error message of the step.
+
+    W* = W0 + mean of s·B·A is computed in float64.
+    """
     config, _, modules = MODELS[architecture]
     model = lora_model(config, modules)
     clients = trained(model, seed)
@@ -105,34 +111,38 @@ def errors(step: Step, architecture: str, seed: int = 0) -> dict[str, float | st
     model.peft.eval()
     before = {name: effective_weight(model, name) for name in model.layers}
     failed = step(model, clients)
-    found: dict[str, float | str] = {}
+    result: dict[str, float | str] = {}
     for name, base in before.items():
         mean = sum(SCALE * client[name].B.double() @ client[name].A.double() for client in clients) / CLIENTS
         error = float((effective_weight(model, name) - base - mean).norm() / mean.norm())
-        found[name] = failed.get(name, error)
-    return found
+        result[name] = failed.get(name, error)
+    return result
 
 
 def table() -> TextTable:
+    """Make the table of errors, with one row per module."""
     lines = []
     for architecture, (_, kind, _) in MODELS.items():
-        both = errors(published, architecture), errors(ours, architecture)
-        for name in both[0]:
+        published_errors, our_errors = errors(published, architecture), errors(ours, architecture)
+        for name in published_errors:
             shape = "×".join(map(str, lora_model(*MODELS[architecture][::2]).shapes[name]))
-            shown = [value if isinstance(value, str) else f"{value:.1e}" for value in (both[0][name], both[1][name])]
+            shown = [
+                value if isinstance(value, str) else f"{value:.1e}"
+                for value in (published_errors[name], our_errors[name])
+            ]
             lines.append([architecture, name.rpartition("layer.0.")[2] or name, f"{kind} {shape}", *shown])
     head = ["model", "module", "layer, out×in", "published", "fedelta"]
     note = (
-        f"Relative error ‖W − W*‖/‖W* − W0‖ of the weight that a layer really applies after one round of {CLIENTS} "
+        f"Relative error ‖W − W*‖/‖W* − W0‖ of the weight that a layer applies after one round of {CLIENTS} "
         f"clients, rank {RANK}, α {ALPHA}, in fp32 against float64."
     )
     return TextTable("published-reference", "Effective weight after one exact aggregation", head, lines, note)
 
 
 def main() -> None:
-    found = table()
-    print(found.markdown())
-    print(found.note)
+    result = table()
+    print(result.markdown())
+    print(result.note)
 
 
 if __name__ == "__main__":

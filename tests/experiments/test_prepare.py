@@ -109,7 +109,7 @@ def test_every_data_set_becomes_a_folder_with_the_columns_of_the_grids(
             table = pq.read_table(file)
             assert tuple(table.column_names) == data.columns
             assert table.num_rows == 2 * len(data.parts)
-    assert "ag_news/train: 2 rows, 120,000 were expected" in capsys.readouterr().err
+    assert "ag_news/train: 2 rows, expected 120,000" in capsys.readouterr().err
     prepare.main(["ag_news"])
     assert "ag_news: exists" in capsys.readouterr().out
 

@@ -183,7 +183,7 @@ def test_a_quantized_base_never_changes_and_has_a_separate_patch(
     assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
     lines = export_run(config.folder, None, config.folder / "merged")
     assert lines == [
-        f"merged    {config.folder / 'merged'}: into the base of full precision; the run's had {bits} weights"
+        f"merged    {config.folder / 'merged'}: into the base in full precision; the run used {bits} weights"
     ]
     # A new quantized base with the exported adapter, which includes the patch.
     plain, _ = prepare(config.model_copy(update={"method": config.method.model_copy(update={"name": "fedit"})}))

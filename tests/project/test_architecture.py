@@ -1,4 +1,4 @@
-"""What `lint-imports` does not see: files and functions that outgrow one idea, and names that say nothing."""
+"""Limits that `lint-imports` cannot check: sizes of files and functions, and file names without a meaning."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_file_is_one_idea(file: Path) -> None:
+def test_files_and_functions_are_short_and_names_have_a_meaning(file: Path) -> None:
     tree = ast.parse(file.read_text())
     assert len(file.read_text().splitlines()) <= 300
     for node in ast.walk(tree):
@@ -22,7 +22,7 @@ def test_a_file_is_one_idea(file: Path) -> None:
     assert file.stem not in ("utils", "helpers", "common", "misc", "core")
 
 
-def test_the_top_of_the_package_is_seen_at_a_glance() -> None:
+def test_the_package_has_at_most_5_modules_and_10_subpackages() -> None:
     modules = list(PACKAGE.glob("*.py"))
     packages = [folder for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()]
     assert len(modules) <= 5

@@ -1,4 +1,4 @@
-"""The built-in example with its real model and texts: slow, run by `make test-slow`."""
+"""The built-in example with its real model and texts. These tests are slow; `make test-slow` runs them."""
 
 import json
 import os
@@ -19,9 +19,9 @@ SCRIPT = ROOT / "examples" / "score_with_peft.py"
 
 
 @pytest.mark.slow
-# Methods that differ in what crosses the wire and what the export has to put together.
+# These methods differ in the messages that they send and in the parts that an export combines.
 @pytest.mark.parametrize("name", ["replication", "fedex", "ffa", "flora", "fed-sb"])
-def test_plain_peft_reproduces_the_demos_accuracy(name: str, tmp_path: Path) -> None:
+def test_plain_peft_reproduces_the_accuracy_of_the_demo(name: str, tmp_path: Path) -> None:
     ranks = [] if methods()[name].mixed_ranks else ["ranks.allocation=uniform"]
     small = ["rounds=3", "evaluation.every=3", "data.evaluation_limit=200", "threads=1"]
     config = load_config(None, [f"method={name}", f"output={tmp_path}", *ranks, *small])

@@ -1,4 +1,4 @@
-"""fedelta in a program: what `import fedelta` offers, data and models in memory, rounds as a table."""
+"""The public API: exported names, data and models in memory, and rounds as a table."""
 
 import doctest
 import subprocess
@@ -20,7 +20,7 @@ NAMES = [
 ]
 
 
-def test_the_public_names_are_these_and_each_is_there() -> None:
+def test_exported_names_are_complete_and_importable() -> None:
     assert sorted(fedelta.__all__) == sorted(NAMES)
     assert set(dir(fedelta)) == set(fedelta.__all__)
     for name in NAMES:
@@ -29,12 +29,12 @@ def test_the_public_names_are_these_and_each_is_there() -> None:
         fedelta.nothing  # noqa: B018
 
 
-def test_importing_fedelta_imports_no_heavy_package() -> None:
+def test_importing_fedelta_loads_no_heavy_package() -> None:
     code = "import sys, fedelta; sys.exit(bool({'torch', 'transformers', 'pandas', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_examples_of_docstrings_are_true() -> None:
+def test_docstring_examples_pass() -> None:
     assert doctest.testmod(api).failed == 0
     assert doctest.testmod(api).attempted >= 3
 
@@ -48,7 +48,7 @@ def settings(tiny_config: Any, **changes: Any) -> dict[str, Any]:
     return tiny_config(**changes).dump()
 
 
-def test_rows_in_memory_give_what_the_same_rows_in_a_file_give(tiny_config: Any, rows: list[dict[str, Any]]) -> None:
+def test_rows_in_memory_and_in_a_file_give_equal_results(tiny_config: Any, rows: list[dict[str, Any]]) -> None:
     from_file = fedelta.run(settings(tiny_config, name="file"))
     from_list = fedelta.run(settings(tiny_config, name="list"), data=rows)
     from_dataset = fedelta.run(settings(tiny_config, name="set"), data={"train": datasets.Dataset.from_list(rows)})
@@ -57,7 +57,7 @@ def test_rows_in_memory_give_what_the_same_rows_in_a_file_give(tiny_config: Any,
         assert from_file.test == other.test
 
 
-def test_a_model_in_memory_gives_what_the_same_model_in_a_folder_gives(tiny_config: Any, tiny_bert: Path) -> None:
+def test_runs_of_a_model_in_memory_are_equal_and_train_copies(tiny_config: Any, tiny_bert: Path) -> None:
     config = settings(tiny_config, name="folder", lora={"alpha": 8, "modules_to_save": ["classifier", "pooler"]})
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
@@ -67,10 +67,10 @@ def test_a_model_in_memory_gives_what_the_same_model_in_a_folder_gives(tiny_conf
     pandas.testing.assert_frame_equal(one.rounds, two.rounds)
     assert one.config.model.name.startswith("memory:")
     for name, tensor in model.state_dict().items():
-        assert tensor.equal(before[name]), "a run trains a copy"
+        assert tensor.equal(before[name]), "a run must train a copy of the model"
 
 
-def test_a_run_is_a_table_of_rounds_scores_and_an_adapter(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_run_has_a_table_of_rounds_scores_and_an_adapter(tiny_config: Any, tmp_path: Path) -> None:
     run = fedelta.run(settings(tiny_config), method="fedex", rounds=2, training={"steps": 1})
     assert list(run.rounds.index) == [1, 2]
     assert {"train_loss", "validation_accuracy", "bytes_up", "deviation"} <= set(run.rounds.columns)
@@ -85,7 +85,7 @@ def test_a_run_is_a_table_of_rounds_scores_and_an_adapter(tiny_config: Any, tmp_
     pandas.testing.assert_frame_equal(again.rounds, run.rounds)
 
 
-def test_methods_are_compared_on_the_same_data(tiny_config: Any) -> None:
+def test_compare_orders_runs_by_method_and_seed(tiny_config: Any) -> None:
     runs = fedelta.compare(
         settings(tiny_config), ["fedit", "fedex"], seeds=2, ranks={"allocation": "uniform", "high": 2}
     )
@@ -97,7 +97,7 @@ def test_methods_are_compared_on_the_same_data(tiny_config: Any) -> None:
     ]
 
 
-def test_objects_of_another_process_are_asked_for_again(tiny_config: Any) -> None:
+def test_objects_of_another_process_must_be_passed_again(tiny_config: Any) -> None:
     with pytest.raises(fedelta.FedeltaError, match="pass the same data again"):
         fedelta.run(settings(tiny_config, data={"source": "memory:0123456789abcdef", "max_length": 16}))
     with pytest.raises(fedelta.FedeltaError, match="pass the same model again"):
@@ -114,7 +114,7 @@ def test_objects_of_another_process_are_asked_for_again(tiny_config: Any) -> Non
         ({"rouns": 3}, "unknown key 'rouns'; did you mean 'rounds'"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(objects: dict[str, Any], words: str, tiny_config: Any) -> None:
+def test_invalid_arguments_raise_one_line(objects: dict[str, Any], words: str, tiny_config: Any) -> None:
     with pytest.raises(fedelta.FedeltaError, match=words) as caught:
         fedelta.configure(settings(tiny_config), **objects)
     assert "\n" not in str(caught.value)

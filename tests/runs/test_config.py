@@ -1,3 +1,5 @@
+"""Configurations: reading, overrides, and one-line errors."""
+
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,14 @@ def test_the_built_in_example_needs_no_file() -> None:
     assert config.ranks.mixed
 
 
-def test_overrides_reach_every_depth() -> None:
+def test_overrides_change_nested_keys() -> None:
     config = load_config(None, ["rounds=2", "training.learning_rate=1e-4", "ranks.per_client=[1, 2]", "method=fedex"])
     assert (config.rounds, config.training.learning_rate) == (2, 1e-4)
     assert config.ranks.per_client == (1, 2)
     assert config.method.name == "fedex"
 
 
-def test_a_dump_reads_back_as_the_same_configuration() -> None:
+def test_a_dumped_configuration_reads_back_equal() -> None:
     config = load_config(None)
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.dump()))) == config
 
@@ -45,18 +47,18 @@ def test_a_dump_reads_back_as_the_same_configuration() -> None:
         ("rounds=[", "override 'rounds=\\['"),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_key(override: str, reason: str) -> None:
-    with pytest.raises(FedeltaError, match=reason) as refusal:
+def test_invalid_keys_and_values_raise_one_line_with_the_key(override: str, reason: str) -> None:
+    with pytest.raises(FedeltaError, match=reason) as raised:
         load_config(None, ["method=replication", override] if override.startswith("method.") else [override])
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [("- a\n- b\n", "holds a list, expected keys"), ("a: [1", "while parsing"), ("a: b: c", "x.yaml")],
 )
-def test_broken_files_are_one_line(text: str, reason: str, tmp_path: Path) -> None:
+def test_broken_files_raise_one_line(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(FedeltaError, match=reason) as refusal:
+    with pytest.raises(FedeltaError, match=reason) as raised:
         load_config(tmp_path / "x.yaml")
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(raised.value)

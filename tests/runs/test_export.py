@@ -1,4 +1,4 @@
-"""What a run leaves loads in plain PEFT and transformers, and scores what the run printed."""
+"""Exported models load in plain PEFT and transformers, and reproduce the scores of the run."""
 
 import json
 import os
@@ -53,17 +53,17 @@ def finished_run(name: str, base: Path, tiny_config: Any) -> tuple[Any, Run]:
 
 
 def score(base: Path, adapter: Path, rows: list[tuple[str, int]]) -> float:
-    """Accuracy of a folder in plain PEFT, text by text."""
+    """Return the accuracy of a PEFT folder, computed with plain PEFT one text at a time."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     model.config.pad_token_id = tokenizer.pad_token_id
     model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
     with torch.no_grad():
-        right = [
+        correct = [
             int(model(**tokenizer(text, truncation=True, max_length=16, return_tensors="pt")).logits.argmax()) == label
             for text, label in rows
         ]
-    return sum(right) / len(rows)
+    return sum(correct) / len(rows)
 
 
 @pytest.mark.parametrize("name", methods())
@@ -73,13 +73,13 @@ def test_plain_peft_reproduces_the_test_accuracy(name: str, tiny_config: Any, ti
     folder = finished.folder.adapter_folder
     folders = [folder] if not methods()[name].personal else sorted(folder.iterdir())
     assert len(folders) == (4 if methods()[name].personal else 1)
-    found = sum(score(tiny_bert, each, rows) for each in folders) / len(folders)
-    assert found == pytest.approx(finished.result["test"]["accuracy"], abs=1e-9)
-    assert 0.2 < found <= 1
+    accuracy = sum(score(tiny_bert, each, rows) for each in folders) / len(folders)
+    assert accuracy == pytest.approx(finished.result["test"]["accuracy"], abs=1e-9)
+    assert 0.2 < accuracy <= 1
 
 
 @pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_gpt2"])
-def test_a_users_script_without_fedelta_scores_adapter_and_merged_model_alike(
+def test_a_script_without_fedelta_scores_adapter_and_merged_model_equally(
     fixture: str, tiny_config: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     base = request.getfixturevalue(fixture)
@@ -99,10 +99,10 @@ def test_a_users_script_without_fedelta_scores_adapter_and_merged_model_alike(
         ).stdout
         texts = len(rows.read_text().splitlines())
         assert printed == f"accuracy {finished.result['test']['accuracy']:.6f} on {texts} texts\n"
-    assert "fedelta" not in SCRIPT.read_text().split('"""', 2)[2], "a user's script knows nothing of fedelta"
+    assert "fedelta" not in SCRIPT.read_text().split('"""', 2)[2], "the script must not use fedelta"
 
 
-def test_a_method_without_a_global_model_exports_one_adapter_a_client(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_method_without_a_global_model_exports_one_adapter_per_client(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config(method="fedsa")
     run(config)
     export_run(config.folder, tmp_path / "adapters", None)
@@ -118,20 +118,22 @@ def test_a_method_without_a_global_model_exports_one_adapter_a_client(tiny_confi
 
 
 @pytest.mark.parametrize("rounds", [1, 25])
-def test_the_single_adapter_is_the_servers_weight_with_factors_and_dense_patches(rounds: int, tiny_config: Any) -> None:
+def test_the_single_adapter_equals_the_server_weight_with_factored_and_dense_patches(
+    rounds: int, tiny_config: Any
+) -> None:
     finished = run(tiny_config(method="fedex", rounds=rounds))
     state, *_ = load_checkpoint(finished.folder.checkpoint_file)
-    assert (state.log.total is not None) == (rounds == 25), "both forms of the log are covered"
+    assert (state.log.total is not None) == (rounds == 25), "the two cases must cover both forms of the log"
     base = PatchedBase()
     base.apply(state.log.since(0))
     adapter = single_adapter(state, 2.0)
     for module, pair in state.method.adapter.items():
         expected = base.total[module].double() + pair.B.double() @ pair.A.double()
-        found = adapter[module].scale * adapter[module].B.double() @ adapter[module].A.double()
-        assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()) * 24)
+        exported = adapter[module].scale * adapter[module].B.double() @ adapter[module].A.double()
+        assert torch.allclose(exported, expected, atol=1e-6 * float(expected.abs().max()) * 24)
 
 
-def test_without_patches_the_adapter_is_the_global_one_at_the_clients_scale(tiny_config: Any) -> None:
+def test_without_patches_the_export_is_the_global_adapter_at_the_client_scale(tiny_config: Any) -> None:
     finished = run(tiny_config(method="replication"))
     config = json.loads((finished.folder.adapter_folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
@@ -139,7 +141,7 @@ def test_without_patches_the_adapter_is_the_global_one_at_the_clients_scale(tiny
     assert finished.result["adapter_rank"] == 4
 
 
-def test_an_unchanged_module_keeps_a_rank_of_zeros(tiny_config: Any) -> None:
+def test_an_unchanged_module_is_exported_as_one_rank_index_of_zeros(tiny_config: Any) -> None:
     finished = run(tiny_config(method="fedex", rounds=1))
     state, *_ = load_checkpoint(finished.folder.checkpoint_file)
     first = next(iter(state.method.adapter))
@@ -153,7 +155,7 @@ def test_an_unchanged_module_keeps_a_rank_of_zeros(tiny_config: Any) -> None:
     assert not (pair.B @ pair.A).any()
 
 
-def test_the_merged_model_knows_its_labels(tiny_config: Any, tmp_path: Path) -> None:
+def test_the_merged_model_has_label_names(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config()
     run(config)
     export_run(config.folder, tmp_path / "adapter", tmp_path / "merged")
@@ -166,7 +168,7 @@ def test_the_merged_model_knows_its_labels(tiny_config: Any, tmp_path: Path) -> 
 def test_an_existing_output_is_never_overwritten(tiny_config: Any, tmp_path: Path) -> None:
     config = tiny_config()
     run(config)
-    with pytest.raises(FedeltaError, match="exists already"):
+    with pytest.raises(FedeltaError, match="already exists"):
         export_run(config.folder, tmp_path, None)
     with pytest.raises(FedeltaError, match="no checkpoint at"):
         export_run(tmp_path / "nowhere", tmp_path / "x", None)
@@ -185,24 +187,24 @@ def test_an_adapter_is_cut_to_a_rank_by_eckart_young(causal_config: Any, tmp_pat
         dense = (pair.scale * pair.B @ pair.A).double()
         U, S, V = torch.linalg.svd(dense)
         best = U[:, :2] * S[:2] @ V[:2]
-        found = (cut[module].scale * cut[module].B @ cut[module].A).double()
-        torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5 * float(S[0]))
+        product = (cut[module].scale * cut[module].B @ cut[module].A).double()
+        torch.testing.assert_close(product, best, rtol=1e-4, atol=1e-5 * float(S[0]))
         lost, total = lost + float((dense - best).norm() ** 2), total + float(dense.norm() ** 2)
     assert f"lacks {(lost / total) ** 0.5:.2%} of the update's norm" in line
     assert vllm == f"vLLM      takes it: --enable-lora --lora-modules NAME={tmp_path / 'cut'}"
-    with pytest.raises(FedeltaError, match="--rank cuts the one adapter"):
+    with pytest.raises(FedeltaError, match="--rank cuts the adapter of a global model"):
         export_run(config.folder, tmp_path / "x", tmp_path / "y", rank=2)
 
 
-def test_a_module_that_nobody_changed_is_cut_too() -> None:
+def test_an_unchanged_module_is_cut_to_one_rank_index() -> None:
     pair = LoraPair(torch.randn(3, 5), torch.zeros(4, 3))
-    cut, lost = cut_adapter(Adapter({"still": pair, "moved": LoraPair(torch.randn(3, 5), torch.randn(4, 3))}), 2)
-    assert (cut["still"].rank, cut["moved"].rank) == (1, 2)
-    assert float((cut["still"].B @ cut["still"].A).abs().max()) == 0
+    cut, lost = cut_adapter(Adapter({"unchanged": pair, "changed": LoraPair(torch.randn(3, 5), torch.randn(4, 3))}), 2)
+    assert (cut["unchanged"].rank, cut["changed"].rank) == (1, 2)
+    assert float((cut["unchanged"].B @ cut["unchanged"].A).abs().max()) == 0
     assert 0 < lost < 1
 
 
-def test_what_vllm_would_refuse_is_said(causal_config: Any, tiny_config: Any, tmp_path: Path) -> None:
+def test_export_reports_what_vllm_would_refuse(causal_config: Any, tiny_config: Any, tmp_path: Path) -> None:
     _, vllm = export_run(run(tiny_config()).folder.path, tmp_path / "heads", None)
     assert "would refuse it: modules trained whole (bert.pooler, classifier): serve the merged model" in vllm
     config = causal_config("gpt2")
@@ -211,6 +213,6 @@ def test_what_vllm_would_refuse_is_said(causal_config: Any, tiny_config: Any, tm
     assert "would refuse it: LoRA on Conv1D layers" in vllm
     file = tmp_path / "gpt2" / "adapter_config.json"
     plain = json.loads(file.read_text()) | {"fan_in_fan_out": False}
-    for rank, said in ((16, "--enable-lora --lora"), (17, "--max-lora-rank 32"), (600, "rank 600 is above 512")):
+    for rank, words in ((16, "--enable-lora --lora"), (17, "--max-lora-rank 32"), (600, "rank 600 is above 512")):
         file.write_text(json.dumps(plain | {"r": rank}))
-        assert said in vllm_line(tmp_path / "gpt2")
+        assert words in vllm_line(tmp_path / "gpt2")

@@ -1,4 +1,4 @@
-"""Where the time of a run went, and the limit that it is held against."""
+"""Profiles: FLOPs of a text, time by phase, and the limit of the machine."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedelta.runs.profile import Limit, Profile
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_cost_of_a_text_follows_from_its_length(training: bool, tiny_bert: Path) -> None:
+def test_text_cost_predicts_counted_flops(training: bool, tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     model = LoraModel(load_base(ModelSettings(name=str(tiny_bert)), 3, tokenizer, seed=1), LoraSettings())
     cost = text_cost(model, tokenizer, training)
@@ -35,12 +35,13 @@ def test_the_cost_of_a_text_follows_from_its_length(training: bool, tiny_bert: P
             if training:
                 loss.backward()
         assert cost.of(count_texts([length, length])) == pytest.approx(counter.get_total_flops(), rel=0.01)
-    # Six frozen products in the first layer, keys and values in the second: 2·m·n a token, as much for gradients.
+    # Six frozen products in the first layer, keys and values in the second: 2·m·n FLOPs per token, and as many for
+    # gradients.
     per_token = 2 * (6 * 24 * 24 + 2 * 24 * 40)
     assert (1.5 if training else 1) * per_token < cost.linear < (3 if training else 1.5) * per_token
 
 
-def test_a_token_that_is_predicted_costs_the_vocabulary_too(causal: Any) -> None:
+def test_predicting_a_token_costs_the_vocabulary_projection(causal: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(causal("llama"))
     base = load_base(ModelSettings(name=str(causal("llama"))), 0, tokenizer, seed=1, kind="completion")
     cost = text_cost(LoraModel(base, LoraSettings()), tokenizer, training=False)
@@ -48,7 +49,7 @@ def test_a_token_that_is_predicted_costs_the_vocabulary_too(causal: Any) -> None
     assert cost.linear > 2 * (2 * 3 * hidden * inner + hidden * words)
 
 
-def test_a_table_shows_what_each_worker_took_and_how_long_they_waited() -> None:
+def test_the_table_shows_time_per_worker_and_waiting_time() -> None:
     counts = {"texts": 10, "tokens": 100, "squares": 1200, "padded_tokens": 125}
     counts |= {f"evaluated_{name}": 1 for name in ("texts", "tokens", "squares")}
     limit = Limit(TextCost(0.0, 1.0, 0.0), TextCost(1.0, 1.0, 1.0), 100.0, 2)
@@ -65,47 +66,47 @@ def test_a_table_shows_what_each_worker_took_and_how_long_they_waited() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_what_a_prefix_keeps_costs_nothing(training: bool, tiny_bert: Path) -> None:
+def test_cached_layers_cost_nothing(training: bool, tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     base = load_base(ModelSettings(name=str(tiny_bert)), 3, tokenizer, seed=1)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model = LoraModel(base, LoraSettings(target_modules=r".*layer\.1\..*query"))
-    whole, rest = (
+    full_cost, cached_cost = (
         text_cost(model, tokenizer, training, each) for each in (None, find_activation_cache(model, tokenizer))
     )
-    # The first layer: six products, and none of them backwards.
-    assert whole.linear - rest.linear == pytest.approx(2 * (4 * 24 * 24 + 2 * 24 * 40), rel=0.01)
+    # The first layer has six products, none of them in the backward pass.
+    assert full_cost.linear - cached_cost.linear == pytest.approx(2 * (4 * 24 * 24 + 2 * 24 * 40), rel=0.01)
 
 
-def test_workers_multiply_together() -> None:
+def test_total_gemm_rate_is_positive_with_one_and_two_workers() -> None:
     one, two = (total_gemm_rate(Workers(n), torch.float32, torch.device("cpu")) for n in (1, 2))
     assert one > 0
     assert two > 0
 
 
-def test_a_profile_is_printed_and_kept(
+def test_a_profile_is_printed_and_written(
     tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tiny_config(workers=2).dump()))
     monkeypatch.setattr("sys.argv", ["fedelta", "run", str(file), "--profile"])
     monkeypatch.setattr(cli, "out", type(cli.out)(width=160))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert not ended.value.code
+    assert not stopped.value.code
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "runs" / "tiny" / "profile.json").read_text())
-    assert found["workers"] == 2
-    assert {"clients", "aggregation", "messages", "evaluation"} == set(found["seconds"])
-    assert {"forward", "backward", "batches", "optimizer", "loading", "messages"} <= set(found["seconds_in_workers"])
-    inside = sum(found["seconds_in_workers"].values()) / 2
-    assert 0 < inside < found["seconds"]["clients"]
-    counts = found["counts"]
+    profile = json.loads((tmp_path / "runs" / "tiny" / "profile.json").read_text())
+    assert profile["workers"] == 2
+    assert {"clients", "aggregation", "messages", "evaluation"} == set(profile["seconds"])
+    assert {"forward", "backward", "batches", "optimizer", "loading", "messages"} <= set(profile["seconds_in_workers"])
+    inside = sum(profile["seconds_in_workers"].values()) / 2
+    assert 0 < inside < profile["seconds"]["clients"]
+    counts = profile["counts"]
     assert counts["tokens"] <= counts["padded_tokens"]
     assert counts["squares"] > counts["tokens"] > counts["texts"] > 0
     assert counts["evaluated_tokens"] > 0
-    assert found["limit_seconds"]["training"] > 0
+    assert profile["limit_seconds"]["training"] > 0
     for word in ("forward", "waiting", "of the FLOP limit", "profile.json", "workers: 2"):
         assert word in printed

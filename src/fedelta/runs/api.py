@@ -1,6 +1,6 @@
-"""fedelta in a program or a notebook: what `import fedelta` offers of runs.
+"""Train, compare and export runs from a program or a notebook.
 
-The functions take what a configuration file holds, or objects that are loaded already.
+`import fedelta` offers these functions. They take configuration keys and values, or objects that are already loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,27 +18,28 @@ from fedelta.runs.export import export_run
 from fedelta.runs.runner import Run
 
 ConfigLike = Config | Mapping[str, Any] | str | Path | None
-"""A configuration, its keys and values, the path of a YAML file, or None for the built-in example."""
+"""A configuration: a `Config`, a mapping of its keys, the path of a YAML file, or None for the built-in example."""
 
 
 def configure(
     config: ConfigLike = None, *, data: Any = None, model: Any = None, tokenizer: Any = None, **changes: Any
 ) -> Config:
-    """A checked configuration from a file, a mapping or objects in memory.
+    """Build and check a configuration from a file, a mapping, or objects in memory.
 
     Args:
-        config: where to start from.
-        data: rows in the place of `data.source`: a `datasets.Dataset`, a list of dicts, or a mapping of split names to
-            either.
-        model: a loaded transformers model in the place of `model.name`. Runs train copies of it.
-        tokenizer: the model's; required with a model.
-        **changes: keys of the configuration. A dict is laid over the section of that name: `training={"steps": 5}`.
+        config: the configuration to start from. None is the built-in example.
+        data: rows to use instead of `data.source`: a `datasets.Dataset`, a list of dicts, or a mapping from split names
+            to either.
+        model: a loaded transformers model to use instead of `model.name`. Runs train copies of it.
+        tokenizer: the tokenizer of `model`. It is required with `model`, and only allowed with it.
+        **changes: configuration keys to change. A dict changes the given keys of a section and leaves its other keys:
+            `training={"steps": 5}`. A dict for `method` replaces the whole section.
 
     Returns:
-        The configuration with every default filled in.
+        The configuration, with every default filled in.
 
     Raises:
-        FedeltaError: one line that names the key, what was found and what was expected.
+        FedeltaError: if a key or value is not valid. Its one line names the key, the value and what was expected.
 
     Example:
         >>> import fedelta
@@ -49,19 +50,19 @@ def configure(
     plain = _plain(config)
     for key, value in changes.items():
         if isinstance(value, Mapping) and key != "method":
-            for name, below in value.items():
-                set_key(plain, f"{key}.{name}", below)
+            for name, new_value in value.items():
+                set_key(plain, f"{key}.{name}", new_value)
         else:
             set_key(plain, key, value)
     if data is not None:
         set_key(plain, "data.source", remember_data(data))
     if model is not None:
         if tokenizer is None:
-            raise FedeltaError("a model that is passed needs its tokenizer: tokenizer=…")
+            raise FedeltaError("model=… needs its tokenizer: pass tokenizer=… as well")
         set_key(plain, "model.name", remember_model(model, tokenizer, fingerprint(model)))
         set_key(plain, "model.dtype", str(model.dtype).removeprefix("torch."))
     elif tokenizer is not None:
-        raise FedeltaError("a tokenizer was passed without its model: model=…")
+        raise FedeltaError("tokenizer=… was passed without its model: pass model=… as well")
     return parse_config(plain)
 
 
@@ -84,27 +85,27 @@ def run(
     profile: bool = False,
     **changes: Any,
 ) -> Run:
-    """Train one configuration to its end.
+    """Train one configuration to its last round, then test and export the final model.
 
     Args:
         config, data, model, tokenizer, **changes: as for `configure`.
         resume: continue from the last finished round, if the run's folder has one.
-        observer: is told of progress; `fedelta.Progress()` draws bars.
-        profile: measure where the time went.
+        observer: receives progress events. `fedelta.Progress()` draws progress bars.
+        profile: measure where the time was spent.
 
     Returns:
-        The finished run: `rounds` as a pandas DataFrame, `test` scores, the `adapter` folder, `export(…)`.
+        The finished run: `rounds` (a pandas DataFrame), `test` (scores), `adapter` (a PEFT folder) and `export(…)`.
 
     Raises:
-        FedeltaError: one line for bad input; rounds that had finished are kept.
+        FedeltaError: if the input is not valid. The message is one line, and finished rounds are kept.
 
     Example:
         >>> import fedelta
         >>> run = fedelta.run("my.yaml", method="fedex", rounds=20)  # doctest: +SKIP
         >>> run.rounds[["train_loss", "validation_accuracy"]].tail(1)  # doctest: +SKIP
     """
-    made = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
-    return runner.run(made, resume=resume, observer=observer, profile=profile)
+    checked = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
+    return runner.run(checked, resume=resume, observer=observer, profile=profile)
 
 
 def compare(
@@ -123,19 +124,22 @@ def compare(
 
     Args:
         config, data, model, tokenizer, **changes: as for `configure`.
-        methods: names; None takes `compare.methods` of the configuration.
-        seeds: runs of each method; None takes `compare.seeds`.
-        resume: continue runs that were interrupted, and keep those that are finished.
-        observer: is told of progress.
+        methods: names of the methods. None uses `compare.methods` of the configuration.
+        seeds: number of runs of each method. None uses `compare.seeds`.
+        resume: continue interrupted runs and keep finished ones.
+        observer: receives progress events.
 
     Returns:
-        The runs, by method and then by seed.
+        The runs, ordered by method and then by seed.
+
+    Raises:
+        FedeltaError: if the input is not valid, or a method does not support the configured ranks.
     """
-    made = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
-    configs = comparison_configs(made, tuple(methods or made.compare.methods), seeds or made.compare.seeds)
-    # Seed by seed, so that an interrupted comparison still compares.
-    in_turn = sorted(configs, key=lambda each: each.seed)
-    return in_order([runner.run(each, resume=resume, observer=observer) for each in in_turn])
+    checked = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
+    configs = comparison_configs(checked, tuple(methods or checked.compare.methods), seeds or checked.compare.seeds)
+    # Run every method with one seed before the next seed, so that an interrupted comparison is still a fair one.
+    by_seed = sorted(configs, key=lambda each: each.seed)
+    return in_order([runner.run(each, resume=resume, observer=observer) for each in by_seed])
 
 
 def export(
@@ -145,22 +149,26 @@ def export(
     merged: str | Path | None = None,
     rank: int | None = None,
 ) -> list[str]:
-    """Write the model of a run as one PEFT adapter, a merged model, or both, with base patches folded in.
+    """Write the global model of a run as a PEFT adapter, a merged model, or both.
+
+    Patches of the base are folded in. A method without a global model writes one adapter for each client.
 
     Args:
-        run: a run or its folder; of an unfinished run the last finished round is exported.
-        adapter, merged: folders to write, which must not exist.
+        run: a run or its folder. For an unfinished run, the state after the last finished round is exported.
+        adapter: folder for the PEFT adapter. It must not exist.
+        merged: folder for the merged model. It must not exist.
         rank: cut the adapter to this rank.
 
     Returns:
-        A line for each thing that was written.
+        One line of text for each output.
 
     Raises:
-        FedeltaError: if there is no checkpoint, an output exists, or the method has no global model.
+        FedeltaError: if there is no checkpoint, an output folder exists, or `merged` or `rank` is given for a method
+            without a global model.
     """
     folder = run.folder.path if isinstance(run, Run) else Path(run)
     if adapter is None and merged is None:
-        raise FedeltaError("export: say adapter=…, merged=…, or both")
+        raise FedeltaError("export: neither adapter=… nor merged=… was given, expected one or both")
     return export_run(
         folder, None if adapter is None else Path(adapter), None if merged is None else Path(merged), rank
     )

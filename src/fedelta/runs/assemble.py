@@ -1,4 +1,4 @@
-"""The server, model, trainer and data that a configuration describes."""
+"""Build the server, model, trainer and data that a configuration describes."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from fedelta.seeds import derive_seed
 
 
 def make_server(config: Config) -> Server:
-    """The rules that a configuration states."""
+    """Build the server of a configuration: its method, ranks, scaling and sampling."""
     return Server(
         config.method.make(),
         config.federation,
@@ -31,20 +31,20 @@ def make_server(config: Config) -> Server:
 
 
 def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
-    """The base model with LoRA; its new head depends on the run's seed, not on the method."""
+    """Load the base model and add LoRA. A new head depends on the seed of the run, not on its method."""
     seed = derive_seed(config.seed, "head") % 2**32
     base = load_base(config.model, classes, tokenizer, seed, config.task.kind)
     return LoraModel(base, config.lora)
 
 
 def tokenized_splits(config: Config) -> tuple[TokenizedSplits, Any]:
-    """The tokenized splits of a configuration, and the tokenizer; read once for all seeds and methods."""
+    """Return the tokenized splits of a configuration and its tokenizer, cached across seeds and methods."""
     return _tokenized_splits(splits_key(config))
 
 
 @functools.lru_cache(maxsize=4)
 def _tokenized_splits(key: str) -> tuple[TokenizedSplits, Any]:
-    """Splits and tokens, read once for all seeds and methods of a comparison."""
+    """Read and tokenize the splits of `splits_key`, once for all seeds and methods of a comparison."""
     config = parse_config(json.loads(key))
     config.task.check_installed()
     splits, classes = read_splits(config.data, config.task)
@@ -53,10 +53,11 @@ def _tokenized_splits(key: str) -> tuple[TokenizedSplits, Any]:
 
 
 def warm(config: Config) -> None:
-    """Read and tokenize what a run needs, ahead of the runs of processes that are forked from this one.
+    """Read and tokenize the data of a run, so that forked processes share them.
 
     Raises:
-        FedeltaError: if the data or the tokenizer are not there, or the harness has not what is asked of it.
+        FedeltaError: if the data or the tokenizer cannot be loaded, or lm-evaluation-harness or one of its configured
+            tasks is missing.
     """
     if config.evaluation.harness is not None:
         check_harness(config.evaluation.harness)
@@ -64,13 +65,13 @@ def warm(config: Config) -> None:
 
 
 def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, FederatedData]:
-    """A warm model and the rows of everyone, as a configuration has them.
+    """Load the model of a configuration and the data of its clients and server.
 
     Args:
-        partitioned: whether the training rows are shared out to clients; else there are no shards.
+        partitioned: divide the training rows among the clients. Without it there are no shards.
 
     Raises:
-        FedeltaError: if the model or the data are not there, or do not fit each other.
+        FedeltaError: if the model or the data cannot be loaded or do not fit together.
     """
     tokenized, tokenizer = tokenized_splits(config)
     data = FederatedData({}, tokenized.validation, tokenized.test, tokenized.classes)
@@ -80,26 +81,29 @@ def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, Federate
 
 
 def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
-    """A warm model.
+    """Load the model of a configuration, ready to train.
+
+    Args:
+        classes: number of classes of the new head.
 
     Raises:
-        FedeltaError: if it is not there, or does not take the configured texts.
+        FedeltaError: if the model cannot be loaded, or does not accept texts as long as configured.
     """
     torch.set_num_threads(config.threads)
     model = make_model(config, classes, tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
     if isinstance(config.task, Completion) and config.task.generate is not None:
-        asked, new = config.data.max_length, config.task.generate.max_new_tokens
-        if asked + new > longest:
+        prompt_length, new_tokens = config.data.max_length, config.task.generate.max_new_tokens
+        if prompt_length + new_tokens > longest:
             raise FedeltaError(
-                f"data.max_length {asked} and task.generate.max_new_tokens {new} are together more than the {longest} "
-                "tokens that the model takes"
+                f"data.max_length {prompt_length} and task.generate.max_new_tokens {new_tokens} are together more than "
+                f"the {longest} tokens that the model takes"
             )
     return Trainer(model, tokenizer, config.task, config.training, config.evaluation.batch_size, config.seed)
 
 
 def splits_key(config: Config) -> str:
-    """The same for configurations that read the same texts into the same tokens."""
+    """Return a string that is equal for configurations with the same texts and tokens."""
     parts = {"data": config.data, "model": config.model, "task": config.task}
     return json.dumps({name: part.model_dump() for name, part in parts.items()}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Several methods, with some seeds each, on the same data and initial weights."""
+"""Compare several methods, with one or more seeds each, on the same data and initial weights."""
 
 from pathlib import Path
 
@@ -10,22 +10,27 @@ from fedelta.runs.runner import Run, open_run
 
 
 def comparison_folder(config: Config) -> Path:
-    """Where a comparison leaves its files: beside the single run of the same name, not in it."""
+    """Return the folder of a comparison. It is next to the folder of the single run with the same name, not in it."""
     return config.folder.with_name(f"{config.name}-compare")
 
 
 def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> list[Config]:
-    """One configuration for each method and seed; the runs of a seed share data and initial weights.
+    """Build one configuration for each method and seed. Runs with equal seeds share data and initial weights.
+
+    Args:
+        config: the configuration to vary.
+        methods: names or aliases, each once.
+        seeds: number of seeds, counted from `config.seed`.
 
     Raises:
-        FedeltaError: for an unknown method, or one that can't take the configured ranks.
+        FedeltaError: if a method is unknown, is named twice, or does not support the configured ranks.
     """
     methods = tuple(resolve(method) for method in methods)
     if len(set(methods)) < len(methods):
         raise FedeltaError(f"methods to compare: {', '.join(methods)}, expected each once")
     configs = []
     for method in methods:
-        # The configured options belong to the configured method, and to no other.
+        # The configured options are those of the configured method. Other methods use their defaults.
         options = config.method.options if method == config.method.name else {}
         make_method(method, **options)
         for seed in range(config.seed, config.seed + seeds):
@@ -46,10 +51,10 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
 
 
 def open_runs(folder: Path) -> list[Run]:
-    """The finished run in a folder, or the finished runs of a comparison below it.
+    """Open the finished run in a folder, or the finished runs of a comparison below it.
 
     Raises:
-        FedeltaError: if there is none.
+        FedeltaError: if there is no finished run.
     """
     if (folder / "config.yaml").exists():
         return [open_run(folder)]
@@ -60,6 +65,6 @@ def open_runs(folder: Path) -> list[Run]:
 
 
 def in_order(runs: list[Run]) -> list[Run]:
-    """The runs of a comparison as its methods were named, then by seed."""
+    """Sort the runs of a comparison by the order of its methods, then by seed."""
     order = {method: i for i, method in enumerate(runs[0].config.compare.methods)}
     return sorted(runs, key=lambda run: (order.get(run.config.method.name, len(order)), run.config.seed))

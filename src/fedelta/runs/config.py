@@ -1,4 +1,4 @@
-"""The configuration of a run: one YAML, every key known, overrides as key=value."""
+"""Configuration of a run: read one YAML file, refuse unknown keys, and apply key=value overrides."""
 
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -24,16 +24,18 @@ DEMO = "demo.yaml"
 
 
 class EvaluationSettings(Settings):
-    """The server's evaluation of the global model.
+    """How the server evaluates the global model (section `evaluation`).
 
     Args:
-        every: rounds between evaluations on the validation split; the last round always has one. The test split is
+        every: evaluate on the validation split every this many rounds, and after the last round. The test split is
             used once, after the last round.
-        batch_size: texts in a batch.
-        clients: rounds, from the first, in which the server also evaluates each client's own model on the validation
-            split, before it is averaged with others.
-        harness: what lm-evaluation-harness evaluates in the end, beside the test split.
-        target: validation score for «rounds to target»; None takes one 5 % short of the best final one compared.
+        batch_size: number of texts per batch.
+        clients: number of first rounds in which the server also evaluates the model of each client on the validation
+            split, after local training and before aggregation. 0 evaluates no client models.
+        harness: tasks that lm-evaluation-harness runs once on the final model, in addition to the test split. Only for
+            `task: completion`. None does not run the harness.
+        target: validation score that counts as reached in the column "rounds to target". None uses a score that is 5 %
+            short of the best final score among the compared runs.
     """
 
     every: int = Field(default=1, ge=1)
@@ -44,35 +46,74 @@ class EvaluationSettings(Settings):
 
 
 class MethodSettings(Settings):
-    """A method's name and its options."""
+    """An aggregation method and its options (section `method`).
+
+    In a file, `method: fedex` is a name with default options, and `method: {name: fedex, residual: rank=8}` has options
+    next to the name. `fedelta methods` lists names and options.
+
+    Args:
+        name: name of a registered method. An alias is replaced by the name that it stands for.
+        options: option → value. Missing options have the method's defaults.
+    """
 
     name: str = "replication"
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
-    def _no_alias(cls, name: str) -> str:
+    def _resolve_alias(cls, name: str) -> str:
         return resolve(name)
 
     def make(self) -> Method:
+        """Create the method.
+
+        Raises:
+            FedeltaError: if the name or an option is unknown, or the value of an option is not valid.
+        """
         return make_method(self.name, **self.options)
 
 
 class CompareSettings(Settings):
-    """What `fedelta compare` runs unless told otherwise: these methods, with the seeds seed, seed + 1, …"""
+    """Defaults of `fedelta compare` (section `compare`).
+
+    Args:
+        methods: names of the methods to compare, each once.
+        seeds: number of runs of each method, with the seeds `seed`, `seed + 1`, and so on.
+    """
 
     methods: tuple[str, ...] = Field(default=("zero-padding", "replication", "fedex"), min_length=1)
     seeds: int = Field(default=1, ge=1)
 
 
 class Config(Settings):
-    """Everything that a run depends on.
+    """Configuration of one run.
+
+    Every key has a default, and an unknown key is an error. The keys from `task` to `compare` are sections with a class
+    each.
 
     Args:
-        workers: processes among which the clients of a round are shared out; `auto` measures what is fastest. Their
-            number changes no bit of the result.
-        threads: of torch in each. More than one is for a model so large that one client fills the machine: it needs
-            one worker, and does change bits.
+        name: name of the run and of its folder. It starts with a letter or digit and has letters, digits, `.`, `_` and
+            `-`.
+        output: parent folder of the run's folder. `~` is the home directory.
+        seed: seed of every random choice of the run: the division of rows, initial adapters and new heads, sampling of
+            clients, and order of training rows. `data.split_seed` is separate.
+        rounds: number of communication rounds.
+        workers: number of processes that train the clients of a round. `auto` measures which number is fastest. The
+            result does not depend on it, to the last bit.
+        threads: number of torch threads per process. More than 1 needs `workers: 1`. It is meant for models so large
+            that a single client uses the whole machine. Results can differ in their last bits between thread counts.
+        method: aggregation method, as a name or as a mapping with its options.
+        task: what the model learns. The key `kind` is `classification`, `regression` or `completion`; without it, the
+            task is a classification.
+        model: base model.
+        lora: scaling, dropout and target modules of the adapters.
+        ranks: rank of each client's adapter.
+        data: source, columns, splits and length of the texts.
+        partition: how the training rows are divided among clients.
+        federation: participation, weights, message precision and failure handling.
+        training: local training of a client in one round.
+        evaluation: how the server evaluates the global model.
+        compare: methods and seeds of `fedelta compare`. A single run ignores it.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -96,7 +137,7 @@ class Config(Settings):
     @field_validator("task", mode="before")
     @classmethod
     def _task_by_kind(cls, value: Any) -> Any:
-        """`task: regression`, or `task: {metric: matthews}` of the kind that is the default."""
+        """Accept `task: regression`, and `task: {metric: matthews}` for the default kind."""
         if isinstance(value, str):
             return {"kind": value}
         return {"kind": "classification", **value} if isinstance(value, Mapping) else value
@@ -104,7 +145,7 @@ class Config(Settings):
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
-        """`method: fedex`, or `method: {name: fedex, option: …}` with the options beside the name."""
+        """Accept `method: fedex`, and `method: {name: fedex, option: …}` with options next to the name."""
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, Mapping) and "options" not in value:
@@ -112,53 +153,59 @@ class Config(Settings):
         return value
 
     @model_validator(mode="after")
-    def _losses_to_rank_by(self) -> "Config":
+    def _check_loss_rows(self) -> "Config":
         if self.ranks.by_loss and self.ranks.loss_on == "own" and self.data.client_validation == 0:
             raise ValueError(
-                f"ranks.allocation: {self.ranks.allocation} needs rows that clients hold out, as data.client_validation"
+                f"ranks.allocation: {self.ranks.allocation} with loss_on: own needs rows that clients hold out, "
+                f"expected data.client_validation above 0"
             )
         return self
 
     @model_validator(mode="after")
-    def _what_the_harness_takes(self) -> "Config":
+    def _check_harness_task(self) -> "Config":
         if self.evaluation.harness is not None and self.task.kind != "completion":
             raise ValueError(
-                f"evaluation.harness is of language models, expected task: completion, found {self.task.kind}"
+                f"evaluation.harness needs a language model, expected task: completion, found {self.task.kind}"
             )
         return self
 
     @model_validator(mode="after")
-    def _labels_to_part_by(self) -> "Config":
+    def _check_partition_labels(self) -> "Config":
         if self.task.kind != "classification" and self.partition.kind not in ("iid", "natural"):
             raise ValueError(
-                f"partition.kind: {self.partition.kind} is by classes, which task {self.task.kind} has not; "
+                f"partition.kind: {self.partition.kind} needs classes, but task {self.task.kind} has none; "
                 "expected iid, or natural by a column"
             )
         return self
 
     @model_validator(mode="after")
-    def _one_thread_in_a_worker(self) -> "Config":
+    def _check_threads(self) -> "Config":
         if self.threads > 1 and self.workers != 1:
             raise ValueError(f"threads: {self.threads} needs workers: 1, found workers: {self.workers}")
         return self
 
     @property
     def folder(self) -> Path:
-        """Where the run leaves its files."""
+        """Folder of the run's files."""
         return Path(self.output).expanduser() / self.name
 
     def dump(self) -> dict[str, Any]:
-        """As plain data, every default written out; `method` as it is written by hand."""
+        """Return plain data with every default, and with `method` in the form that a file has."""
         data = self.model_dump(mode="json")
         data["method"] = {"name": self.method.name, **self.method.options}
         return data
 
 
 def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, or the built-in example, and apply overrides such as `training.steps=5`.
+    """Read a YAML file, or the built-in example, and apply overrides.
+
+    Args:
+        source: path of the file. None reads the built-in example.
+        overrides: `key=value` strings such as `training.steps=5`.
 
     Raises:
-        FedeltaError: one line that names the key, what was found and what was expected.
+        FedeltaError: if the file, a key or a value is not valid. Its one line names the file, the key, the value and
+            what was expected.
     """
     name = str(source) if source else "the built-in example"
     try:
@@ -180,7 +227,15 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config:
-    """Plain data as a `Config`, with errors for people."""
+    """Check plain data and return it as a `Config`.
+
+    Args:
+        data: keys and values, as read from YAML.
+        name: name of the source in error messages.
+
+    Raises:
+        FedeltaError: if a key or value is not valid. Its one line names the key, the value and what was expected.
+    """
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -190,10 +245,10 @@ def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config
 
 
 def read_override(override: str) -> tuple[str, Any]:
-    """`training.steps=5` as a key and a value of YAML.
+    """Split `training.steps=5` into a key and a value. The value is read as YAML.
 
     Raises:
-        FedeltaError: if it is not of that form.
+        FedeltaError: if there is no key or `=`, or the value is not valid YAML.
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -205,28 +260,28 @@ def read_override(override: str) -> tuple[str, Any]:
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `training.steps` of a configuration as plain data; what is beside it stays."""
+    """Set a key such as `training.steps` in plain data, in place. Other keys of the section stay as they are."""
     *parents, last = key.split(".")
     for parent in parents:
-        below = data.get(parent)
-        if parent == "method" and isinstance(below, str):
-            below = {"name": below}
-        data[parent] = data = dict(below) if isinstance(below, Mapping) else {}
+        section = data.get(parent)
+        if parent == "method" and isinstance(section, str):
+            section = {"name": section}
+        data[parent] = data = dict(section) if isinstance(section, Mapping) else {}
     data[last] = value
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
-    """The first fault that a file of these settings has, in a line."""
+    """Describe the first error in one line. For an unknown key, suggest the nearest key of `settings`."""
     first, *others = error.errors()
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(settings, first["loc"][:-1])
         return f"unknown key {where!r}{nearest(str(first['loc'][-1]), known)}{more}"
-    found = first.get("input")
+    value = first.get("input")
     message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(found, dict) else f", found {found!r}"
-    return f"{where + ': ' if where else ''}{message[0].lower()}{message[1:]}{shown}{more}"
+    found = "" if isinstance(value, dict) else f", found {value!r}"
+    return f"{where + ': ' if where else ''}{message[0].lower()}{message[1:]}{found}{more}"
 
 
 def _known_keys(settings: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run leaves to the world: one PEFT adapter, or a merged model, equal to the server's global model."""
+"""Export the server's global model as one PEFT adapter or as a merged model."""
 
 import tempfile
 from collections.abc import Mapping
@@ -22,36 +22,47 @@ from fedelta.runs.config import parse_config
 
 
 def single_adapter(state: ServerState, scale: float) -> Adapter:
-    """C + s·B·A as one adapter, exact to rounding.
+    """Return C + s·B·A as one adapter, exact to rounding, where C is the sum of all patches of the base.
 
-    Without base patches that is the global adapter itself, at the scale that a client of its rank has. With
-    patches every module is recompressed to its numerical rank, with balanced factors and scale 1.
+    Without patches, this is the global adapter itself with the scale of a client of its rank. With patches, each module
+    is recompressed to its numerical rank, with balanced factors and scale 1.
+
+    Args:
+        state: state of the server.
+        scale: scale s of the global adapter.
     """
     if state.log.version == 0:
         return state.method.adapter.with_scale(scale)
-    # As factors, wherever the log has them: the SVD of a large dense matrix takes seconds.
+    # Keep factors wherever the log has them: the SVD of a large dense matrix takes seconds.
     base = PatchedBase(state.log.dense_nbytes)
     base.apply(state.log.since(0))
     patches = base.patches()
     pairs = {}
     for module, product in state.method.adapter.products().items():
-        whole = (add([product, patches[module]]) if module in patches else product).recompress()
-        # PEFT knows no rank 0: a module that nobody changed keeps one rank index of zeros.
-        pairs[module] = LoraPair(whole.V, whole.U) if whole.width else state.method.adapter[module].truncate(1)
+        total = (add([product, patches[module]]) if module in patches else product).recompress()
+        # PEFT does not support rank 0: an unchanged module keeps one rank index of zeros.
+        pairs[module] = LoraPair(total.V, total.U) if total.width else state.method.adapter[module].truncate(1)
     return Adapter(pairs)
 
 
 def cut_adapter(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
-    """The best adapter of at most this rank (Eckart–Young, module by module), and the share of ‖ΔW‖_F that it lacks."""
-    pairs, lost, whole = {}, 0.0, 0.0
+    """Return the best adapter of at most this rank, and the share of ‖ΔW‖_F that it lacks.
+
+    Each module is truncated by itself, which is optimal in the Frobenius norm (Eckart–Young).
+
+    Args:
+        adapter: adapter to cut.
+        rank: largest rank of the result.
+    """
+    pairs, lost, total = {}, 0.0, 0.0
     for module, pair in adapter.items():
         product = pair.product()
-        kept = product.truncate(rank)
-        # PEFT knows no rank 0.
-        pairs[module] = LoraPair(kept.V, kept.U) if kept.width else pair.truncate(1)
-        whole += product.norm() ** 2
-        lost += add([product, kept.scaled(-1.0)]).norm() ** 2
-    return Adapter(pairs), (lost / whole) ** 0.5 if whole > 0 else 0.0
+        best = product.truncate(rank)
+        # PEFT does not support rank 0.
+        pairs[module] = LoraPair(best.V, best.U) if best.width else pair.truncate(1)
+        total += product.norm() ** 2
+        lost += add([product, best.scaled(-1.0)]).norm() ** 2
+    return Adapter(pairs), (lost / total) ** 0.5 if total > 0 else 0.0
 
 
 def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float) -> Adapter:
@@ -62,7 +73,7 @@ def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: fl
 
 
 def export_personal(folder: Path, state: ServerState, model: LoraModel, adapters: Mapping[str, Adapter]) -> Adapter:
-    """Write one PEFT folder a client, under its name, and return the largest adapter."""
+    """Write one PEFT folder per client, under the client's name, and return the adapter of the largest rank."""
     with new_folder(folder) as temporary:
         for client, adapter in adapters.items():
             write_global(temporary / client, adapter, state, model)
@@ -72,10 +83,14 @@ def export_personal(folder: Path, state: ServerState, model: LoraModel, adapters
 def export_state(
     folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel
 ) -> Adapter:
-    """Write the global model as one PEFT folder, or each client's own where there is no global one.
+    """Write the global model as one PEFT folder, or one folder per client if the method has no global model.
 
     Args:
-        kept: client → what it keeps from one round to the next.
+        folder: folder to write.
+        server: server of the run.
+        state: state of the server.
+        kept: client → factors that it keeps from one round to the next.
+        model: model of the run, for the names of its base and modules.
     """
     if server.method.personal:
         return export_personal(folder, state, model, server.personal_adapters(state, kept))
@@ -96,12 +111,13 @@ def write_global(folder: Path, adapter: Adapter, state: ServerState, model: Lora
 
 
 def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any) -> None:
-    """Write the base model with an exported adapter merged into it, and its tokenizer.
+    """Merge an exported adapter into the base model, and write the result with its tokenizer.
 
     Args:
-        folder: appears whole, or not at all.
-        adapter_folder: as written by `export_adapter`.
-        base: the fresh model that it was trained on.
+        folder: folder to write. It appears complete or not at all.
+        adapter_folder: folder written by `export_adapter`.
+        base: base model without adapters, as loaded for training. It is changed.
+        tokenizer: tokenizer of the base model.
     """
     import peft
 
@@ -111,38 +127,51 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
         tokenizer.save_pretrained(temporary)
 
 
+def _check_outputs(adapter: Path | None, merged: Path | None) -> None:
+    """Raise if the two outputs are the same folder, or one exists."""
+    if adapter is not None and adapter == merged:
+        raise FedeltaError(f"--adapter and --merged are both {adapter}, expected two places")
+    for output in (adapter, merged):
+        if output is not None and output.exists():
+            raise FedeltaError(f"{output} already exists")
+
+
 def export_run(folder: Path, adapter: Path | None, merged: Path | None, rank: int | None = None) -> list[str]:
     """Write the model of a run's checkpoint as a PEFT adapter, a merged model, or both.
 
     Args:
-        rank: the adapter is cut to it; the merged model is not.
+        folder: folder of the run.
+        adapter: folder for the adapter, or None. It must not exist.
+        merged: folder for the merged model, or None. It must not exist.
+        rank: rank to cut the adapter to. It is allowed for an adapter alone.
 
     Returns:
-        A line for each thing written.
+        One line of text for each output.
 
     Raises:
-        FedeltaError: if there is no checkpoint, or an output exists.
+        FedeltaError: if there is no checkpoint, an output folder exists, or the method has no global model to merge or
+            cut.
     """
-    if adapter is not None and adapter == merged:
-        raise FedeltaError(f"--adapter and --merged both say {adapter}, expected two places")
-    for output in (adapter, merged):
-        if output is not None and output.exists():
-            raise FedeltaError(f"{output} exists already")
+    _check_outputs(adapter, merged)
     state, data, kept, _ = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
     config = parse_config(data, str(folder))
     server = make_server(config)
     if merged and server.method.personal:
-        raise FedeltaError(f"--merged: method {server.method.name} has no global model; --adapter writes one a client")
+        raise FedeltaError(
+            f"--merged: method {server.method.name} has no global model; --adapter writes one adapter per client"
+        )
     if rank is not None and (merged or server.method.personal):
-        raise FedeltaError("--rank cuts the one adapter of a global model: say it with --adapter alone")
+        raise FedeltaError(
+            "--rank cuts the adapter of a global model: expected --adapter alone, and a method with a global model"
+        )
     tokenizer = load_tokenizer(config.model)
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         target = adapter or Path(scratch) / "adapter"
-        # Of the model only names and shapes are asked for: a quantized base need not be quantized here too.
+        # Only the names and shapes of the model are used here, so a quantized base does not need to be quantized.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
         model = make_model(plain, len(state.classes), tokenizer)
-        exported = export_state(target if rank is None else Path(scratch) / "whole", server, state, kept, model)
+        exported = export_state(target if rank is None else Path(scratch) / "uncut", server, state, kept, model)
         lost = ""
         if rank is not None:
             exported, share = cut_adapter(exported, rank)
@@ -154,14 +183,14 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None, rank: in
             if not server.method.personal:
                 lines.append(f"vLLM      {vllm_line(adapter)}")
         if merged:
-            # In fp32 whatever the base was trained in: rounding to bf16 would lose most of a small update.
-            whole = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
-            base = load_base(whole, len(state.classes), tokenizer, 0, config.task.kind)
+            # Merge in fp32 for every training dtype: rounding to bf16 would lose most of a small update.
+            full_precision = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
+            base = load_base(full_precision, len(state.classes), tokenizer, 0, config.task.kind)
             if state.classes:
                 base.config.id2label = dict(enumerate(state.classes))
                 base.config.label2id = {label: i for i, label in enumerate(state.classes)}
             export_merged(merged, target, base, tokenizer)
             bits = config.model.quantization
-            noted = "" if bits == "none" else f": into the base of full precision; the run's had {bits} weights"
-            lines.append(f"merged    {merged}{noted}")
+            note = "" if bits == "none" else f": into the base in full precision; the run used {bits} weights"
+            lines.append(f"merged    {merged}{note}")
     return lines

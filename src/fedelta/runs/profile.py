@@ -1,4 +1,4 @@
-"""Where the time of a run went, and how far that is from what the machine could do at best."""
+"""Report where the time of a run was spent, and how far it is from the limit of the machine."""
 
 import json
 from collections import Counter
@@ -10,12 +10,13 @@ from fedelta.learning.training.flops import TextCost
 
 @dataclass(frozen=True)
 class Limit:
-    """What this machine could do at best.
+    """Limit of the machine: the cost of a text and the rate of matrix products.
 
     Args:
-        training, evaluation: FLOPs of texts without padding.
-        rate: FLOP/s of all workers together, each multiplying square matrices.
-        workers: their number.
+        training: FLOPs to train on a text without padding.
+        evaluation: FLOPs to evaluate a text without padding.
+        rate: FLOP/s of all workers together when each multiplies square matrices (GEMM).
+        workers: number of workers.
     """
 
     training: TextCost
@@ -26,7 +27,14 @@ class Limit:
 
 @dataclass(frozen=True)
 class Profile:
-    """Args: seconds by phase of the main process and, summed over workers, inside them; counts; what was possible."""
+    """Time that a run spent in each phase, next to the limit of the machine.
+
+    Args:
+        wall: phase of the main process → seconds.
+        inside: phase inside the workers → seconds, summed over workers.
+        counts: number of texts, tokens and squared lengths, in training and evaluation.
+        limit: limit of the machine.
+    """
 
     wall: dict[str, float]
     inside: dict[str, float]
@@ -35,16 +43,17 @@ class Profile:
 
     @property
     def training_limit(self) -> float:
-        """Seconds that training on texts without padding would take at the rate of the GEMM."""
+        """Seconds that training on texts without padding would take at the GEMM rate."""
         return self.limit.training.of(self.counts) / self.limit.rate
 
     @property
     def evaluation_limit(self) -> float:
-        """The same for the server's evaluation."""
+        """Seconds that the server's evaluation of texts without padding would take at the GEMM rate."""
         counts = {name: self.counts[f"evaluated_{name}"] for name in ("texts", "tokens", "squares")}
         return self.limit.evaluation.of(counts) / self.limit.rate
 
     def to_json(self) -> str:
+        """Return the text of `profile.json`."""
         return json.dumps(
             {
                 "workers": self.limit.workers,
@@ -59,7 +68,7 @@ class Profile:
 
 
 def read_profile(folder: RunFolder, limit: Limit) -> Profile:
-    """Sum up a run's `timings.jsonl`."""
+    """Add up the lines of a run's `timings.jsonl`."""
     wall: Counter[str] = Counter()
     inside: Counter[str] = Counter()
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""One run: from a configuration to the folder that it leaves."""
+"""Run one configuration from start to end and write its folder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from fedelta.runs.export import export_run, export_state
 from fedelta.runs.profile import Limit, Profile, read_profile
 
 MakeEngine = Callable[[EngineContext, Mapping[str, Shard], int], Engine]
-"""(context, client → its rows, clients in one pass) → the engine that carries the messages."""
+"""Factory of an engine: (context, client → its rows, clients stacked in one pass) → engine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +41,11 @@ class Run:
     """A finished run.
 
     Args:
-        config: its configuration.
-        folder: the folder that it left.
-        records: the lines of `rounds.jsonl`; `rounds` has them as a table.
+        config: configuration of the run.
+        folder: folder with the files of the run.
+        records: lines of `rounds.jsonl`. `rounds` has them as a table.
         result: scores and sizes of the final model (`result.json`).
-        profile: where the time went, if that was asked for.
+        profile: where the time was spent, or None if it was not measured.
     """
 
     config: Config
@@ -61,12 +61,12 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The PEFT folder of the final adapter."""
+        """PEFT folder of the final adapter."""
         return self.folder.adapter_folder
 
     @property
     def rounds(self) -> "pandas.DataFrame":
-        """One row a round: losses, validation scores, bytes, deviation, and how many clients took part."""
+        """Table with one row per round: training loss, validation scores, bytes, deviation and number of clients."""
         import pandas
 
         return pandas.DataFrame([_row(record) for record in self.records]).set_index("round")
@@ -74,14 +74,14 @@ class Run:
     def export(
         self, *, adapter: Path | str | None = None, merged: Path | str | None = None, rank: int | None = None
     ) -> list[str]:
-        """Write the final model as a PEFT adapter, a merged model, or both; see `fedelta.export`."""
+        """Write the final model as a PEFT adapter, a merged model, or both. See `fedelta.export`."""
         return export_run(
             self.folder.path, None if adapter is None else Path(adapter), None if merged is None else Path(merged), rank
         )
 
 
 def _row(record: RoundRecord) -> dict[str, float | int | None]:
-    """The numbers of a round that a table shows; rounds count from 1."""
+    """Return one row of `Run.rounds`. Rounds are counted from 1."""
     scores = {f"validation_{name}": value for name, value in (record["validation"] or {}).items()}
     return {
         "round": record["round"] + 1,
@@ -105,17 +105,19 @@ def run(
     engine: MakeEngine = LocalEngine,
     sites: Mapping[str, int] | None = None,
 ) -> Run:
-    """Run a configuration to its end and leave its folder.
+    """Run a configuration to its last round and write its folder.
 
     Args:
+        config: configuration of the run.
         resume: continue from the checkpoint in the run's folder, if there is one.
-        observer: is told of progress.
-        engine: makes what carries the messages.
-        sites: client → number of rows, where clients have rows of their own; None shares out the configured ones.
-        profile: measure at the end what the machine could have done at best, and leave `profile.json`.
+        observer: receives progress events.
+        profile: measure the limit of the machine at the end, and write `profile.json`.
+        engine: factory of the engine that carries messages between server and clients.
+        sites: client → number of rows, for clients that hold their own rows. None divides the configured rows among
+            the clients.
 
     Raises:
-        FedeltaError: for bad input; whatever rounds had finished are kept.
+        FedeltaError: if the input is not valid. Finished rounds are kept.
     """
     folder = RunFolder(config.folder, config.dump())
     observer = observer or Observer()
@@ -132,7 +134,7 @@ def run(
 
 
 def _check_harness(config: Config, server: Server) -> None:
-    """Raise before the run if the harness could not judge its model at the end."""
+    """Raise before the run if lm-evaluation-harness cannot evaluate the final model."""
     if config.evaluation.harness is not None:
         if server.method.personal:
             raise FedeltaError(f"evaluation.harness: method {server.method.name} has no global model")
@@ -140,10 +142,10 @@ def _check_harness(config: Config, server: Server) -> None:
 
 
 class _RunSteps:
-    """The steps of one run, in order, and what they share.
+    """Steps of one run, in order, and the objects that they share.
 
     Args:
-        checkpoint: to continue from; None starts anew.
+        checkpoint: checkpoint to resume from. None starts a new run.
         sites: as for `run`.
     """
 
@@ -176,7 +178,7 @@ class _RunSteps:
         return Run(self.config, self.folder, self.folder.records(), result, measured)
 
     def _start(self) -> ServerState:
-        """The state before round 0, and the folder with its first checkpoint."""
+        """Return the state before round 0, and write the first checkpoint."""
         model = self.trainer.model
         state = self.server.start(model.shapes, model.head_tensors(), self.clients, self.data.classes)
         if self.config.training.stack == "auto":
@@ -186,21 +188,21 @@ class _RunSteps:
         return state
 
     def _restore(self, checkpoint: Checkpoint) -> ServerState:
-        """The state of a checkpoint, and the trainer with what clients keep."""
+        """Return the state of a checkpoint, and load the factors and error feedback that clients keep."""
         state = checkpoint.state
         if state.log.shapes != self.trainer.model.shapes or set(state.ranks) != set(self.clients):
-            raise FedeltaError(f"checkpoint {self.folder.checkpoint_file} is of another model or other clients")
+            raise FedeltaError(f"checkpoint {self.folder.checkpoint_file} belongs to another model or other clients")
         self.trainer.kept.update(checkpoint.kept)
         self.trainer.error_feedback.update(checkpoint.error_feedback)
         if not self.trainer.error_feedback:
-            # Over Flower, clients file what they keep themselves.
+            # Over Flower, each client writes its kept factors and error feedback to a file.
             for file in self.folder.clients_folder.glob("*.safetensors"):
                 self.trainer.take_kept(file.stem, file.read_bytes())
         return state
 
     @property
     def _stack(self) -> int:
-        """Clients in one pass; `auto` has been settled by now."""
+        """Number of clients in one pass. `auto` has been replaced by a number before this is read."""
         return int(self.folder.config["training"]["stack"])
 
     def _evaluator(self) -> Evaluator:
@@ -209,10 +211,10 @@ class _RunSteps:
         if count > 1 and not can_fork():
             raise FedeltaError(f"workers: {count} needs Linux and a machine without a GPU, expected 1 or auto")
         workers = Workers(count, config.threads)
-        # A stack runs through the whole model, so its texts need no cache.
+        # Stacked clients run through the whole model, so their texts need no activation cache.
         shards = self.data.shards if self._stack == 1 else {}
-        most = config.model.activation_cache * 1e9
-        caches = ActivationCaches(trainer.activation_cache, workers, self.data.validation, shards, most)
+        max_bytes = config.model.activation_cache * 1e9
+        caches = ActivationCaches(trainer.activation_cache, workers, self.data.validation, shards, max_bytes)
         return Evaluator(self.server, trainer, workers, self.observer, caches)
 
     def _rounds(self, make_engine: MakeEngine, evaluator: Evaluator, state: ServerState) -> ServerState:
@@ -223,11 +225,11 @@ class _RunSteps:
         return engine.run(state, self.config.rounds, evaluation.every, evaluation.clients)
 
     def _result(self, state: ServerState, evaluator: Evaluator) -> Result:
-        """Export the final model and score it: the test split is used here, and nowhere else."""
+        """Export the final model and score it. The test split is used only here."""
         model = self.trainer.model
         exported = export_state(self.folder.adapter_folder, self.server, state, self.trainer.kept, model)
-        last = self.folder.records()[-1]["validation"]
-        validation = last or evaluator.evaluate(state, self.data.validation, "validation")
+        last_scores = self.folder.records()[-1]["validation"]
+        validation = last_scores or evaluator.evaluate(state, self.data.validation, "validation")
         return {
             "method": self.config.method.name,
             "seed": self.config.seed,
@@ -251,9 +253,9 @@ class _RunSteps:
         return scores | harness_scores(self.trainer.model, self.trainer.tokenizer, self.config.evaluation.harness, chat)
 
     def _profile(self, caches: ActivationCaches) -> Profile:
-        found = read_profile(self.folder, _limit(self.trainer, caches))
-        write_file(self.folder.path / "profile.json", found.to_json() + "\n")
-        return found
+        profile = read_profile(self.folder, _limit(self.trainer, caches))
+        write_file(self.folder.path / "profile.json", profile.to_json() + "\n")
+        return profile
 
 
 def _parameters_by_rank(state: ServerState) -> dict[str, int]:
@@ -273,14 +275,17 @@ def _title(config: Config) -> str:
 
 
 def open_run(folder: Path) -> Run:
-    """A finished run from its folder.
+    """Open a finished run.
+
+    Args:
+        folder: folder of the run, with its `config.yaml`.
 
     Raises:
-        FedeltaError: if there is no run, or it has not ended.
+        FedeltaError: if there is no run, or it has not finished.
     """
     config = load_config(folder / "config.yaml")
     run_folder = RunFolder(folder, config.dump())
     result = run_folder.result()
     if result is None:
-        raise FedeltaError(f"{folder}: this run has not ended; continue it with --resume")
+        raise FedeltaError(f"{folder}: this run has not finished; continue it with --resume")
     return Run(config, run_folder, run_folder.records(), result)

@@ -102,7 +102,7 @@ def test_a_task_that_the_harness_lacks_is_refused_before_a_grid(causal_config: A
 def test_the_harness_requires_a_language_model_and_its_package(
     tiny_config: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FedeltaError, match=r"evaluation.harness is of language models, expected task: completion"):
+    with pytest.raises(FedeltaError, match=r"evaluation.harness needs a language model, expected task: completion"):
         tiny_config(evaluation={"harness": {"tasks": ["gsm8k"]}})
     with pytest.raises(FedeltaError, match="method fedsa has no global model"):
         run(causal_config(method="fedsa", evaluation={"harness": {"tasks": ["gsm8k"]}}))

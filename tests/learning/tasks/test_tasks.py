@@ -414,7 +414,7 @@ def test_an_answer_may_repeat_n_grams_of_its_prompt_but_not_its_own(beams: int, 
 
 def test_partitions_by_class_are_refused_for_tasks_without_classes(causal_config: Any) -> None:
     for kind in ("dirichlet", "two-quality", "pathological", "shards"):
-        with pytest.raises(FedeltaError, match=f"partition.kind: {kind} is by classes, which task completion has not"):
+        with pytest.raises(FedeltaError, match=f"partition.kind: {kind} needs classes, but task completion has none"):
             causal_config(partition={"kind": kind, "clients": 3})
 
 
