@@ -12,7 +12,7 @@ from paths import ROOT
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/README.md")])
 SOURCE = ROOT / "src" / "fedelta"
 DIALECT = re.compile(
-    r"so many|goes on\b|(?<!there )\bis no (?!longer)[a-z]|nobody|whoever|of which|\blent\b|\.\./shared"
+    r"so many|goes on\b|(?<!there )(?<!There )\bis no (?!longer)[a-z]|nobody|whoever|of which|\blent\b|\.\./shared"
 )
 
 

@@ -97,7 +97,7 @@ class Method(ABC):
             "by rank" for the covariance of each rank index.
         keeps_basis: True if rank index j stays the same direction in the next round, so that factors of two rounds can
             be subtracted. Methods that refactor (SVD) do not keep it and can't have a server optimizer.
-        personal: True if every client has its own model, part of which no other participant sees.
+        personal: True if every client has its own model and keeps a part of it to itself.
         remembers_clients: True if the state stores each client's last factors, so that memory grows with the number of
             clients. Otherwise a step holds one client at a time.
         offline: reason why a single step on adapter folders is not meaningful; empty if it is.

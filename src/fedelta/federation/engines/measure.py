@@ -22,7 +22,7 @@ PROBE_STEPS = 2
 """Training steps of one trial."""
 
 TRIES = 3
-"""Trials, one of which must succeed. Several are needed because other processes may use the cores for a moment."""
+"""Number of trials; one of them must succeed. Other processes may use the cores for a moment."""
 
 
 def total_gemm_rate(workers: Workers, dtype: torch.dtype, device: torch.device) -> float:

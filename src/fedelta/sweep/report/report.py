@@ -157,7 +157,7 @@ def provenance(rows: Mapping[str, Row], others: int = 0) -> str:
     lost = sum(r["sampled"] - r["clients"] for row in rows.values() for r in row["rounds"])
     counts = [
         quantity(len(rows), "run"),
-        *([f"{failed} of which diverged"] if failed else []),
+        *([f"{failed} of them diverged"] if failed else []),
         *([quantity(others, "other")] if others else []),
     ]
     return (
