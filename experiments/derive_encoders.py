@@ -11,7 +11,8 @@ tokenizer to the same pieces and removes truncation and padding. The smaller enc
 as its layers 0 to 2. All weights become float16.
 
 The 8,192 kept word pieces are an input: `encoder_vocabulary.txt`. They were selected once, by their frequency in the
-texts of the experiments' data sets, together with all single Latin characters. This script does not repeat the selection.
+texts of the experiments' data sets, together with all single Latin characters. This script does not repeat the
+selection.
 """
 
 import argparse
