@@ -10,8 +10,9 @@ The script cuts the word-embedding table to the kept word pieces, in the order o
 tokenizer to the same pieces and removes truncation and padding. The smaller encoder has layers 0, 2 and 4 of the source
 as its layers 0 to 2. All weights become float16.
 
-The 8,192 kept word pieces are an input: `encoder_vocabulary.txt`. They are the most frequent pieces in the texts of the
-experiments' data sets, and all single Latin characters. This script does not repeat that selection.
+The 8,192 kept word pieces are an input: `encoder_vocabulary.txt`. They were selected once, by their frequency in the
+texts of the experiments' data sets, together with all single Latin characters. This script does not repeat the
+selection.
 """
 
 import argparse

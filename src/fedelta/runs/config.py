@@ -34,8 +34,8 @@ class EvaluationSettings(Settings):
             split, after local training and before aggregation. 0 evaluates no client models.
         harness: tasks that lm-evaluation-harness runs once on the final model, in addition to the test split. Only for
             `task: completion`. None does not run the harness.
-        target: validation score that counts as reached in the column "rounds to target". None uses a score that is 5 %
-            short of the best final score among the compared runs.
+        target: validation score for "rounds to target" in reports. None uses a score that is 5 % short of the best
+            final score among the compared runs.
     """
 
     every: int = Field(default=1, ge=1)
