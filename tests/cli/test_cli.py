@@ -190,7 +190,7 @@ def test_lost_lines_are_noticed(config: Path, tmp_path: Path, capsys: pytest.Cap
     fedelta("run", str(config))
     capsys.readouterr()
     (tmp_path / "runs" / "tiny" / "rounds.jsonl").write_text("")
-    assert "rounds.jsonl has 0 lines, but the checkpoint 3" in refusal(capsys, "run", str(config), "--resume")
+    assert "rounds.jsonl has 0 lines, but the checkpoint has 3" in refusal(capsys, "run", str(config), "--resume")
 
 
 def test_one_place_for_two_exports_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
