@@ -192,7 +192,7 @@ def test_missing_lines_of_the_run_log_are_reported(
     fedelta("run", str(config))
     capsys.readouterr()
     (tmp_path / "runs" / "tiny" / "rounds.jsonl").write_text("")
-    assert "rounds.jsonl has 0 lines, but the checkpoint 3" in refusal(capsys, "run", str(config), "--resume")
+    assert "rounds.jsonl has 0 lines, but the checkpoint has 3" in refusal(capsys, "run", str(config), "--resume")
 
 
 def test_two_exports_into_one_folder_are_refused(

@@ -11,7 +11,7 @@ class Observer:
         """A run starts or resumes.
 
         Args:
-            title: the run's name.
+            title: short description of the run, such as its method and seed.
             done: number of rounds that were finished before.
             rounds: number of rounds of the whole run.
         """
