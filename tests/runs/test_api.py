@@ -25,6 +25,7 @@ def test_exported_names_are_complete_and_importable() -> None:
     assert set(dir(fedelta)) == set(fedelta.__all__)
     for name in NAMES:
         assert getattr(fedelta, name) is not None
+    assert fedelta.Progress() is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fedelta.nothing  # noqa: B018
 

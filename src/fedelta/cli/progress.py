@@ -150,11 +150,12 @@ class TerminalProgress(MessagePrinter):
     """Show a run, or the runs of a comparison, as bars.
 
     Args:
-        console: bars appear only if it is a terminal; warnings always appear.
+        console: bars appear only if it is a terminal; warnings always appear. None writes to standard error.
         all_rounds: total rounds of the runs that follow one another; None for a single run.
     """
 
-    def __init__(self, console: Console, all_rounds: int | None = None) -> None:
+    def __init__(self, console: Console | None = None, all_rounds: int | None = None) -> None:
+        console = console or Console(stderr=True)
         super().__init__(console)
         self.progress = _bars(console)
         self.all = self._task("all runs", all_rounds) if all_rounds is not None else None

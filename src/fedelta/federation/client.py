@@ -16,7 +16,7 @@ from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.shards import Shard
 from fedelta.learning.tasks import Task, evaluate
 from fedelta.learning.training import TrainingSettings, train
-from fedelta.learning.training.stacked import StackedClient, can_stack, train_stacked
+from fedelta.learning.training.stacked import StackedClient, reason_not_to_stack, train_stacked
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.lora.adapter import Adapter, finite
 from fedelta.lora.lowrank import LowRank
@@ -208,7 +208,7 @@ class Trainer:
         tasks = [self._task(blob, shard) for blob, shard in zip(blobs, shards, strict=True)]
         # A tail is added to the base, which the clients of a stack share. A core has a fixed basis in place of B.
         unstackable = any(task.broadcast.tail or "core" in task.broadcast.plan.train for task in tasks)
-        if unstackable or can_stack(self.model):
+        if unstackable or reason_not_to_stack(self.model):
             return None
         clients = [
             StackedClient(

@@ -65,7 +65,7 @@ def remember_model(model: Any, tokenizer: Any, digest: str) -> str:
 
     Args:
         model: a transformers model that classifies, or a causal language model. Runs train copies of it.
-        digest: of its weights.
+        digest: digest of its weights.
 
     Returns:
         The name under which `model.name` refers to it.

@@ -25,7 +25,7 @@ from fedelta.learning.tasks.completion import CutWarning
 from fedelta.learning.tasks.generation import Generation, generate
 from fedelta.learning.training import TrainingSettings, local, train
 from fedelta.learning.training.loss import mean_loss, row_losses
-from fedelta.learning.training.stacked import StackedClient, can_stack, train_stacked
+from fedelta.learning.training.stacked import StackedClient, reason_not_to_stack, train_stacked
 from fedelta.runs.runner import run
 
 BEGIN, END = 1, 2
@@ -432,7 +432,7 @@ def test_models_with_dropout_and_checkpointing_are_not_stacked(causal: Any) -> N
     for dropout, reason in ((0.0, None), (0.3, "other dropout than the forward pass")):
         base = load_base(settings, 0, tokenizer, 0, "completion")
         model = LoraModel(base, LoraSettings(target_modules="all-linear", dropout=dropout))
-        assert reason in can_stack(model) if reason else can_stack(model) is None
+        assert reason in reason_not_to_stack(model) if reason else reason_not_to_stack(model) is None
 
 
 def test_the_activations_of_a_language_models_frozen_layers_are_cached(causal: Any, things: Path) -> None:

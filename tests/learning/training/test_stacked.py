@@ -14,7 +14,7 @@ from fedelta.learning.data import Examples
 from fedelta.learning.model.base_model import ModelSettings, load_base
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.learning.training import TrainingSettings, train
-from fedelta.learning.training.stacked import StackedClient, can_stack, train_stacked
+from fedelta.learning.training.stacked import StackedClient, reason_not_to_stack, train_stacked
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import Dense
 
@@ -174,7 +174,7 @@ def test_a_layer_that_sees_other_rows_than_the_batch_is_not_stacked(shared: bool
     model = LoraModel(
         AutoModelForSequenceClassification.from_config(config), LoraSettings(target_modules=("query_proj",))
     )
-    obstacle = can_stack(model)
+    obstacle = reason_not_to_stack(model)
     assert obstacle is None if reason is None else reason in str(obstacle)
 
 
@@ -183,6 +183,6 @@ def test_a_head_with_layers_other_than_linear_is_not_stacked(tiny_bert: Path) ->
     base = load_base(ModelSettings(name=str(tiny_bert)), 3, tokenizer, seed=1)
     base.classifier = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 3))
     model = LoraModel(base, LoraSettings(modules_to_save=("classifier",)))
-    assert "LayerNorm" in str(can_stack(model))
+    assert "LayerNorm" in str(reason_not_to_stack(model))
     with pytest.raises(ValueError, match="only Linear can be stacked"):
         train_stacked(model, tokenizer, [], TrainingSettings())

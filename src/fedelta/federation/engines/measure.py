@@ -11,7 +11,7 @@ from fedelta.learning.data import Examples
 from fedelta.learning.device import synchronize
 from fedelta.learning.training import train
 from fedelta.learning.training.flops import gemm_rate
-from fedelta.learning.training.stacked import StackedClient, can_stack, train_stacked
+from fedelta.learning.training.stacked import StackedClient, reason_not_to_stack, train_stacked
 from fedelta.lora.adapter import initial_adapter
 from fedelta.seeds import torch_seed
 
@@ -50,7 +50,7 @@ def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], st
         steps: training steps of each client in a trial.
     """
     model = trainer.model
-    if trainer.settings.micro_batch_size is not None or can_stack(model):
+    if trainer.settings.micro_batch_size is not None or reason_not_to_stack(model):
         return 1
     heads = model.head_tensors()
     settings = trainer.settings.model_copy(update={"steps": steps})

@@ -12,7 +12,7 @@ from fedelta.learning.model.lora_model import LoraModel
 _REASONS: WeakKeyDictionary[LoraModel, str | None] = WeakKeyDictionary()
 
 
-def can_stack(model: LoraModel) -> str | None:
+def reason_not_to_stack(model: LoraModel) -> str | None:
     """Reason why a model can't train several clients at once, or None if it can.
 
     A trial, once per model, checks that each layer with parameters of a client sees the rows of a batch once.

@@ -25,7 +25,7 @@ from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.training.flops import count_texts
 from fedelta.learning.training.local import LocalSteps, TrainingSettings
 from fedelta.learning.training.loss import mean_loss
-from fedelta.learning.training.stackable import can_stack
+from fedelta.learning.training.stackable import reason_not_to_stack
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.seeds import torch_seed
@@ -84,7 +84,7 @@ def train_stacked(
         ValueError: if the model can't be stacked.
         FedeltaError: if a client has no training rows.
     """
-    if reason := can_stack(model):
+    if reason := reason_not_to_stack(model):
         raise ValueError(reason)
     watch = watch or Stopwatch()
     stack = _Stack(model, clients)
