@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines import Observer
+from fedelta.federation.engines.rounds import explain
 from fedelta.federation.engines.workers import can_fork
 from fedelta.learning.device import DeviceError, deterministic, device_errors
 from fedelta.learning.model import base_model
@@ -271,3 +272,9 @@ def test_a_missing_gpu_is_refused(tiny_bert: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(base_model.torch.cuda, "is_available", lambda: False)
     with pytest.raises(FedeltaError, match="model.device is cuda, but torch finds no CUDA device"):
         load_base(ModelSettings(name=str(tiny_bert), device="cuda"), 3, AutoTokenizer.from_pretrained(tiny_bert), 0)
+
+
+def test_a_client_that_runs_out_of_memory_fails_but_its_update_is_not_bad() -> None:
+    """So `on_bad_update: refuse` does not end a federation because one site is too small."""
+    assert explain(DeviceError("out of memory")) == {"failed": "out of memory"}
+    assert explain(FedeltaError("no rows")) == {"refused": "no rows"}

@@ -119,3 +119,36 @@ def test_invalid_arguments_raise_one_line(objects: dict[str, Any], words: str, t
     with pytest.raises(fedelta.FedeltaError, match=words) as caught:
         fedelta.configure(settings(tiny_config), **objects)
     assert "\n" not in str(caught.value)
+
+
+def test_another_tokenizer_makes_another_model(tiny_config: Any, tiny_bert: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    one, two = (AutoTokenizer.from_pretrained(tiny_bert) for _ in range(2))
+    two.add_tokens(["lighthouse"])
+    config = settings(tiny_config)
+    names = [fedelta.configure(config, model=model, tokenizer=each).model.name for each in (one, one, two)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_model_in_memory_must_fit_what_is_asked_of_it(tiny_config: Any, tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    small = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    with pytest.raises(fedelta.FedeltaError, match="has 2 outputs, but the data need 3"):
+        fedelta.run(settings(tiny_config), model=small, tokenizer=tokenizer)
+    with pytest.raises(fedelta.FedeltaError, match="quantization: 4bit is for models that a run loads"):
+        fedelta.run(settings(tiny_config), model=small, tokenizer=tokenizer, **{"model.quantization": "4bit"})
+
+
+def test_a_comparison_refuses_a_finished_folder_before_it_trains(tiny_config: Any) -> None:
+    equal = {"allocation": "uniform", "high": 2}
+    fedelta.compare(settings(tiny_config), ["fedex"], ranks=equal)
+    with pytest.raises(fedelta.FedeltaError, match="holds a run already"):
+        fedelta.compare(settings(tiny_config), ["fedit", "fedex"], ranks=equal)
+    folder = tiny_config().folder.with_name("tiny-compare")
+    assert not (folder / "fedit-seed0").exists()
+
+
+def test_an_export_says_what_to_write(tiny_config: Any) -> None:
+    run = fedelta.run(settings(tiny_config), rounds=1)
+    with pytest.raises(fedelta.FedeltaError, match="neither an adapter nor a merged model"):
+        run.export()

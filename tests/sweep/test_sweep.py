@@ -401,3 +401,15 @@ def test_progress_is_shown_on_a_terminal(tmp_path: Path) -> None:
         progress.cell_done("c", "main: y", row)
         assert bars["experiments"].completed == 3
     assert "2 of 3 cells to run" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_cells_on_a_gpu_run_one_at_a_time(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although the process that forks them has not used the GPU yet."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    command = ("sweep", str(grid), "-o", str(tmp_path / "out"), "--parallel", "2")
+    assert "--parallel 2 needs Linux, and cells that run on the CPU; expected 1" in refusal(capsys, *command)
+    assert Sweep(load_grid(grid), Expansion(load_grid(grid)), tmp_path / "out", "auto")._max_parallel() == 1
+    on_cpu = load_grid(grid).model_copy(update={"overrides": {"model.device": "cpu"}})
+    assert not Sweep(on_cpu, Expansion(on_cpu), tmp_path / "out", "auto")._on_gpu()

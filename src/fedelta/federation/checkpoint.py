@@ -28,7 +28,7 @@ from fedelta.protocol.serialization import (
     with_prefix,
 )
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Checkpoint(NamedTuple):

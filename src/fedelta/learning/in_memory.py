@@ -7,6 +7,7 @@ same data and the same weights.
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,12 +66,18 @@ def remember_model(model: Any, tokenizer: Any, digest: str) -> str:
 
     Args:
         model: a transformers model that classifies, or a causal language model. Runs train copies of it.
-        digest: digest of its weights.
+        tokenizer: its tokenizer.
+        digest: digest of the model's weights.
 
     Returns:
         The name under which `model.name` refers to it.
     """
-    name = f"{PREFIX}{digest[:16]}"
+    sha = hashlib.sha256(digest.encode())
+    for part in (tokenizer.get_vocab(), tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)):
+        sha.update(json.dumps(part, sort_keys=True, default=str).encode())
+    if getattr(tokenizer, "is_fast", False):
+        sha.update(tokenizer.backend_tokenizer.to_str().encode())
+    name = f"{PREFIX}{sha.hexdigest()[:16]}"
     _models[name] = model, tokenizer
     return name
 
@@ -93,6 +100,11 @@ def remembered_model(name: str) -> Any:
         FedeltaError: if this process was not given it.
     """
     return copy.deepcopy(_entry(name)[0])
+
+
+def remembered_config(name: str) -> Any:
+    """The configuration of that model."""
+    return _entry(name)[0].config
 
 
 def remembered_tokenizer(name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines import Observer
+from fedelta.federation.run_folder import RunFolder
 from fedelta.learning.in_memory import remember_data, remember_model
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.runs import runner
@@ -137,6 +138,9 @@ def compare(
     """
     checked = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
     configs = comparison_configs(checked, tuple(methods or checked.compare.methods), seeds or checked.compare.seeds)
+    if not resume:
+        for each in configs:
+            RunFolder(each.folder, {}).refuse_existing()
     # Run every method with one seed before the next seed, so that an interrupted comparison is still a fair one.
     by_seed = sorted(configs, key=lambda each: each.seed)
     return in_order([runner.run(each, resume=resume, observer=observer) for each in by_seed])
@@ -167,8 +171,6 @@ def export(
             without a global model.
     """
     folder = run.folder.path if isinstance(run, Run) else Path(run)
-    if adapter is None and merged is None:
-        raise FedeltaError("export: neither adapter=… nor merged=… was given, expected one or both")
     return export_run(
         folder, None if adapter is None else Path(adapter), None if merged is None else Path(merged), rank
     )

@@ -128,7 +128,9 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
 
 
 def _check_outputs(adapter: Path | None, merged: Path | None) -> None:
-    """Raise if the two outputs are the same folder, or one exists."""
+    """Raise if there is no output, if both are the same folder, or if one exists."""
+    if adapter is None and merged is None:
+        raise FedeltaError("export: neither an adapter nor a merged model was asked for")
     if adapter is not None and adapter == merged:
         raise FedeltaError(f"--adapter and --merged are both {adapter}, expected two places")
     for output in (adapter, merged):

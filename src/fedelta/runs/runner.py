@@ -209,7 +209,7 @@ class _RunSteps:
         config, trainer = self.config, self.trainer
         count = config.workers if config.workers != "auto" else fastest_workers(trainer, self.tokenized.train)
         if count > 1 and not can_fork():
-            raise FedeltaError(f"workers: {count} needs Linux and a machine without a GPU, expected 1 or auto")
+            raise FedeltaError(f"workers: {count} needs Linux and a model on the CPU, expected 1 or auto")
         workers = Workers(count, config.threads)
         # Stacked clients run through the whole model, so their texts need no activation cache.
         shards = self.data.shards if self._stack == 1 else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import torch
 import yaml
 
 from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
@@ -121,8 +122,8 @@ class Sweep:
 
     def _check_machine(self) -> None:
         wanted = 1 if self.parallel == "auto" else self.parallel
-        if wanted > 1 and not can_fork():
-            raise FedeltaError(f"--parallel {wanted} needs Linux and a machine without a GPU, expected 1")
+        if wanted > 1 and (not can_fork() or self._on_gpu()):
+            raise FedeltaError(f"--parallel {wanted} needs Linux, and cells that run on the CPU; expected 1")
         if wanted > 1 and self._threads() > 1:
             raise FedeltaError(
                 f"--parallel {wanted}: cells with threads: {self._threads()} run one at a time, expected 1"
@@ -192,7 +193,13 @@ class Sweep:
         """Number of cells that cores allow: one on a GPU, and one if a cell uses several threads."""
         import joblib
 
-        return joblib.cpu_count(only_physical_cores=True) if can_fork() and self._threads() == 1 else 1
+        alone = not can_fork() or self._on_gpu() or self._threads() > 1
+        return 1 if alone else joblib.cpu_count(only_physical_cores=True)
+
+    def _on_gpu(self) -> bool:
+        """Whether a cell would run on a GPU: its memory is not what cells are fitted into, and a fork cannot use it."""
+        devices = {config.model.device for config in self.expansion.cells(None).cells.values()}
+        return torch.cuda.is_available() and devices != {"cpu"}
 
     def _peaks(self) -> dict[str, float]:
         """Model → largest peak memory of its cells in MB."""

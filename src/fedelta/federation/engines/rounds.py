@@ -19,6 +19,7 @@ from fedelta.federation.reply import ClientReply
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import RoundOutcome, Server, ServerState
 from fedelta.learning.data import Examples
+from fedelta.learning.device import DeviceError
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.protocol.messages import ClientUpdate
 from fedelta.seeds import derive_seed
@@ -66,6 +67,9 @@ def explain(error: Exception) -> dict[str, str]:
     """Describe an error of a client as the facts that `read_update` reads."""
     if isinstance(error, BadUpdate):
         return {"refused": error.reason}
+    if isinstance(error, DeviceError):
+        # The update is not bad: the client's machine is too small.
+        return {"failed": str(error)}
     # A client may fail in any way. The round continues without it and records the reason.
     return {"refused": str(error)} if isinstance(error, FedeltaError) else {"failed": in_one_line(error)}
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from fedelta.errors import FedeltaError
 from fedelta.files import expand_variables
 from fedelta.learning.device import allow_deterministic_products, device_errors, is_out_of_memory
-from fedelta.learning.in_memory import PREFIX, remembered_model, remembered_tokenizer
+from fedelta.learning.in_memory import PREFIX, remembered_config, remembered_model, remembered_tokenizer
 from fedelta.learning.model.checkpointing import enable_checkpointing
 from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.seeds import torch_seed
@@ -127,6 +127,8 @@ def load_base(
         raise FedeltaError("model.device is cuda, but torch finds no CUDA device")
     if device == "cuda":
         allow_deterministic_products()
+    if settings.name.startswith(PREFIX):
+        _check_remembered(settings, options)
     if settings.quantization != "none":
         options |= _quantized(settings, device)
     smaller = [*(["model.dtype: bfloat16"] if settings.dtype == "float32" else []), "model.quantization: 4bit"]
@@ -182,6 +184,15 @@ def _load(
             f"model {settings.name}: a {model.config.model_type} model sees later tokens, expected a causal model"
         )
     return model
+
+
+def _check_remembered(settings: ModelSettings, options: dict[str, Any]) -> None:
+    """Raise if a model in memory is not what the configuration asks for; a loaded model is taken as it is."""
+    if settings.quantization != "none":
+        raise FedeltaError(f"model.quantization: {settings.quantization} is for models that a run loads, expected none")
+    outputs, wanted = remembered_config(settings.name).num_labels, options.get("num_labels")
+    if wanted is not None and outputs != wanted:
+        raise FedeltaError(f"the model that was passed has {outputs} outputs, but the data need {wanted}")
 
 
 def _weights(settings: ModelSettings, auto_class: Any, options: dict[str, Any], device: str) -> Any:
