@@ -200,7 +200,7 @@ def test_the_fastest_stack_is_found(
 
 def test_micro_batches_cannot_be_stacked(calm_config: Any) -> None:
     limited = {"training": {**TRAINING, "micro_batch_size": 2, "stack": 3}}
-    with pytest.raises(FedeltaError, match="training: micro_batch_size needs stack: 1, or auto, found stack: 3"):
+    with pytest.raises(FedeltaError, match="training: micro_batch_size needs stack: 1 or stack: auto, found stack: 3"):
         calm_config(3, **limited)
     limited["training"]["stack"] = "auto"
     assert run(calm_config("auto", **limited)).folder.config["training"]["stack"] == 1
