@@ -77,23 +77,14 @@ def compare(
 ) -> None:
     """Compare several methods on the same data and initial weights, in one table and one plot."""
     from fedelta.cli.progress import TerminalProgress
-    from fedelta.runs.comparison import comparison_configs, comparison_folder, in_order
-    from fedelta.runs.runner import run as run_config
+    from fedelta.runs.comparison import comparison_configs, comparison_folder, run_comparison
 
     config = read_config(arguments)
     chosen = config.compare.methods if methods is None else tuple(name.strip() for name in methods.split(","))
     configs = comparison_configs(config, chosen, seeds or config.compare.seeds)
-    if not resume:
-        from fedelta.federation.run_folder import RunFolder
-
-        for one in configs:
-            RunFolder(one.folder, {}).refuse_existing()
-    finished = []
     with TerminalProgress(err, sum(one.rounds for one in configs)) as progress:
-        # Seed by seed, so that even an interrupted comparison has every method.
-        for one in sorted(configs, key=lambda c: c.seed):
-            finished.append(run_config(one, resume=resume, observer=progress))
-    finish(in_order(finished), comparison_folder(config))
+        finished = run_comparison(configs, resume, progress)
+    finish(finished, comparison_folder(config))
 
 
 @app.command()

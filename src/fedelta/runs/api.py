@@ -9,11 +9,10 @@ from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines import Observer
-from fedelta.federation.run_folder import RunFolder
 from fedelta.learning.in_memory import remember_data, remember_model
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.runs import runner
-from fedelta.runs.comparison import comparison_configs, in_order
+from fedelta.runs.comparison import comparison_configs, run_comparison
 from fedelta.runs.config import Config, load_config, parse_config, set_key
 from fedelta.runs.export import export_run
 from fedelta.runs.runner import Run
@@ -138,12 +137,7 @@ def compare(
     """
     checked = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
     configs = comparison_configs(checked, tuple(methods or checked.compare.methods), seeds or checked.compare.seeds)
-    if not resume:
-        for each in configs:
-            RunFolder(each.folder, {}).refuse_existing()
-    # Run every method with one seed before the next seed, so that an interrupted comparison is still a fair one.
-    by_seed = sorted(configs, key=lambda each: each.seed)
-    return in_order([runner.run(each, resume=resume, observer=observer) for each in by_seed])
+    return run_comparison(configs, resume, observer)
 
 
 def export(
@@ -171,6 +165,4 @@ def export(
             without a global model.
     """
     folder = run.folder.path if isinstance(run, Run) else Path(run)
-    return export_run(
-        folder, None if adapter is None else Path(adapter), None if merged is None else Path(merged), rank
-    )
+    return export_run(folder, adapter, merged, rank)

@@ -1,12 +1,15 @@
 """Compare several methods, with one or more seeds each, on the same data and initial weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedelta.errors import FedeltaError
+from fedelta.federation.engines import Observer
+from fedelta.federation.run_folder import RunFolder
 from fedelta.methods import make_method, resolve
 from fedelta.runs.assemble import make_server
 from fedelta.runs.config import Config
-from fedelta.runs.runner import Run, open_run
+from fedelta.runs.runner import Run, open_run, run
 
 
 def comparison_folder(config: Config) -> Path:
@@ -50,6 +53,28 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
     return configs
 
 
+def run_comparison(configs: Sequence[Config], resume: bool, observer: Observer | None) -> list[Run]:
+    """Run the configurations of a comparison.
+
+    Args:
+        configs: as `comparison_configs` returns them.
+        resume: continue interrupted runs and keep finished ones.
+        observer: receives progress events.
+
+    Returns:
+        The runs, ordered by method and then by seed.
+
+    Raises:
+        FedeltaError: before the first run, if a folder holds a run and `resume` is false.
+    """
+    if not resume:
+        for each in configs:
+            RunFolder(each.folder, {}).refuse_existing()
+    # Run every method with one seed before the next seed, so that even an interrupted comparison has every method.
+    by_seed = sorted(configs, key=lambda each: each.seed)
+    return in_order([run(each, resume=resume, observer=observer) for each in by_seed])
+
+
 def open_runs(folder: Path) -> list[Run]:
     """Open the finished run in a folder, or the finished runs of a comparison below it.
 
@@ -67,4 +92,4 @@ def open_runs(folder: Path) -> list[Run]:
 def in_order(runs: list[Run]) -> list[Run]:
     """Sort the runs of a comparison by the order of its methods, then by seed."""
     order = {method: i for i, method in enumerate(runs[0].config.compare.methods)}
-    return sorted(runs, key=lambda run: (order.get(run.config.method.name, len(order)), run.config.seed))
+    return sorted(runs, key=lambda one: (order.get(one.config.method.name, len(order)), one.config.seed))

@@ -127,18 +127,22 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
         tokenizer.save_pretrained(temporary)
 
 
-def _check_outputs(adapter: Path | None, merged: Path | None) -> None:
-    """Raise if there is no output, if both are the same folder, or if one exists."""
+def _outputs(adapter: str | Path | None, merged: str | Path | None) -> tuple[Path | None, Path | None]:
+    """Return the outputs as paths. Raise if there is none, if both are the same folder, or if one exists."""
     if adapter is None and merged is None:
         raise FedeltaError("export: neither an adapter nor a merged model was asked for")
+    adapter, merged = (None if output is None else Path(output) for output in (adapter, merged))
     if adapter is not None and adapter == merged:
         raise FedeltaError(f"--adapter and --merged are both {adapter}, expected two places")
     for output in (adapter, merged):
         if output is not None and output.exists():
             raise FedeltaError(f"{output} already exists")
+    return adapter, merged
 
 
-def export_run(folder: Path, adapter: Path | None, merged: Path | None, rank: int | None = None) -> list[str]:
+def export_run(
+    folder: Path, adapter: str | Path | None, merged: str | Path | None, rank: int | None = None
+) -> list[str]:
     """Write the model of a run's checkpoint as a PEFT adapter, a merged model, or both.
 
     Args:
@@ -154,7 +158,7 @@ def export_run(folder: Path, adapter: Path | None, merged: Path | None, rank: in
         FedeltaError: if there is no checkpoint, an output folder exists, or the method has no global model to merge or
             cut.
     """
-    _check_outputs(adapter, merged)
+    adapter, merged = _outputs(adapter, merged)
     state, data, kept, _ = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
     config = parse_config(data, str(folder))
     server = make_server(config)

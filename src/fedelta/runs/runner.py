@@ -75,9 +75,7 @@ class Run:
         self, *, adapter: Path | str | None = None, merged: Path | str | None = None, rank: int | None = None
     ) -> list[str]:
         """Write the final model as a PEFT adapter, a merged model, or both. See `fedelta.export`."""
-        return export_run(
-            self.folder.path, None if adapter is None else Path(adapter), None if merged is None else Path(merged), rank
-        )
+        return export_run(self.folder.path, adapter, merged, rank)
 
 
 def _row(record: RoundRecord) -> dict[str, float | int | None]:
