@@ -14,7 +14,7 @@ from rich.markup import escape
 from fedelta import __version__
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
-from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config
+from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config, read_settings
 from fedelta.errors import FedeltaError
 
 app = typer.Typer(
@@ -45,11 +45,12 @@ def run(
     ] = (EngineName.local),
 ) -> None:
     """Train one configuration."""
+    config = read_config(arguments)
+
     from fedelta.cli.profile_table import profile_table
     from fedelta.cli.progress import TerminalProgress
     from fedelta.runs.runner import run as run_config
 
-    config = read_config(arguments)
     with TerminalProgress(err) as progress:
         if engine is not EngineName.local:
             if profile:
@@ -72,15 +73,25 @@ for command in (sweep, serve, join, keys):
 def compare(
     arguments: Arguments = None,
     methods: Annotated[str | None, typer.Option(help="Names of methods, separated by commas.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds; each method runs once per seed.", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of seeds; each method runs once per seed.", min=1, max=10_000)
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Compare several methods on the same data and initial weights, in one table and one plot."""
+    from fedelta.runs.early_check import check_method_name
+
+    named = None if methods is None else tuple(name.strip() for name in methods.split(","))
+    data, source = read_settings(arguments)
+    for name in named if named is not None else (data.get("compare") or {}).get("methods", ()):
+        check_method_name(name)
+
     from fedelta.cli.progress import TerminalProgress
     from fedelta.runs.comparison import comparison_configs, comparison_folder, run_comparison
+    from fedelta.runs.config import parse_config
 
-    config = read_config(arguments)
-    chosen = config.compare.methods if methods is None else tuple(name.strip() for name in methods.split(","))
+    config = parse_config(data, source)
+    chosen = config.compare.methods if named is None else named
     configs = comparison_configs(config, chosen, seeds or config.compare.seeds)
     with TerminalProgress(err, sum(one.rounds for one in configs)) as progress:
         finished = run_comparison(configs, resume, progress)

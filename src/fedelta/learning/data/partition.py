@@ -28,10 +28,10 @@ class PartitionSettings(Settings):
     """
 
     kind: Literal["iid", "dirichlet", "pathological", "shards", "natural", "two-quality"] = "iid"
-    clients: int | None = Field(default=10, ge=1)
+    clients: int | None = Field(default=10, ge=1, le=1_000_000)
     alpha: float = Field(default=0.5, gt=0)
-    classes_per_client: int = Field(default=2, ge=1)
-    shards_per_client: int = Field(default=2, ge=1)
+    classes_per_client: int = Field(default=2, ge=1, le=1_000_000)
+    shards_per_client: int = Field(default=2, ge=1, le=1_000_000)
     by: str | None = None
     share: float = Field(default=0.1, ge=0, le=1)
     alpha_high: float = Field(default=100.0, gt=0)
