@@ -76,8 +76,9 @@ def short(value: object) -> str:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean 'x'" for the known word that is closest to a mistyped one, or an empty string."""
-    close = difflib.get_close_matches(word, known, 1, cutoff=0.7)
-    return f"; did you mean {close[0]!r}" if close else ""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, 1, cutoff=0.7)
+    return f"; did you mean {by_lower[close[0]]!r}" if close else ""
 
 
 def first_error(error: ValidationError) -> tuple[str, str, object]:
@@ -194,6 +195,14 @@ def _suggest(key: str, sections: Sequence[type[BaseModel]], settings: type[BaseM
         return near
     elsewhere = sorted({path for path in key_paths(settings) if path.rsplit(".", 1)[-1] == key})[:3]
     return f"; did you mean {' or '.join(map(repr, elsewhere))}" if elsewhere else ""
+
+
+def sections_of(settings: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A settings class and the classes of all its sections."""
+    yield settings
+    for field in settings.model_fields.values():
+        for section in _models(_members(field.annotation)):
+            yield from sections_of(section)
 
 
 def key_paths(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ from fedelta.errors import FedeltaError
 
 
 def sweep(
-    source: Annotated[Path, typer.Argument(metavar="GRID.yaml")],
+    source: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="File that describes the grid.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings of every cell, over those of the grid.")
     ] = None,

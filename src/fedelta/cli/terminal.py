@@ -13,7 +13,9 @@ out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="Without a file: the built-in example."),
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key=value]…", help="File and settings; without a file, the built-in example."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last finished round, if there is one.")]
 

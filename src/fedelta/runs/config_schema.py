@@ -12,13 +12,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from fedelta.files import write_file
 from fedelta.methods import aliases, methods
 from fedelta.runs.config import Config
 from fedelta.runs.early_check import METHOD_PREFIX, SCHEMA_FILE
-from fedelta.settings import Settings
+from fedelta.settings import sections_of
 
 _ENTRY = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 
@@ -26,7 +26,7 @@ _ENTRY = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 def config_schema() -> dict[str, Any]:
     """Return the schema: sections, types, limits, defaults, and the meaning of each key from its docstring."""
     schema = Config.model_json_schema()
-    classes = {one.__name__: one for one in _subclasses(Settings)}
+    classes = {one.__name__: one for one in sections_of(Config)}
     sections = {"Config": schema, **schema["$defs"]}
     for name, section in sections.items():
         _describe(section, classes[name])
@@ -50,10 +50,6 @@ def config_schema() -> dict[str, Any]:
     properties["method"].pop("$ref", None)
     properties["method"] |= {"anyOf": [{"type": "string", "enum": names}, *options], "default": Config().method.name}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_without_titles(schema)}
-
-
-def _subclasses(settings: type[BaseModel]) -> list[type[BaseModel]]:
-    return [one for direct in settings.__subclasses__() for one in (direct, *_subclasses(direct))]
 
 
 def _describe(section: dict[str, Any], settings: type[Any]) -> None:
