@@ -145,7 +145,7 @@ def aggregate(
     """Aggregate PEFT adapter folders offline: their exact weighted mean, or one server step of a method."""
     from fedelta.aggregate.step import aggregate_folders
     from fedelta.cli.aggregation_table import aggregation_json, aggregation_lines, aggregation_table
-    from fedelta.cli.progress import progress_bar
+    from fedelta.cli.bars import progress_bar
 
     chosen = None if method is None else _method(method, option or [])
     if option and chosen is None:

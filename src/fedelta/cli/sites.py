@@ -28,7 +28,7 @@ def serve(
 
     from fedelta.cli.progress import TerminalProgress
 
-    with TerminalProgress(err) as progress:
+    with TerminalProgress(err, stamped=True) as progress:
         finished = flower_part("server.serve").serve(
             config,
             keys=keys,
@@ -69,7 +69,7 @@ def join(
         keys=keys,
         name=name,
         folder=folder,
-        observer=MessagePrinter(err),
+        observer=MessagePrinter(err, stamped=True),
     )
 
 
