@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.seeds import derive_seed
 from fedelta.settings import MAX_RANK, Settings, quota
 
@@ -95,8 +95,8 @@ def initial_ranks(clients: Sequence[str], settings: RankSettings, seed: int) -> 
     if settings.per_client is not None:
         if len(settings.per_client) != len(clients):
             raise FedeltaError(
-                f"ranks.per_client has {len(settings.per_client)} ranks, "
-                f"expected one for each of {len(clients)} clients"
+                f"ranks.per_client has {quantity(len(settings.per_client), 'rank')}, "
+                f"expected one for each of {quantity(len(clients), 'client')}"
             )
         return dict(zip(clients, settings.per_client, strict=True))
     high = list(clients)
