@@ -44,8 +44,8 @@ class RoLoRA(Method):
         super().__post_init__()
         if self.refresh % 2:
             raise FedeltaError(
-                f"method rolora: refresh: {quantity(self.refresh, 'round')} would restart before a round that trains the "
-                "other factor, whose gradient is zero while B is zero; expected an even number"
+                f"method rolora: refresh: {quantity(self.refresh, 'round')} would restart before a round that trains "
+                "the other factor, whose gradient is zero while B is zero; expected an even number"
             )
 
     def factors(self, round: int) -> FactorPlan:

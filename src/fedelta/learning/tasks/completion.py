@@ -63,7 +63,7 @@ class Completion(Task):
     @field_validator("prompt", "completion")
     @classmethod
     def _template(cls, template: str) -> str:
-        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+        fields = [(part[1], *part[2:]) for part in string.Formatter().parse(template) if part[1] is not None]
         if not fields:
             raise ValueError("expected a column in braces, such as {question}")
         # A width could ask for gigabytes, and an attribute or index could read more than the column.
