@@ -233,9 +233,9 @@ def test_results_outlive_a_new_setting_but_not_a_changed_one() -> None:
             {"tuning": TUNING | {"search": {"lora.alpha": []}}},
             "tuning.search.lora.alpha: tuple should have at least 1 item",
         ),
-        ({"axes": {"method": None}}, "axes.method: input should be a valid dictionary"),
-        ({"axes": ["method"]}, "axes: input should be a valid dictionary"),
-        ({"experiments": {"e": None}}, "experiments.e: input should be a valid dictionary"),
+        ({"axes": {"method": None}}, "axes.method: input should be keys and values"),
+        ({"axes": ["method"]}, "axes: input should be keys and values"),
+        ({"experiments": {"e": None}}, "experiments.e: input should be keys and values"),
         ({"experiments": {"../e": {"axes": {"method": "all"}, "rows": "method"}}}, "should match pattern"),
         (
             {"experiments": {"e": {"axes": {"method": ["mean", "mean"]}, "rows": "method"}}},

@@ -1,20 +1,22 @@
 """The commands and the entry point. An error is one line with exit code 2."""
 
 import os
+import re
 import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
 
 from fedelta import __version__
+from fedelta.cli.arguments import Command
+from fedelta.cli.configuration import config
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
-from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config
+from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config, read_settings
 from fedelta.errors import FedeltaError
 
 app = typer.Typer(
@@ -24,7 +26,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
+# Typer brings its own click in some versions, so that `import click` is not certain to name these exceptions.
+_UsageError: Any = typer.BadParameter.__base__
 _python_showwarning = warnings.showwarning
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Federated fine-tuning of language models with LoRA."""
 
 
 class EngineName(StrEnum):
@@ -35,7 +54,7 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     arguments: Arguments = None,
     resume: Resume = False,
@@ -45,11 +64,12 @@ def run(
     ] = (EngineName.local),
 ) -> None:
     """Train one configuration."""
+    config = read_config(arguments)
+
     from fedelta.cli.profile_table import profile_table
     from fedelta.cli.progress import TerminalProgress
     from fedelta.runs.runner import run as run_config
 
-    config = read_config(arguments)
     with TerminalProgress(err) as progress:
         if engine is not EngineName.local:
             if profile:
@@ -64,30 +84,40 @@ def run(
         out.print("profile  ", config.folder / "profile.json", highlight=False, soft_wrap=True)
 
 
-for command in (sweep, serve, join, keys):
-    app.command()(command)
+for command in (sweep, serve, join, keys, config):
+    app.command(cls=Command)(command)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     arguments: Arguments = None,
     methods: Annotated[str | None, typer.Option(help="Names of methods, separated by commas.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds; each method runs once per seed.", min=1)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of seeds; each method runs once per seed.", min=1, max=10_000)
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Compare several methods on the same data and initial weights, in one table and one plot."""
+    from fedelta.runs.early_check import check_method_name
+
+    named = None if methods is None else tuple(name.strip() for name in methods.split(","))
+    data, source = read_settings(arguments)
+    for name in named if named is not None else (data.get("compare") or {}).get("methods", ()):
+        check_method_name(name)
+
     from fedelta.cli.progress import TerminalProgress
     from fedelta.runs.comparison import comparison_configs, comparison_folder, run_comparison
+    from fedelta.runs.config import parse_config
 
-    config = read_config(arguments)
-    chosen = config.compare.methods if methods is None else tuple(name.strip() for name in methods.split(","))
+    config = parse_config(data, source)
+    chosen = config.compare.methods if named is None else named
     configs = comparison_configs(config, chosen, seeds or config.compare.seeds)
     with TerminalProgress(err, sum(one.rounds for one in configs)) as progress:
         finished = run_comparison(configs, resume, progress)
     finish(finished, comparison_folder(config))
 
 
-@app.command()
+@app.command(cls=Command)
 def methods() -> None:
     """List the methods and the properties of each."""
     from fedelta.cli.methods_table import print_methods
@@ -95,7 +125,7 @@ def methods() -> None:
     print_methods(out)
 
 
-@app.command()
+@app.command(cls=Command)
 def aggregate(
     folders: Annotated[list[str], typer.Argument(metavar="DIR…", help="PEFT adapter folders of one base model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
@@ -115,7 +145,7 @@ def aggregate(
     """Aggregate PEFT adapter folders offline: their exact weighted mean, or one server step of a method."""
     from fedelta.aggregate.step import aggregate_folders
     from fedelta.cli.aggregation_table import aggregation_json, aggregation_lines, aggregation_table
-    from fedelta.cli.progress import progress_bar
+    from fedelta.cli.bars import progress_bar
 
     chosen = None if method is None else _method(method, option or [])
     if option and chosen is None:
@@ -162,8 +192,10 @@ def _numbers(text: str) -> list[float]:
         raise FedeltaError(f"--weights {text!r}: expected numbers separated by commas") from error
 
 
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+@app.command(cls=Command)
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, a comparison or a grid.")],
+) -> None:
     """Rebuild the tables, plots and page of a run, a comparison or a grid from its files."""
     from fedelta.runs.comparison import open_runs
     from fedelta.sweep.results import FILE
@@ -176,9 +208,9 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     finish(open_runs(folder), folder)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     adapter: Annotated[Path | None, typer.Option(help="Write one PEFT adapter here.")] = None,
     merged: Annotated[Path | None, typer.Option(help="Write the merged model and its tokenizer here.")] = None,
     rank: Annotated[int | None, typer.Option(help="Cut the adapter to this rank.", min=1)] = None,
@@ -192,7 +224,7 @@ def export(
         out.print(escape(line), highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def version() -> None:
     """Print the version."""
     out.print(__version__, highlight=False)
@@ -212,9 +244,11 @@ def main() -> None:
         code = _fail(str(error))
     except OSError as error:
         code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
-    except click.ClickException as error:
-        # Typer's own usage errors, such as an unknown option or a missing argument, are one line too.
-        code = _fail(error.format_message()) if error.format_message() else 2
+    except _UsageError as error:
+        # Typer's own usage errors, such as an unknown option or a missing argument, are one line too. Typer and click
+        # both add a suggestion.
+        message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message())
+        code = _fail(message) if message else 2
     if code == INTERRUPTED:
         trains = sys.argv[1:2] in (["run"], ["compare"], ["serve"])
         saved = "finished rounds are kept; --resume continues from them" if trains else "nothing was written"

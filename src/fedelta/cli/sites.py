@@ -22,12 +22,13 @@ def serve(
     resume: Resume = False,
 ) -> None:
     """Run the server of a deployment: wait for all sites, train, and tell them when training has ended."""
-    from fedelta.cli.progress import TerminalProgress
-
     if insecure == (keys is not None):
         raise FedeltaError("serve: pass --keys FOLDER, or --insecure for a trial on loopback")
     config = read_config(arguments)
-    with TerminalProgress(err) as progress:
+
+    from fedelta.cli.progress import TerminalProgress
+
+    with TerminalProgress(err, stamped=True) as progress:
         finished = flower_part("server.serve").serve(
             config,
             keys=keys,
@@ -45,20 +46,21 @@ def join(
     arguments: Arguments = None,
     server: Annotated[str, typer.Option(help="Address of the server, as HOST:PORT.")] = "127.0.0.1:9092",
     data: Annotated[str, typer.Option(help="Rows of this site: a file or a folder. They stay on this machine.")] = "",
-    rank: Annotated[int, typer.Option(help="Largest LoRA rank that this site can train.", min=1)] = 16,
+    rank: Annotated[int, typer.Option(help="Largest LoRA rank that this site can train.", min=1, max=10_000)] = 16,
     keys: Annotated[Path | None, typer.Option(help="Folder with site.key and the server's ca.crt.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and key; on loopback only.")] = False,
     name: Annotated[str | None, typer.Option(help="With --insecure: name of this site.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder for the logs of this site.")] = Path("site"),
 ) -> None:
     """Run a site of a deployment: train on its own rows until the server ends the training."""
-    from fedelta.cli.progress import MessagePrinter
-
     if not data:
         raise FedeltaError("join: pass --data FILE, the rows of this site")
     if insecure == (keys is not None):
         raise FedeltaError("join: pass --keys FOLDER, or --insecure for a trial on loopback")
     config = read_config(arguments)
+
+    from fedelta.cli.progress import MessagePrinter
+
     flower_part("site.join").join(
         config,
         server=server,
@@ -67,7 +69,7 @@ def join(
         keys=keys,
         name=name,
         folder=folder,
-        observer=MessagePrinter(err),
+        observer=MessagePrinter(err, stamped=True),
     )
 
 

@@ -10,7 +10,7 @@ from fedelta.errors import FedeltaError
 
 
 def sweep(
-    source: Annotated[Path, typer.Argument(metavar="GRID.yaml")],
+    source: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="File that describes the grid.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings of every cell, over those of the grid.")
     ] = None,
@@ -30,17 +30,21 @@ def sweep(
     check: Annotated[str | None, typer.Option(help="Run this cell (cells.md names them) again and compare.")] = None,
 ) -> None:
     """Run each cell of a grid of configurations once; write a Parquet file, tables and figures (docs/grids.md)."""
-    from fedelta.cli.progress import GridProgress
-    from fedelta.runs.config import read_override
-    from fedelta.sweep.cells import Expansion
+    from fedelta.runs.config_file import read_override
+    from fedelta.sweep.cell_settings import check_cells_early
     from fedelta.sweep.grid import load_grid
-    from fedelta.sweep.runner import Sweep
 
     grid = load_grid(source, size)
     changes: dict[str, Any] = {"overrides": grid.overrides | dict(map(read_override, overrides or []))}
     if not tuning:
         changes["tuning"] = None
     grid = grid.model_copy(update=changes)
+    check_cells_early(grid, names(only or ""))
+
+    from fedelta.cli.progress import GridProgress
+    from fedelta.sweep.cells import Expansion
+    from fedelta.sweep.runner import Sweep
+
     expansion = Expansion(grid, names(only or ""), _wanted(where or []))
     with GridProgress(err) as progress:
         sweep = Sweep(grid, expansion, output or grid.folder, parallel or "auto", keep, retry, progress)

@@ -13,7 +13,9 @@ out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="Without a file: the built-in example."),
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key=value]…", help="File and settings; without a file, the built-in example."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last finished round, if there is one.")]
 
@@ -35,13 +37,32 @@ def flower_part(part: str) -> Any:
         raise FedeltaError(f"this command needs Flower: pip install 'fedelta[flower]' ({error})") from error
 
 
-def read_config(arguments: list[str] | None) -> Any:
-    """Load the configuration that a command names: a file or the built-in example, then key=value settings."""
-    from fedelta.runs.config import load_config
+def read_settings(arguments: list[str] | None) -> tuple[dict[str, Any], str]:
+    """Read and check the configuration that a command names: a file or the built-in example, then key=value settings.
+
+    Returns:
+        Keys and values, and the name of their source in error messages.
+
+    Raises:
+        FedeltaError: if a key or value is not valid. torch is not imported before, so that this takes no time.
+    """
+    from fedelta.runs.config_file import read_configuration
+    from fedelta.runs.early_check import check_early
 
     arguments = list(arguments or [])
     source = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
-    return load_config(source, arguments)
+    data, name = read_configuration(source, arguments)
+    check_early(data, name)
+    return data, name
+
+
+def read_config(arguments: list[str] | None) -> Any:
+    """Return the configuration that a command names."""
+    data, name = read_settings(arguments)
+
+    from fedelta.runs.config import parse_config
+
+    return parse_config(data, name)
 
 
 def finish(runs: list[Any], folder: Path) -> None:

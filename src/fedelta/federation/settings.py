@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.protocol.compression import LOSSLESS, Precision
 from fedelta.settings import Settings, quota
 
@@ -68,18 +68,23 @@ class FederationSettings(Settings):
                 not have one weight per client, has a negative weight, or has no positive one.
         """
         if (self.sample or 0) > clients:
-            raise FedeltaError(f"federation.sample is {self.sample}, but there are {clients} clients")
+            raise FedeltaError(
+                f"federation.sample is {self.sample}, but the federation has {quantity(clients, 'client')}"
+            )
         sampled, weights = self.round_size(clients), self.weighting
         if self.keep is not None and self.keep > sampled:
-            raise FedeltaError(f"federation.keep is {self.keep}, but a round has {sampled} of {clients} clients")
+            raise FedeltaError(
+                f"federation.keep is {self.keep}, but a round has {sampled} of {quantity(clients, 'client')}"
+            )
         if self.min_clients > (used := self.keep or sampled):
             raise FedeltaError(
-                f"federation.min_clients is {self.min_clients}, but a round has {used} of {clients} clients"
+                f"federation.min_clients is {self.min_clients}, but a round has {used} of {quantity(clients, 'client')}"
             )
         if isinstance(weights, tuple):
             if len(weights) != clients:
                 raise FedeltaError(
-                    f"federation.weighting has {len(weights)} weights, expected one for each of {clients} clients"
+                    f"federation.weighting has {quantity(len(weights), 'weight')}, "
+                    f"expected one for each of {quantity(clients, 'client')}"
                 )
             if min(weights) < 0 or sum(weights) <= 0:
                 raise FedeltaError(f"federation.weighting must be ≥ 0 with a positive sum, found {list(weights)}")

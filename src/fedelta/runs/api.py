@@ -13,7 +13,8 @@ from fedelta.learning.in_memory import remember_data, remember_model
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.runs import runner
 from fedelta.runs.comparison import comparison_configs, run_comparison
-from fedelta.runs.config import Config, load_config, parse_config, set_key
+from fedelta.runs.config import Config, load_config, parse_config
+from fedelta.runs.config_file import set_key
 from fedelta.runs.export import export_run
 from fedelta.runs.runner import Run
 

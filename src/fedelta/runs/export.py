@@ -1,5 +1,6 @@
 """Export the server's global model as one PEFT adapter or as a merged model."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +10,18 @@ from fedelta.errors import FedeltaError
 from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
-from fedelta.files import new_folder
+from fedelta.files import new_folder, write_file
 from fedelta.learning.model.base_model import load_base, load_tokenizer
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.files.peft_read import CONFIG
 from fedelta.lora.files.peft_write import write_adapter
 from fedelta.lora.files.vllm import vllm_line
 from fedelta.lora.lowrank import add
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.runs.assemble import make_model, make_server
-from fedelta.runs.config import parse_config
+from fedelta.runs.card import CARD, Attachments, adapter_card
+from fedelta.runs.config import Config, parse_config
 
 
 def single_adapter(state: ServerState, scale: float) -> Adapter:
@@ -65,10 +68,10 @@ def cut_adapter(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     return Adapter(pairs), (lost / total) ** 0.5 if total > 0 else 0.0
 
 
-def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float) -> Adapter:
+def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float, tokenizer: Any = None) -> Adapter:
     """Write the global model as one PEFT folder and return its adapter."""
     adapter = single_adapter(state, scale)
-    write_global(folder, adapter, state, model)
+    write_global(folder, adapter, state, model, tokenizer)
     return adapter
 
 
@@ -76,12 +79,18 @@ def export_personal(folder: Path, state: ServerState, model: LoraModel, adapters
     """Write one PEFT folder per client, under the client's name, and return the adapter of the largest rank."""
     with new_folder(folder) as temporary:
         for client, adapter in adapters.items():
+            # One tokenizer per client could fill the disk.
             write_global(temporary / client, adapter, state, model)
     return max(adapters.values(), key=lambda adapter: adapter.rank)
 
 
 def export_state(
-    folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel
+    folder: Path,
+    server: Server,
+    state: ServerState,
+    kept: Mapping[str, Adapter],
+    model: LoraModel,
+    tokenizer: Any = None,
 ) -> Adapter:
     """Write the global model as one PEFT folder, or one folder per client if the method has no global model.
 
@@ -91,23 +100,44 @@ def export_state(
         state: state of the server.
         kept: client → factors that it keeps from one round to the next.
         model: model of the run, for the names of its base and modules.
+        tokenizer: tokenizer to write next to a global model; None leaves it out.
     """
     if server.method.personal:
         return export_personal(folder, state, model, server.personal_adapters(state, kept))
-    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank))
+    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank), tokenizer)
 
 
-def write_global(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel) -> None:
-    """Write an adapter with the state's heads as a PEFT folder."""
-    write_adapter(
-        folder,
-        adapter,
-        state.heads,
-        base_model=model.base_name,
-        modules_to_save=model.head_modules,
-        task_type=model.task_type,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
-    )
+def write_global(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel, tokenizer: Any = None) -> None:
+    """Write an adapter with the state's heads as a PEFT folder, with the names of its classes and the tokenizer."""
+    with new_folder(folder) as temporary:
+        write_adapter(
+            temporary / "adapter",
+            adapter,
+            state.heads,
+            base_model=model.base_name,
+            modules_to_save=model.head_modules,
+            task_type=model.task_type,
+            fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
+        )
+        for file in (temporary / "adapter").iterdir():
+            file.replace(temporary / file.name)
+        (temporary / "adapter").rmdir()
+        Attachments(state.classes, tokenizer).write(temporary)
+
+
+def write_cards(folder: Path, config: Config, state: ServerState, result: Mapping[str, Any] | None) -> None:
+    """Write the model card of an adapter, or of each client's adapter.
+
+    Args:
+        folder: folder that `export_state` has written.
+        config: configuration of the run.
+        state: the state that was exported.
+        result: scores of the final model (`result.json`); None if the run has not ended.
+    """
+    scores = {split: result[split] for split in ("test", "validation")} if result else {}
+    for each in sorted({file.parent for file in folder.glob(f"**/{CONFIG}")}):
+        rank = json.loads((each / CONFIG).read_text())["r"]
+        write_file(each / CARD, adapter_card(config, state, rank, each, scores))
 
 
 def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any) -> None:
@@ -177,13 +207,16 @@ def export_run(
         # Only the names and shapes of the model are used here, so a quantized base does not need to be quantized.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
         model = make_model(plain, len(state.classes), tokenizer)
-        exported = export_state(target if rank is None else Path(scratch) / "uncut", server, state, kept, model)
+        uncut = target if rank is None else Path(scratch) / "uncut"
+        exported = export_state(uncut, server, state, kept, model, tokenizer)
         lost = ""
         if rank is not None:
             exported, share = cut_adapter(exported, rank)
-            write_global(target, exported, state, model)
+            write_global(target, exported, state, model, tokenizer)
             lost = f", which lacks {share:.2%} of the update's norm"
         if adapter:
+            result = RunFolder(folder, {}).result() if rank is None else None
+            write_cards(adapter, config, state, result if result and result["rounds"] == state.round else None)
             parameters = f"{exported.parameters:,} LoRA parameters"
             lines.append(f"adapter   {adapter}: rank {exported.rank}, {parameters}{lost}")
             if not server.method.personal:

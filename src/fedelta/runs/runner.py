@@ -29,7 +29,7 @@ from fedelta.learning.training.flops import text_cost
 from fedelta.lora.adapter import Adapter
 from fedelta.runs.assemble import make_server, prepare, tokenized_splits
 from fedelta.runs.config import Config, load_config
-from fedelta.runs.export import export_run, export_state
+from fedelta.runs.export import export_run, export_state, write_cards
 from fedelta.runs.profile import Limit, Profile, read_profile
 
 MakeEngine = Callable[[EngineContext, Mapping[str, Shard], int], Engine]
@@ -224,11 +224,11 @@ class _RunSteps:
 
     def _result(self, state: ServerState, evaluator: Evaluator) -> Result:
         """Export the final model and score it. The test split is used only here."""
-        model = self.trainer.model
-        exported = export_state(self.folder.adapter_folder, self.server, state, self.trainer.kept, model)
+        model, tokenizer = self.trainer.model, self.trainer.tokenizer
+        exported = export_state(self.folder.adapter_folder, self.server, state, self.trainer.kept, model, tokenizer)
         last_scores = self.folder.records()[-1]["validation"]
         validation = last_scores or evaluator.evaluate(state, self.data.validation, "validation")
-        return {
+        result: Result = {
             "method": self.config.method.name,
             "seed": self.config.seed,
             "rounds": state.round,
@@ -241,6 +241,8 @@ class _RunSteps:
             "lora_parameters": _parameters_by_rank(state),
             "base_parameters": model.base_parameters,
         }
+        write_cards(self.folder.adapter_folder, self.config, state, result)
+        return result
 
     def _test_scores(self, state: ServerState, evaluator: Evaluator) -> dict[str, float]:
         scores = evaluator.evaluate(state, self.data.test, "test")

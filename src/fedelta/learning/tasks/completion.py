@@ -63,10 +63,11 @@ class Completion(Task):
     @field_validator("prompt", "completion")
     @classmethod
     def _template(cls, template: str) -> str:
-        names = _fields(template)
-        if not names:
+        fields = [(part[1], *part[2:]) for part in string.Formatter().parse(template) if part[1] is not None]
+        if not fields:
             raise ValueError("expected a column in braces, such as {question}")
-        if not all(name.isidentifier() for name in names):
+        # A width could ask for gigabytes, and an attribute or index could read more than the column.
+        if not all(name.isidentifier() and not spec and not conversion for name, spec, conversion in fields):
             raise ValueError("expected only names of columns in braces, such as {question}; write {{ and }} for braces")
         return template
 
@@ -96,8 +97,8 @@ class Completion(Task):
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Completions:  # noqa: ARG002
         columns = {name: rows[name][:] for name in self.columns(data)}
         lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        prompts = [_fill(self.prompt, line) for line in lines]
-        completions = [_fill(self.completion, line) for line in lines]
+        prompts = [self.prompt.format(**line) for line in lines]
+        completions = [self.completion.format(**line) for line in lines]
         read = turns.read if self.makes_turns(tokenizer) else plain.read
         features, labels, prompt_tokens, cut, longer = [], [], [], 0, 0
         for begin, before, after in read(prompts, completions, tokenizer):
@@ -193,10 +194,3 @@ def _exact_scores(pairs: Pairs, form: AnswerForm, kinds: Sequence[str]) -> dict[
 
 def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-
-def _fill(template: str, line: dict[str, Any]) -> str:
-    try:
-        return template.format(**line)
-    except (ValueError, TypeError) as error:
-        raise FedeltaError(f"task: template {template!r} can't be filled with {line!r:.200}: {error}") from error

@@ -23,8 +23,8 @@ class Generation(Settings):
         limit: maximum number of prompts; the first ones are used. None uses all.
     """
 
-    max_new_tokens: int = Field(default=64, ge=1)
-    beams: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=1_000_000)
+    beams: int = Field(default=1, ge=1, le=1000)
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
