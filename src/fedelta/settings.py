@@ -36,8 +36,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_numbers(cls, data: Any) -> Any:
-        """Refuse `rounds: true`, which pydantic would read as 1, and whole numbers that numpy would refuse later."""
+    def _check_plain_values(cls, data: Any) -> Any:
+        """Refuse `rounds: true`, which pydantic would read as 1, and what numpy or the system would refuse later."""
         wrong = []
         for key, value in data.items() if isinstance(data, Mapping) else ():
             field = cls.model_fields.get(key)
@@ -45,6 +45,8 @@ class Settings(BaseModel):
                 wrong.append((key, value, "expected a number"))
             elif isinstance(value, int) and abs(value) > MAX_INTEGER:
                 wrong.append((key, value, "expected at most 2⁶³ − 1"))
+            elif isinstance(value, str) and "\0" in value:
+                wrong.append((key, value, "expected text without a null character"))
         if wrong:
             details = [
                 InitErrorDetails(type=PydanticCustomError("number", text), loc=(key,), input=value)

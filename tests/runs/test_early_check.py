@@ -47,6 +47,7 @@ EARLY = [
     ("workers=1000000", "workers: input should be less than or equal to 1024"),
     ("compare.seeds=1000000000", "compare.seeds: input should be less than or equal to 10000"),
     ("data.split_seed=99999999999999999999", "data.split_seed: expected at most 2⁶³ − 1"),
+    ('output="a\\0b"', "output: expected text without a null character"),
     ("name=../../x", "name: string should match pattern"),
     ("name=/x", "name: string should match pattern"),
     ("name=''", "name: string should match pattern"),

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
@@ -133,6 +134,15 @@ def test_a_grid_ends_in_one_file_and_a_second_run_has_nothing_to_do(
     (folder / "cells.md").unlink()
     assert fedelta("report", str(folder)) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_the_file_of_results_has_a_column_for_each_axis(grid: Path, done: Path) -> None:
+    table = pq.read_table(done / "cells.parquet").to_pandas().set_index("cell")
+    assert {name for name in table if name.startswith("axis ")} == {f"axis {axis}" for axis in load_grid(grid).axes}
+    trials, cells = Expansion(load_grid(grid)).decided(read_rows(done))
+    for place in [*trials.places, *cells.places]:
+        for axis, value in place.values.items():
+            assert value in table.loc[place.key, f"axis {axis}"].split(", ")
 
 
 def test_a_row_agrees_with_a_run_of_the_same_configuration(grid: Path, done: Path, tmp_path: Path) -> None:

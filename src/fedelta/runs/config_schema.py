@@ -43,10 +43,12 @@ def config_schema() -> dict[str, Any]:
     other_names: dict[str, list[str]] = {}
     for alias, (name, _) in aliases().items():
         other_names.setdefault(name, []).append(alias)
-    for name, method in methods().items():
+    # A program may register methods of its own, which are not part of the package.
+    own = {name: method for name, method in methods().items() if method.__module__.startswith("fedelta.methods.")}
+    for name, method in own.items():
         definitions[METHOD_PREFIX + name] = _method(name, method, other_names.get(name, []))
-    names = [*methods(), *aliases()]
-    options = [{"$ref": f"#/$defs/{METHOD_PREFIX}{name}"} for name in methods()]
+    names = [*own, *(alias for name in own for alias in other_names.get(name, []))]
+    options = [{"$ref": f"#/$defs/{METHOD_PREFIX}{name}"} for name in own]
     properties["method"].pop("$ref", None)
     properties["method"] |= {"anyOf": [{"type": "string", "enum": names}, *options], "default": Config().method.name}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_without_titles(schema)}

@@ -115,6 +115,15 @@ class Expansion:
                 if value not in grid.axes.get(axis, {}):
                     raise FedeltaError(f"axis {axis!r} has no value {value!r} in the grid")
 
+    def whole(self) -> "Expansion":
+        """Return the expansion of the whole grid, or this one if another part of the grid is not valid."""
+        whole = Expansion(self.grid)
+        try:
+            whole.cells(None)
+        except FedeltaError:
+            return self
+        return whole
+
     def trials(self) -> tuple[Plan, list[Trial]]:
         """Plan the trials of the tuning, for the values that the experiments need."""
         plan = Plan()

@@ -150,9 +150,19 @@ def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
     }
 
 
-def write_rows(folder: Path, rows: Mapping[str, Row]) -> Path:
-    """Replace the file with these rows."""
+def write_rows(folder: Path, rows: Mapping[str, Row], axes: Mapping[str, Mapping[str, str]] | None = None) -> Path:
+    """Replace the file with these rows.
+
+    Args:
+        folder: folder of the file.
+        rows: key → row of each cell.
+        axes: key → axis → value. They become columns named `axis NAME`, for readers of the file; `read_rows` ignores
+            them, because the grid has them.
+    """
     table = pa.Table.from_pylist(list(rows.values()), schema=SCHEMA)
+    for name in dict.fromkeys(axis for values in (axes or {}).values() for axis in values):
+        column = [(axes or {}).get(key, {}).get(name) for key in rows]
+        table = table.append_column(f"axis {name}", pa.array(column, pa.string()))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", compression_level=15)
     write_file(folder / FILE, buffer.getvalue())

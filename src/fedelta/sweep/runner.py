@@ -77,14 +77,27 @@ class Sweep:
         self._check_machine()
         with RunFolder(self.folder, {}).hold():
             self.rows = read_rows(self.folder)
+            before = dict(self.rows)
             self._keep_grid()
             plan, trials = self.expansion.trials()
             if plan.cells:
                 self._run_all("tuning", plan)
             self._run_all("experiments", self.expansion.cells(self._chosen(trials)))
+            if self.rows != before:
+                write_rows(self.folder, self.rows, self._axes())
             if self.running.is_dir() and not any(self.running.iterdir()):
                 self.running.rmdir()
         return self.rows
+
+    def _axes(self) -> dict[str, dict[str, str]]:
+        """Key → axis → value of each cell. A cell with several places has all its values, separated by commas."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for plan in self.expansion.whole().decided(self.rows):
+            for place in plan.places:
+                for axis, value in place.values.items():
+                    values = found.setdefault(place.key, {}).setdefault(axis, [])
+                    values += [] if value in values else [value]
+        return {key: {axis: ", ".join(values) for axis, values in axes.items()} for key, axes in found.items()}
 
     def check(self, key: str) -> str | None:
         """Run a cell of the file again from the beginning and compare the rows; the new row is not stored.
