@@ -9,7 +9,8 @@ import numpy as np
 from fedelta.errors import FedeltaError, quantity
 from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.partition import PartitionSettings, partition
-from fedelta.learning.data.sources import DataSettings, load_rows, load_splits
+from fedelta.learning.data.settings import DataSettings
+from fedelta.learning.data.sources import load_rows, load_splits
 from fedelta.learning.tasks import Task
 from fedelta.seeds import derive_seed
 

@@ -102,8 +102,8 @@ def test_bad_sources_are_refused(settings: dict, reason: str, texts: Path) -> No
     ("content", "reason"),
     [
         ("text,label\na,x\nb,x\nc,x\nd,x\ne,x\nf,x\n", "holds one class only"),
-        ("text,label\na,0.5\nb,1.5\nc,0.1\nd,3.2\ne,0.7\nf,0.9\n", "holds float64, expected classes"),
-        ("text,label\na,\nb,x\nc,y\nd,x\ne,y\nf,x\n", "empty cells in column 'label'"),
+        ("text,label\na,0.5\nb,1.5\nc,0.1\nd,3.2\ne,0.7\nf,0.9\n", "holds 6 different numbers such as .*, expected classes"),
+        ("text,label\na,\nb,x\nc,y\nd,x\ne,y\nf,x\n", "line 2: empty cell in column 'label' of train; data.missing: drop"),
         ("text,label\na,x\n", "leaves too few"),
     ],
 )
