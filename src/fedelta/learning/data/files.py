@@ -164,18 +164,18 @@ def split_files(folder: Path, chosen: Mapping[SplitName, str | None]) -> dict[st
         for file in folder.iterdir()
         if format_of(file) and file.is_file() and not file.name.startswith((".", "~$")) and file.name not in NOT_ROWS
     )
-    if len(files) == 1 and _split_of(files[0]) is None:
+    if len(files) == 1 and split_of(files[0]) is None:
         return {"train": files}
     splits: dict[str, list[Path]] = {}
     for file in files:
-        if split := _split_of(file):
+        if split := split_of(file):
             splits.setdefault(split, []).append(file)
     named_files = {value for value in chosen.values() if value and (folder / value).is_file()}
-    others = [file.name for file in files if _split_of(file) is None]
+    others = [file.name for file in files if split_of(file) is None]
     if others and not named_files:
         raise FedeltaError(
             f"data source {named(folder)}: {listed(others, 3)}: expected names train, validation (valid, val, dev) or "
-            "test; choose the files with data.splits: {train: FILE, …} or as training rows with data.source: [FILE, …]"
+            "test; name the files in data.splits: {train: FILE}, or all training rows as data.source: 'FOLDER/*.csv'"
         )
     for split, own in splits.items():
         _check_shards(folder, split, own)
@@ -186,7 +186,8 @@ def _stem(file: Path) -> str:
     return file.name.split(".")[0].lower()
 
 
-def _split_of(file: Path) -> str | None:
+def split_of(file: Path) -> str | None:
+    """The split that a file's name says; None if it is not the name of one."""
     shard = SHARD.fullmatch(_stem(file))
     return NAMES.get(shard[1] if shard else _stem(file))
 

@@ -1,7 +1,6 @@
 """JSON and JSON lines, and rows of a program: objects become rows, and keys become columns."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,8 @@ KINDS: dict[type, str] = {
 def table_of_rows(rows: Sequence[Row], places: Places) -> Table:
     """Put rows into columns. A key that a row lacks is an empty cell there.
 
-    A column with whole numbers and others keeps how each is written, as text. A column with values of different types
-    is kept as JSON text and marked, because it matters only if it is used.
+    A column with whole numbers and others, or very large ones, keeps how each is written, as text. A column with values
+    of different types is kept as JSON text and marked, because it matters only if it is used.
 
     Raises:
         FedeltaError: if a text is not valid Unicode, or there are too many columns.
@@ -132,12 +131,15 @@ def table_of_rows(rows: Sequence[Row], places: Places) -> Table:
     mixed: dict[str, str] = {}
     arrays = []
     for name in names:
-        values = [row.get(name) for row in rows]
+        # NaN is how pandas writes a missing value.
+        values = [None if (value := row.get(name)) != value else value for row in rows]
         if why := _different_types(values, places):
             mixed[name] = why
             values = [None if value is None else json.dumps(value, default=str) for value in values]
-        elif {type(value) for value in values} >= {int, float}:
-            values = [None if value is None or value != value else _spelled(value) for value in values]
+        elif {type(value) for value in values} >= {int, float} or any(
+            type(value) is int and abs(value) >= 2**63 for value in values
+        ):
+            values = [None if value is None else repr(value) for value in values]
         try:
             arrays.append(_array(values))
         except UnicodeEncodeError as error:
@@ -152,10 +154,6 @@ def table_of_rows(rows: Sequence[Row], places: Places) -> Table:
 def _array(values: list[Any]) -> pa.Array:
     texts = all(value is None or isinstance(value, str) for value in values)
     return pa.array(values, pa.large_string() if texts else None)
-
-
-def _spelled(value: float) -> str:
-    return repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _valid(value: Any) -> bool:

@@ -174,7 +174,7 @@ def _unlabeled_numbers(labels: Labels, tables: Mapping[str, Table], settings: Da
     for split, values in labels.items():
         if set(values) == {-1.0}:
             raise FedeltaError(
-                f"{tables[split].places.name(0)}: all {len(values)} labels of {split} are −1, which usually means that "
+                f"{tables[split].places.name(0)}: all {len(values)} labels of {split} are -1, which usually means that "
                 "there are none; name another split with data.splits, or set data.unlabeled: []"
             )
     numbers = {value for values in labels.values() for value in values}
@@ -195,10 +195,9 @@ def _refuse_doubtful(sign: str, value: Any, labels: Labels, tables: Mapping[str,
 
 
 def _check_known(tables: Mapping[str, Table], label: str) -> None:
-    """Check that each class of a split that is not a `ClassLabel` has a training row."""
-    if hasattr(tables["train"].rows.features[label], "names"):
-        return
-    known = set(tables["train"].rows.unique(label))
+    """Check that each class of a split has a training row, or is one of the training rows' `ClassLabel`."""
+    train = tables["train"].rows
+    known = set(getattr(train.features[label], "names", None) or train.unique(label))
     for split, table in tables.items():
         feature = table.rows.features[label]
         values = table.rows[label][:]

@@ -117,8 +117,7 @@ def _check_possible(labels: Sequence[int], settings: PartitionSettings) -> None:
     clients, kind = settings.clients or 0, settings.kind
     if clients > len(labels):
         raise FedeltaError(f"partition {kind}: {clients} clients, but only {len(labels)} rows")
-    classes = len(set(labels))
-    if kind == "pathological" and settings.classes_per_client > classes:
+    if kind == "pathological" and settings.classes_per_client > (classes := len(set(labels))):
         raise FedeltaError(
             f"partition pathological: classes_per_client is {settings.classes_per_client}, but the training rows have "
             f"only {classes} different classes"

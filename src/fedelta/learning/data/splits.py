@@ -44,8 +44,9 @@ def hold_out(
     parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
     if classes is not None and settings.stratify and _loses_a_class(train, [parts["train"], parts["test"]], classes):
         held = draw_by_class(train[classes][:], ceil(share * rows), seed, leave_one=True)
-        rest = sorted(set(range(rows)) - set(held))
-        return train.select(rest), train.select(held)
+        if held:
+            rest = sorted(set(range(rows)) - set(held))
+            return train.select(rest), train.select(held)
     return parts["train"], parts["test"]
 
 

@@ -8,12 +8,13 @@ import csv
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.learning.data.settings import DataSettings
 from fedelta.learning.data.streams import MAX_LINE, lines_of, named, text_of
 from fedelta.learning.data.table import Places, Table, as_dataset, listed, say, shorten
@@ -36,7 +37,7 @@ def read_table(path: Path, kind: str, settings: DataSettings, wanted: Collection
         FedeltaError: naming the line, if a row has more or fewer cells than the header, or a quote is not closed.
     """
     quoting = settings.quoting if settings.quoting is not None else kind == "csv"
-    with text_of(path, settings.encoding) as text:
+    with text_of(path, settings.encoding) as text, _long_cells():
         lines = lines_of(path, text)
         first, skipped = next(((line, i) for i, line in enumerate(lines) if line.strip()), ("", 0))
         if not first:
@@ -58,6 +59,16 @@ def read_table(path: Path, kind: str, settings: DataSettings, wanted: Collection
     return Table(as_dataset(table), Places.of(str(path), numbers, "line"))
 
 
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Allow cells as long as a line may be. The limit belongs to the whole process, so it is put back."""
+    limit = csv.field_size_limit(MAX_LINE)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _reader(lines: Iterable[str], delimiter: str, quoting: bool, strict: bool) -> Any:
     rule: Any = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
     return csv.reader(lines, delimiter=delimiter, quoting=rule, strict=strict)
@@ -76,20 +87,16 @@ def _delimiter(line: str, wanted: Collection[str], quoting: bool) -> str:
 def _records(path: Path, lines: Iterator[str], delimiter: str, quoting: bool, skipped: int) -> Iterator[Record]:
     """Yield the rows that are not empty."""
     reader = _reader(lines, delimiter, quoting, strict=True)
-    limit = csv.field_size_limit(MAX_LINE)
-    try:
-        while True:
-            begin = skipped + reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise FedeltaError(f"data file {named(path)}, line {begin}: {_explain(str(error))}") from error
-            if any(cells):
-                yield begin, cells
-    finally:
-        csv.field_size_limit(limit)
+    while True:
+        begin = skipped + reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise FedeltaError(f"data file {named(path)}, line {begin}: {_explain(str(error))}") from error
+        if any(cells):
+            yield begin, cells
 
 
 def _explain(problem: str) -> str:
@@ -124,8 +131,8 @@ def _rows(path: Path, records: Iterator[Record], header: list[str]) -> tuple[pa.
         for line, cells in block:
             if len(cells) != len(header):
                 raise FedeltaError(
-                    f"data file {named(path)}, line {line}: {len(cells)} cells, but the header has {len(header)} "
-                    f"({listed(header, 5, 20)})"
+                    f"data file {named(path)}, line {line}: {quantity(len(cells), 'cell')}, but the header has "
+                    f"{len(header)} ({listed(header, 5, 20)})"
                 )
         numbers += [line for line, _ in block]
         columns = [pa.array([cells[i] for _, cells in block], pa.large_string()) for i in used]
