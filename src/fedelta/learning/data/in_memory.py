@@ -55,6 +55,9 @@ def _table(name: str, rows: Any) -> Table:
         plain = [{str(key): _plain(value) for key, value in row.items()} for row in rows]
         return table_of_rows(plain, Places.of(place, range(1, len(rows) + 1), "row"))
     if _is_frame(rows) and len(rows):
+        if not rows.columns.is_unique:
+            twice = rows.columns[rows.columns.duplicated()][0]
+            raise FedeltaError(f"data: split {shorten(name, 40)} has two columns named {shorten(twice, 60)!r}")
         try:
             return loaded_table(place, as_dataset(pa.Table.from_pandas(rows, preserve_index=False)))
         except (pa.ArrowException, TypeError, ValueError, NotImplementedError):

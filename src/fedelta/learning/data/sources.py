@@ -29,9 +29,7 @@ def load_splits(settings: DataSettings, columns: Columns, together: str | None =
         FedeltaError: if the source does not exist, can't be read, or lacks a column. The line names the file and row.
     """
     splits = {name: table.rows for name, table in _checked_tables(settings, columns).items()}
-    for name in ("test", "validation"):
-        if name not in splits:
-            splits["train"], splits[name] = hold_out(splits["train"], name, settings, together, columns.classes)
+    splits = hold_out(splits, settings, together, columns.classes)
     limits = {"train": settings.limit, "validation": settings.evaluation_limit, "test": settings.evaluation_limit}
     splits = {
         name: draw(splits[name], limit, name, settings, together, columns.classes) for name, limit in limits.items()
@@ -123,7 +121,9 @@ def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            return folder_loaders(path, settings, columns.uses) or load_hub(str(path), settings.configuration)
+            found = folder_loaders(path, settings, columns.uses)
+            own = [name for name in settings.splits.values() if name and (path / name).is_file()]
+            return found if found or own else load_hub(str(path), settings.configuration)
         # A path that does not exist must not become a request to a hub.
         if path.exists() or is_path(source):
             paths = expand(source)

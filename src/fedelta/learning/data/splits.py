@@ -5,7 +5,7 @@ class in proportion instead, so that a rare class stays in the training rows and
 A draw that loses no class needs no such correction, and remains a simple random sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -18,36 +18,62 @@ from fedelta.seeds import derive_seed
 
 
 def hold_out(
-    train: Any, name: str, settings: DataSettings, together: str | None, classes: str | None
-) -> tuple[Any, Any]:
-    """Divide training rows into those that remain and those of the split `name`.
+    splits: Mapping[str, Any], settings: DataSettings, together: str | None, classes: str | None
+) -> dict[str, Any]:
+    """Hold out rows of the training rows for `test` and `validation`, if the source lacks them.
 
     Args:
+        splits: the splits of the source.
         together: column that defines groups: rows with the same value stay together.
         classes: column of the classes; None if there are none.
 
     Raises:
         FedeltaError: if too few rows would remain.
     """
-    share, rows = getattr(settings, name), train.num_rows
-    if not 0 < ceil(share * rows) < rows:
-        raise FedeltaError(f"data source {settings.title}: data.{name}={share} of {rows} rows leaves too few")
-    seed = derive_seed(settings.split_seed, "split", name) % 2**32
+    plain = _held_out(splits, settings, together, None)
+    if together is not None or classes is None or not settings.stratify:
+        return plain
+    drawn = [plain["train"], *(plain[name] for name in plain if name not in splits)]
+    if not _loses_a_class(splits["train"], drawn, classes):
+        return plain
+    return _held_out(splits, settings, together, classes)
+
+
+def _held_out(
+    splits: Mapping[str, Any], settings: DataSettings, together: str | None, classes: str | None
+) -> dict[str, Any]:
+    """The splits after the draws, from each class if `classes` is given."""
+    result = dict(splits)
+    for name in ("test", "validation"):
+        if name not in result:
+            train = result["train"]
+            share, rows = getattr(settings, name), train.num_rows
+            if not 0 < ceil(share * rows) < rows:
+                raise FedeltaError(f"data source {settings.title}: data.{name}={share} of {rows} rows leaves too few")
+            seed = derive_seed(settings.split_seed, "split", name) % 2**32
+            held = _rows_to_hold_out(train, ceil(share * rows), seed, settings, together, classes)
+            if held is None:
+                parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
+                result["train"], result[name] = parts["train"], parts["test"]
+            else:
+                result["train"] = train.select(sorted(set(range(rows)) - set(held)))
+                result[name] = train.select(sorted(held))
+    return result
+
+
+def _rows_to_hold_out(
+    train: Any, number: int, seed: int, settings: DataSettings, together: str | None, classes: str | None
+) -> list[int] | None:
+    """Rows to hold out, as whole groups or from each class; None for a plain draw."""
     if together is not None:
         order = _grouped(train, together, seed)
-        cut = _whole_groups(train, together, order, ceil(share * rows))
-        if cut == rows:
+        cut = _whole_groups(train, together, order, number)
+        if cut == train.num_rows:
             raise FedeltaError(
-                f"data source {settings.title}: all {rows} rows have the same {together!r}, so none can be held out"
+                f"data source {settings.title}: all {cut} rows have the same {together!r}, so none can be held out"
             )
-        return train.select(sorted(order[cut:])), train.select(sorted(order[:cut]))
-    parts = train.train_test_split(share, seed=seed, load_from_cache_file=False)
-    if classes is not None and settings.stratify and _loses_a_class(train, [parts["train"], parts["test"]], classes):
-        held = draw_by_class(train[classes][:], ceil(share * rows), seed, leave_one=True)
-        if held:
-            rest = sorted(set(range(rows)) - set(held))
-            return train.select(rest), train.select(held)
-    return parts["train"], parts["test"]
+        return order[:cut]
+    return (draw_by_class(train[classes][:], number, seed, leave_one=True) or None) if classes is not None else None
 
 
 def draw(

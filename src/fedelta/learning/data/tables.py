@@ -148,4 +148,4 @@ def _say_if_quoted(path: Path, table: pa.Table) -> None:
         cell for column in table.columns for chunk in column.chunks for cell in chunk.to_pylist() if cell[:1] == '"'
     ]
     if quoted and all(re.fullmatch(r'"(?:[^"]|"")*"', cell) for cell in quoted):
-        say(f"{named(path)}: {len(quoted)} cells stand in quotes, which stay; data.quoting: true removes them")
+        say(f"{named(path)}: {quantity(len(quoted), 'cell')} in quotes, which stay; data.quoting: true removes them")
