@@ -139,6 +139,24 @@ def test_labels_that_differ_in_white_space_are_refused(tmp_path: Path) -> None:
         class_names(tmp_path, ["no", "yes", "no "] * 20)
 
 
+def test_labels_that_differ_in_case_are_two_classes_and_said(tmp_path: Path) -> None:
+    with pytest.warns(DataWarning, match="'No' and 'no' of column 'label' are two classes"):
+        assert class_names(tmp_path, ["no", "yes", "No"] * 20) == ["No", "no", "yes"]
+
+
+def test_a_number_of_ten_thousand_digits_is_a_class_like_any_other(tmp_path: Path) -> None:
+    assert class_names(tmp_path, ["1" * 10_000, "2"] * 20) == ["1" * 10_000, "2"]
+
+
+def test_a_split_without_any_label_is_refused_with_another_one(tmp_path: Path) -> None:
+    write(tmp_path, ["a", "b"] * 20, "train.csv")
+    write(tmp_path, [""] * 20, "test.csv")
+    with pytest.raises(
+        FedeltaError, match="every row of test has an empty cell, the first in column 'label'"
+    ):
+        read_splits(DataSettings(source=str(tmp_path), missing="drop"), Classification())
+
+
 def test_a_class_without_training_rows_is_refused_or_said(tmp_path: Path) -> None:
     write(tmp_path, ["a", "b"] * 20, "train.csv")
     write(tmp_path, ["a", "b", "c", "c"] * 5, "test.csv")
@@ -183,7 +201,7 @@ def test_a_column_of_a_template_with_several_may_be_empty() -> None:
         ([None if i == 4 else i % 2 for i in range(40)], "row 5: empty cell in column 'label'"),
         ([float("nan") if i == 4 else float(i % 2) for i in range(40)], "row 5: empty cell in column 'label'"),
         ([np.float32("inf") if i == 4 else np.float32(i % 2) for i in range(40)], "row 5: column 'label' holds"),
-        ([[1, 2] for i in range(40)], "column 'label' holds lists, expected classes"),
+        ([[1, 2] for i in range(40)], "column 'label' holds lists or objects, expected classes"),
         ([0, 1, -1, 1] * 10, "row 3: label -1 in 10 rows"),
     ],
 )

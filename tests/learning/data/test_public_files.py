@@ -151,7 +151,7 @@ def test_the_messages_of_sharegpt_are_not_text(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     (tmp_path / "x.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(40)]))
     task = Completion(prompt="{id}", completion="{conversations}")
-    with pytest.raises(FedeltaError, match="column 'conversations' holds lists, expected text or numbers"):
+    with pytest.raises(FedeltaError, match="column 'conversations' holds lists or objects, expected text or numbers"):
         read_splits(DataSettings(source=str(tmp_path / "x.json")), task)
 
 

@@ -141,6 +141,10 @@ def test_the_columns_of_a_file_without_a_header_are_named(tmp_path: Path) -> Non
     table = read(file, columns=("source", "label", "mark", "text"))
     assert columns(table)["label"] == ["1", "0"]
     assert table.places.name(0).endswith("x.tsv, line 1")
+    with pytest.raises(FedeltaError, match="line 1: has the name '0' of data.columns; a file with a header needs no"):
+        read(write(tmp_path / "y.tsv", "0\t1\n"), columns=("0", "text"))
+    with pytest.raises(FedeltaError, match="data.columns is set, but .*x.jsonl is neither a CSV nor a TSV file"):
+        read(write(tmp_path / "x.jsonl", "{}"), columns=("a", "b"))
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zip", ".GZ"])

@@ -34,7 +34,7 @@ def check_columns(source: str, split: str, table: Table, columns: Columns) -> No
             raise FedeltaError(f"data source {source}: no column {column!r} in split {split}, found {found}{hint}")
         if column in table.mixed:
             raise FedeltaError(
-                f"data source {source}: column {column!r} mixes types, expected {EXPECTED[use]}: {table.mixed[column]}"
+                f"column {shorten(column, 40)!r} mixes types, expected {EXPECTED[use]}: {table.mixed[column]}"
             )
         kind = _kind(table.rows.features[column])
         if not _fits(kind, use):
@@ -42,7 +42,7 @@ def check_columns(source: str, split: str, table: Table, columns: Columns) -> No
 
 
 def _kind(feature: Any) -> str:
-    return str(getattr(feature, "dtype", None) or "lists")
+    return str(getattr(feature, "dtype", None) or "lists or objects")
 
 
 def _fits(kind: str, use: Use) -> bool:
@@ -50,7 +50,9 @@ def _fits(kind: str, use: Use) -> bool:
     number = kind.startswith(("int", "uint", "float"))
     if use == "text":
         return text
-    return text or number or (kind == "bool" and use != "number")
+    if use == "cell":
+        return not kind.startswith(("list", "struct", "binary", "large_binary"))
+    return text or number or (kind == "bool" and use == "class")
 
 
 def complete_rows(
@@ -73,14 +75,18 @@ def complete_rows(
             columns_empty[missing & ~empty] = group[0]
             empty |= missing
         rows = np.flatnonzero(empty)
+        if len(rows) == len(table):
+            column = shorten(columns_empty[0], 40)
+            raise FedeltaError(
+                f"data source {source}: every row of {split} has an empty cell, the first in column {column!r}; other "
+                "splits can be named in data.splits, such as {test: validation, validation: null}"
+            )
         if len(rows) and settings.missing == "refuse":
             more = f" (and {quantity(len(rows) - 1, 'more row')})" if len(rows) > 1 else ""
             raise FedeltaError(
                 f"{table.places.name(rows[0])}: empty cell in column {shorten(columns_empty[rows[0]], 40)!r} of "
                 f"{split}{more}; data.missing: drop leaves out such rows"
             )
-        if len(rows) == len(table):
-            raise FedeltaError(f"data source {source}: every row of {split} has an empty cell")
         complete[split] = table.select(np.flatnonzero(~empty)) if len(rows) else table
         dropped[split] = len(rows)
     if any(dropped.values()):

@@ -42,6 +42,10 @@ def read_file(path: Path, settings: DataSettings, wanted: Collection[str]) -> Ta
     if kind is None:
         known = ", ".join(FORMATS)
         raise FedeltaError(f"data file {named(path)}: unknown extension, expected one of {known}, also as .gz or .zip")
+    if kind not in ("csv", "tsv"):
+        for key in ("columns", "delimiter", "quoting"):
+            if getattr(settings, key) is not None:
+                raise FedeltaError(f"data.{key} is set, but {named(path)} is neither a CSV nor a TSV file")
     if kind in ("csv", "tsv"):
         return read_table(path, kind, settings, wanted)
     if kind in ("json", "jsonl"):
@@ -107,7 +111,13 @@ def file_names(paths: Sequence[Path]) -> list[str]:
 
 def is_path(source: str) -> bool:
     """Whether a source looks like a path, so that it must never become a request to a hub."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or format_of(Path(source)) is not None
+    begins = source.startswith((".", "/", "~"))
+    return begins or source.count("/") > 1 or is_pattern(source) or format_of(Path(source)) is not None
+
+
+def is_pattern(source: str) -> bool:
+    """Whether a source stands for several files."""
+    return "*" in source or "?" in source
 
 
 def expand(source: str) -> list[Path]:
@@ -118,7 +128,7 @@ def expand(source: str) -> list[Path]:
     """
     path = Path(expand_variables(source)).expanduser()
     text = str(path)
-    if any(sign in text for sign in "*?[") and not Path(text).exists():
+    if is_pattern(text) and not Path(text).exists():
         paths = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         paths = [path for path in paths if path.is_file() and format_of(path)]
         if not paths:

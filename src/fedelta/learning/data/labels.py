@@ -15,8 +15,8 @@ from fedelta.learning.data.cells import column_of, counts
 from fedelta.learning.data.settings import Columns, DataSettings
 from fedelta.learning.data.table import Table, say, shorten
 
-WHOLE = re.compile(r"[+-]?[0-9]+")
-WHOLE_FLOAT = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
+WHOLE = re.compile(r"[+-]?[0-9]{1,300}")
+WHOLE_FLOAT = re.compile(r"([+-]?[0-9]{1,300})(?:\.0*)?")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 INFERENCE = {"entailment", "contradiction", "neutral"}
@@ -125,6 +125,12 @@ def _normalize(source: str, label: str, labels: Labels) -> None:
             f"data source {source}: column {label!r} holds {len(names)} different numbers such as "
             f"{shorten(min(fractions), 20)!r}, expected classes; for numbers set task: regression"
         )
+    _compare_spellings(source, label, names)
+
+
+def _compare_spellings(source: str, label: str, names: set[str]) -> None:
+    """Refuse names that differ in white space only, and tell if some differ in case only."""
+    folded: dict[str, str] = {}
     stripped: dict[str, str] = {}
     for name in sorted(names):
         other = stripped.setdefault(name.strip(), name)
@@ -133,6 +139,9 @@ def _normalize(source: str, label: str, labels: Labels) -> None:
                 f"data source {source}: the labels {shorten(other, 40)!r} and {shorten(name, 40)!r} of column "
                 f"{label!r} differ in white space only"
             )
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            say(f"data: {shorten(other, 40)!r} and {shorten(name, 40)!r} of column {label!r} are two classes")
 
 
 def _unlabeled_classes(labels: Labels, tables: Mapping[str, Table], settings: DataSettings) -> set[str]:

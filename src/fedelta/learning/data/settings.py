@@ -13,7 +13,7 @@ from fedelta.settings import Settings
 BUILT_IN = "pydoc"
 SplitName = Literal["train", "validation", "test"]
 Use = Literal["text", "cell", "class", "number"]
-"""Use of a column: a text, a cell that a template shows (text, number or truth value), a class, or a number."""
+"""Use of a column: a text, a cell that a template shows (anything but lists and objects), a class, or a number."""
 
 
 @dataclass(frozen=True)

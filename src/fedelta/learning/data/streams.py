@@ -1,6 +1,7 @@
 """Text files, compressed or not: their encoding, and their lines, each of a bounded length."""
 
 import bz2
+import codecs
 import gzip
 import lzma
 import zipfile
@@ -111,6 +112,9 @@ def text_of(path: Path, encoding: str | None) -> Iterator[TextIOWrapper]:
         FedeltaError: if the bytes are not text in this encoding.
     """
     chosen = encoding or _encoding(path)
+    if codecs.lookup(chosen).name == "utf-8":
+        # A byte order mark is not part of the text.
+        chosen = "utf-8-sig"
     with opened(path) as stream, TextIOWrapper(stream, chosen, newline="") as text:
         try:
             yield text

@@ -59,7 +59,7 @@ class Places:
     def name(self, row: int) -> str:
         """The place of a row in words: `texts.csv, line 7`."""
         file = int(self.file[row])
-        return f"{shorten(self.files[file], 80, end=True)}, {self.units[file]} {int(self.number[row])}"
+        return f"{shorten(self.files[file], 60, end=True)}, {self.units[file]} {int(self.number[row])}"
 
 
 @dataclass(frozen=True, eq=False)

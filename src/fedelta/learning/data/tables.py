@@ -47,11 +47,14 @@ def read_table(path: Path, kind: str, settings: DataSettings, wanted: Collection
             delimiter, skipped = settings.delimiter or excel[1], skipped + 1
             first = next(lines, "")
         if delimiter is None:
-            delimiter = _delimiter(first, wanted, quoting)
+            delimiter = _delimiter(first, settings.columns or (), wanted, quoting)
             if delimiter != ",":
                 say(f"{named(path)}: cells are separated by {delimiter!r}; set data.delimiter if wrong")
         records = _records(path, itertools.chain([first], lines), delimiter, quoting, skipped)
-        header = list(settings.columns or [cell.strip() for cell in next(records, (1, []))[1]])
+        if settings.columns is None:
+            header = [cell.strip() for cell in next(records, (1, []))[1]]
+        else:
+            header, records = list(settings.columns), _without_header(path, records, settings.columns)
         _check_header(path, header)
         table, numbers = _rows(path, records, header)
     if kind == "tsv" and not quoting:
@@ -74,12 +77,30 @@ def _reader(lines: Iterable[str], delimiter: str, quoting: bool, strict: bool) -
     return csv.reader(lines, delimiter=delimiter, quoting=rule, strict=strict)
 
 
-def _delimiter(line: str, wanted: Collection[str], quoting: bool) -> str:
-    """The delimiter that finds most of the wanted columns in the header, and then the one that finds most cells."""
+def _without_header(path: Path, records: Iterator[Record], columns: Sequence[str]) -> Iterator[Record]:
+    """The rows of a file whose columns the settings name.
 
-    def fit(delimiter: str) -> tuple[int, int]:
-        cells = {cell.strip() for row in _reader([line], delimiter, quoting, strict=False) for cell in row}
-        return len(cells & set(wanted)), len(cells)
+    Raises:
+        FedeltaError: if the first row is a header nevertheless. It would be trained as a row.
+    """
+    for number, (line, cells) in enumerate(records):
+        if number == 0 and (names := {cell.strip() for cell in cells} & set(columns)):
+            raise FedeltaError(
+                f"data file {named(path)}, line {line}: has the name {shorten(min(names), 40)!r} of data.columns; "
+                "a file with a header needs no data.columns"
+            )
+        yield line, cells
+
+
+def _delimiter(line: str, columns: Sequence[str], wanted: Collection[str], quoting: bool) -> str:
+    """The delimiter that finds most of the wanted columns in the first line, and then the one that finds most cells.
+
+    Without a header, the number of cells is that of the columns.
+    """
+
+    def fit(delimiter: str) -> tuple[bool, int, int]:
+        cells = [cell.strip() for row in _reader([line], delimiter, quoting, strict=False) for cell in row]
+        return len(cells) == len(columns), len(set(cells) & set(wanted)), len(cells)
 
     return max(DELIMITERS, key=fit)
 
