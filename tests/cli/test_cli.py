@@ -92,7 +92,6 @@ MISTAKES = {
     "missing data file": (["data.source=nowhere.csv"], "data source nowhere.csv: no such file"),
     "missing model": (["model.name=./nowhere"], "model ./nowhere: no config.json in that folder"),
     "empty shard": (["partition.kind=iid", "partition.clients=400"], "400 clients, but only 172 rows"),
-    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 row, too few to hold"),
     "weights": (["federation.weighting=[1, 2]"], "has 2 weights, expected one for each of 4 clients"),
     "negative weight": (["federation.weighting=[1, 2, 3, -1]"], "must be ≥ 0"),
     "ranks": (["ranks.per_client=[1, 2]"], "has 2 ranks, expected one for each of 4 clients"),

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines import Observer
-from fedelta.learning.in_memory import remember_data, remember_model
+from fedelta.learning.data.in_memory import remember_data
+from fedelta.learning.in_memory import remember_model
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.runs import runner
 from fedelta.runs.comparison import comparison_configs, run_comparison
@@ -29,8 +30,8 @@ def configure(
 
     Args:
         config: the configuration to start from. None is the built-in example.
-        data: rows to use instead of `data.source`: a `datasets.Dataset`, a list of dicts, or a mapping from split names
-            to either.
+        data: rows to use instead of `data.source`: a `datasets.Dataset`, a DataFrame, a list of dicts, or a mapping
+            from split names to these.
         model: a loaded transformers model to use instead of `model.name`. Runs train copies of it.
         tokenizer: the tokenizer of `model`. It is required with `model`, and only allowed with it.
         **changes: configuration keys to change. A dict changes the given keys of a section and leaves its other keys:

@@ -11,7 +11,7 @@ from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.data import DataSettings
+from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import IGNORED, Completions, Examples
 from fedelta.learning.model.activation_cache import ActivationCache
 from fedelta.learning.model.lora_model import LoraModel
@@ -90,12 +90,14 @@ class Completion(Task):
     def check_installed(self) -> None:
         check_installed(self.scores)
 
-    def columns(self, data: DataSettings) -> dict[str, bool]:  # noqa: ARG002
-        names = [*_fields(self.prompt), *_fields(self.completion), *(name for name in (self.group, self.by) if name)]
-        return dict.fromkeys(names, False)
+    def columns(self, data: DataSettings) -> Columns:  # noqa: ARG002
+        # A template of several columns may have empty ones, such as the `input` of Alpaca, but not only empty ones.
+        groups = (tuple(_fields(self.prompt)), tuple(_fields(self.completion)))
+        required = (*groups, *((name,) for name in (self.group, self.by) if name))
+        return Columns(dict.fromkeys((name for group in required for name in group), "cell"), required)
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Completions:  # noqa: ARG002
-        columns = {name: rows[name][:] for name in self.columns(data)}
+        columns = {name: ["" if v is None else v for v in rows[name][:]] for name in self.columns(data).uses}
         lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         prompts = [self.prompt.format(**line) for line in lines]
         completions = [self.completion.format(**line) for line in lines]

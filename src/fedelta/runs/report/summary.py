@@ -148,7 +148,7 @@ def write_table(runs: Sequence[Run], folder: Path) -> Path:
 def console_table(runs: Sequence[Run]) -> Table:
     """Build the table for a terminal."""
     target = default_target(runs)
-    table = Table(title=runs[0].config.data.source, caption=caption(runs), caption_justify="left")
+    table = Table(title=runs[0].config.data.title, caption=caption(runs), caption_justify="left")
     metric = metric_of(runs)
     for i, name in enumerate(columns(metric, target)):
         table.add_column(name, justify="left" if i == 0 else "right")
