@@ -48,8 +48,10 @@ def generate(
     # Padded on the left, so that all prompts end where the answer begins.
     padded = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ends = {end, *(model.peft.generation_config.eos_token_id or [])} - {None}
-    # `load_base` left nothing in the model's own generation configuration that could fill a field missing here.
+    base = model.peft.get_base_model()
+    own = base.generation_config
+    own_ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = {tokenizer.eos_token_id, end, *own_ends} - {None}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.beams,
@@ -59,12 +61,17 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted(ends) or None,
     )
-    generated = model.peft.generate(
-        input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=config,
-        logits_processor=_no_repeated_ngrams(settings.no_repeat_ngram_size, longest),
-    )
+    # transformers fills what a configuration leaves open from the model's own.
+    base.generation_config = config
+    try:
+        generated = model.peft.generate(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
+            logits_processor=_no_repeated_ngrams(settings.no_repeat_ngram_size, longest),
+        )
+    finally:
+        base.generation_config = own
     return [text.strip() for text in tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)]
 
 
