@@ -114,7 +114,8 @@ def load_base(
         FedeltaError: if the model is missing or does not fit the task.
         DeviceError: if memory runs out.
     """
-    auto_class, options = _auto_class(kind, classes)
+    auto_class, outputs = _auto_class(kind, classes)
+    options: dict[str, Any] = {}
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,17 +124,18 @@ def load_base(
     if device == "cuda":
         allow_deterministic_products()
     if settings.name.startswith(PREFIX):
-        _check_remembered(settings, options)
+        _check_remembered(settings, outputs)
     if settings.quantization != "none":
-        options |= _quantized(settings, device)
+        options = _quantized(settings, device)
     smaller = [*(["model.dtype: bfloat16"] if settings.dtype == "float32" else []), "model.quantization: 4bit"]
     with device_errors(f"model {settings.name} is loaded", [f"set {setting}" for setting in smaller]):
-        return _load(settings, auto_class, options, device, tokenizer, seed, kind)
+        return _load(settings, auto_class, outputs, options, device, tokenizer, seed, kind)
 
 
 def _load(
     settings: ModelSettings,
     auto_class: str,
+    outputs: dict[str, Any],
     options: dict[str, Any],
     device: str,
     tokenizer: Any,
@@ -149,7 +151,7 @@ def _load(
     logging.set_verbosity_error()
     try:
         with torch_seed(seed):
-            model = _weights(settings, getattr(transformers, auto_class), options, device, kind)
+            model = _weights(settings, getattr(transformers, auto_class), outputs, options, device, kind)
     finally:
         logging.set_verbosity(before)
     for module in model.modules():
@@ -172,24 +174,32 @@ def _load(
     # A quantized model is already on its device.
     model = model if settings.quantization != "none" else model.to(device)
     # In eight bits the rounding of a token depends on its neighbors, so the trial would prove nothing.
-    if kind == "completion" and settings.quantization == "none" and _looks_ahead(model):
-        raise FedeltaError(
-            f"model {settings.name}: a {model.config.model_type} model sees later tokens, expected a causal model"
-        )
+    if kind == "completion" and settings.quantization == "none":
+        with library_errors(f"model {settings.name}"):
+            looks_ahead = _looks_ahead(model)
+        if looks_ahead:
+            raise FedeltaError(
+                f"model {settings.name}: a {model.config.model_type} model sees later tokens, expected a causal model"
+            )
     return model
 
 
-def _check_remembered(settings: ModelSettings, options: dict[str, Any]) -> None:
+def _check_remembered(settings: ModelSettings, outputs: dict[str, Any]) -> None:
     """Raise if a model in memory is not what the configuration asks for; a loaded model is taken as it is."""
     if settings.quantization != "none":
         raise FedeltaError(f"model.quantization: {settings.quantization} is for models that a run loads, expected none")
-    outputs, wanted = remembered_config(settings.name).num_labels, options.get("num_labels")
-    if wanted is not None and outputs != wanted:
-        raise FedeltaError(f"the model that was passed has {outputs} outputs, but the data need {wanted}")
+    own, wanted = remembered_config(settings.name).num_labels, outputs.get("num_labels")
+    if wanted is not None and own != wanted:
+        raise FedeltaError(f"the model that was passed has {own} outputs, but the data need {wanted}")
 
 
 def _weights(
-    settings: ModelSettings, auto_class: Any, options: dict[str, Any], device: str, kind: TaskKind
+    settings: ModelSettings,
+    auto_class: Any,
+    outputs: dict[str, Any],
+    options: dict[str, Any],
+    device: str,
+    kind: TaskKind,
 ) -> Any:
     """The model with its weights: a copy of one in memory, or read from a folder or a hub."""
     if settings.name.startswith(PREFIX):
@@ -199,11 +209,11 @@ def _weights(
         # The fused attention of some CPUs is several times slower in bf16 than separate products.
         "attn_implementation": "eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
     }
-    return load_weights(locate_model(settings.name), auto_class, options, head=kind != "completion")
+    return load_weights(locate_model(settings.name), auto_class, outputs, options, head=kind != "completion")
 
 
 def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
-    """Name of the class in transformers that loads the model, and its options."""
+    """Name of the class in transformers that loads the model, and what its configuration says about the outputs."""
     if kind == "completion":
         return "AutoModelForCausalLM", {}
     regression = {"num_labels": 1, "problem_type": "regression"}

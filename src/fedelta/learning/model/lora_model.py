@@ -19,6 +19,7 @@ from fedelta.learning.model.base_patch import BasePatch
 from fedelta.learning.model.dropout import use_fast_dropout
 from fedelta.learning.model.heads import modules_to_train
 from fedelta.learning.model.targets import lora_targets, refuse_missing_targets, refuse_shared_weights
+from fedelta.learning.model.weights import library_errors
 from fedelta.lora.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.settings import Settings
 
@@ -74,7 +75,8 @@ class LoraModel:
         self._conv1d = any(isinstance(module, Conv1D) for module in base.modules())
         self.task_type = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
         self.base_name = str(base.config._name_or_path)
-        self.head_modules = modules_to_train(base, settings.modules_to_save)
+        with library_errors(f"model {self.base_name}"):  # It computes logits once.
+            self.head_modules = modules_to_train(base, settings.modules_to_save)
         self._targets = lora_targets(base, settings.target_modules)
         try:
             self.peft: Any = peft.get_peft_model(base, self._config(1), adapter_name=peft_name(1))

@@ -52,7 +52,7 @@ def check_folder(folder: Path) -> Weights:
     weights = _count(folder)
     for key, layers in _layer_counts(config):
         # Building takes time in proportion to their number, so this is checked first.
-        if layers > max(weights.tensors, MAX_UNCHECKED_LAYERS):
+        if not 0 <= layers <= max(weights.tensors, MAX_UNCHECKED_LAYERS):
             raise FedeltaError(
                 f"model {folder}: config.json sets {key} to {layers}, but the weights are {weights.tensors} tensors"
             )

@@ -24,13 +24,14 @@ _SLACK = 2**26
 _NAMELESS_LABEL = re.compile(r"LABEL_\d+")
 
 
-def load_weights(name: str, auto_class: Any, options: dict[str, Any], head: bool) -> Any:
+def load_weights(name: str, auto_class: Any, outputs: dict[str, Any], options: dict[str, Any], head: bool) -> Any:
     """Build a model and load its weights.
 
     Args:
         name: folder, or name on a hub.
         auto_class: class of transformers that loads the model.
-        options: arguments of its `from_pretrained`.
+        outputs: fields of the configuration that say what a head returns.
+        options: arguments of the class's `from_pretrained`.
         head: True if the modules outside the backbone may be new: they classify.
 
     Raises:
@@ -39,13 +40,18 @@ def load_weights(name: str, auto_class: Any, options: dict[str, Any], head: bool
     from transformers import AutoConfig, GenerationConfig
 
     with library_errors(f"model {name}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **outputs)
         if config.is_encoder_decoder and not head:
             raise FedeltaError(f"model {name}: {config.model_type} is an encoder with a decoder, expected a causal model")
+        text = config.get_text_config()
+        padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if padding is not None and rows and not -rows <= padding < rows:
+            text.pad_token_id = None  # No embedding can be built with it. The tokenizer's own follows later.
         if Path(name).is_dir():
             _check_size(name, auto_class, config)
         model, loading = auto_class.from_pretrained(
             name,
+            config=config,
             **options,
             trust_remote_code=False,
             use_safetensors=True,
