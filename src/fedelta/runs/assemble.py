@@ -9,8 +9,10 @@ import torch
 from fedelta.errors import FedeltaError
 from fedelta.federation.client import Trainer
 from fedelta.federation.server import Server
-from fedelta.learning.model.base_model import load_base, load_tokenizer, longest_text
+from fedelta.learning.model.base_model import load_base, load_tokenizer
 from fedelta.learning.model.lora_model import LoraModel
+from fedelta.learning.model.padding import longest_text
+from fedelta.learning.model.token_check import check_tokens
 from fedelta.learning.shards import FederatedData, TokenizedSplits, build_data, read_splits, tokenize_splits
 from fedelta.learning.tasks import Completion
 from fedelta.learning.tasks.lm_harness import check_harness
@@ -77,7 +79,10 @@ def prepare(config: Config, partitioned: bool = True) -> tuple[Trainer, Federate
     data = FederatedData({}, tokenized.validation, tokenized.test, tokenized.classes)
     if partitioned:
         data = build_data(tokenized, config.data, config.partition, config.seed)
-    return make_trainer(config, len(data.classes), tokenizer), data
+    trainer = make_trainer(config, len(data.classes), tokenizer)
+    splits = {"train": tokenized.train, "validation": tokenized.validation, "test": tokenized.test}
+    check_tokens(trainer.model.peft, tokenizer, splits)
+    return trainer, data
 
 
 def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
@@ -91,7 +96,7 @@ def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
     """
     torch.set_num_threads(config.threads)
     model = make_model(config, classes, tokenizer)
-    if config.data.max_length > (longest := longest_text(model.peft.config, tokenizer)):
+    if config.data.max_length > (longest := longest_text(model.peft, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
     if isinstance(config.task, Completion) and config.task.generate is not None:
         prompt_length, new_tokens = config.data.max_length, config.task.generate.max_new_tokens

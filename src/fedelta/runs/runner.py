@@ -24,6 +24,7 @@ from fedelta.federation.server import Server, ServerState
 from fedelta.files import write_file
 from fedelta.learning.shards import Shard, TokenizedSplits
 from fedelta.learning.tasks import Completion
+from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.learning.tasks.lm_harness import check_harness, harness_scores
 from fedelta.learning.training.flops import text_cost
 from fedelta.lora.adapter import Adapter
@@ -249,7 +250,9 @@ class _RunSteps:
         if self.config.evaluation.harness is None:
             return scores
         assert isinstance(self.config.task, Completion)
-        chat = self.config.task.makes_turns(self.trainer.tokenizer)
+        task = self.config.task
+        makes_turns = task.makes_turns(self.trainer.tokenizer)
+        chat = ChatTemplate(self.trainer.tokenizer, task.date) if makes_turns else None
         return scores | harness_scores(self.trainer.model, self.trainer.tokenizer, self.config.evaluation.harness, chat)
 
     def _profile(self, caches: ActivationCaches) -> Profile:

@@ -359,7 +359,7 @@ def test_invalid_settings_of_a_task_are_refused(task: dict, reason: str, tiny_co
 
 def test_an_encoder_is_refused_as_a_causal_language_model(tiny_bert: Path) -> None:
     settings = ModelSettings(name=str(tiny_bert))
-    with pytest.raises(FedeltaError, match="a bert model sees later tokens, expected a causal model"):
+    with pytest.raises(FedeltaError, match="lack the weight cls.* expected a causal language model"):
         load_base(settings, 0, load_tokenizer(settings), 0, "completion")
 
 

@@ -23,6 +23,7 @@ from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
 from fedelta.learning.shards import build_shard
 from fedelta.protocol.messages import Broadcast
+from fedelta.learning.model.token_check import check_tokens
 from fedelta.runs.assemble import make_trainer
 from fedelta.runs.config import Config, load_config
 
@@ -121,6 +122,8 @@ class SiteTrainer(TrainerProcess):
     def _load(self, name: str, classes: list[str]) -> None:
         shard = build_shard(self.settings, self.config.task, classes, self.tokenizer, name, self.config.seed)
         self.trainer = make_trainer(self.config, len(classes), self.tokenizer)
+        own = {"a shuffled training": shard.train, "a shuffled validation": shard.validation}
+        check_tokens(self.trainer.model.peft, self.tokenizer, own)
         self.shards = {name: shard}
         self.base = fingerprint(self.trainer.model.peft)
         self.loaded = (name, classes)
