@@ -5,12 +5,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.ranks import RankSettings
 from fedelta.federation.settings import FederationSettings
+from fedelta.files import parse_yaml, read_yaml
 from fedelta.learning.data import DataSettings, PartitionSettings
 from fedelta.learning.model.base_model import ModelSettings
 from fedelta.learning.model.lora_model import LoraSettings
@@ -208,16 +208,7 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
             what was expected.
     """
     name = str(source) if source else "the built-in example"
-    try:
-        text = source.read_text() if source else (files("fedelta.runs") / DEMO).read_text()
-    except OSError as error:
-        raise FedeltaError(f"configuration {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FedeltaError(f"configuration {name}: not a text file") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise FedeltaError(f"configuration {name}: {' '.join(str(error).split())}") from error
+    data = read_yaml(source) if source else parse_yaml((files("fedelta.runs") / DEMO).read_text(), name)
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise FedeltaError(f"configuration {name} holds a {type(data).__name__}, expected keys and values")
@@ -253,10 +244,7 @@ def read_override(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise FedeltaError(f"override {override!r}: expected key=value, such as training.steps=5")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise FedeltaError(f"override {override!r}: {' '.join(str(error).split())}") from error
+    return key, parse_yaml(value, f"override {override[:60]!r}")
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedelta.errors import FedeltaError
+from fedelta.files import read_yaml
 from fedelta.methods import nearest
 from fedelta.runs.config import explain
 from fedelta.settings import Settings
@@ -219,12 +219,7 @@ def load_grid(source: Path, size: str | None = None) -> Grid:
     Raises:
         FedeltaError: one line that names the key, what was found and what was expected.
     """
-    try:
-        data = yaml.safe_load(source.read_text())
-    except OSError as error:
-        raise FedeltaError(f"grid {source}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FedeltaError(f"grid {source}: {' '.join(str(error).split())}") from error
+    data = read_yaml(source)
     if not isinstance(data, dict):
         raise FedeltaError(f"grid {source} holds a {type(data).__name__}, expected keys and values")
     sizes = data.pop("sizes", None) or {}
