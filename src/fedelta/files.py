@@ -115,8 +115,13 @@ def write_file(path: Path, content: bytes | str, *, previous: Path | None = None
         _sync_folder(path.parent)
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int, what: str = "") -> bytes:
     """Read a file of limited size.
+
+    Args:
+        path: the file.
+        max_bytes: its largest size.
+        what: what the file is, before its name in errors.
 
     Raises:
         FedeltaError: naming the file, if it can't be read or is larger than `max_bytes`.
@@ -125,9 +130,9 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
     except OSError as error:
-        raise FedeltaError(f"{path}: {error.strerror or error}") from error
+        raise FedeltaError(f"{what} {path}: {error.strerror or error}".lstrip()) from error
     if len(content) > max_bytes:
-        raise FedeltaError(f"{path} has more than {max_bytes:,} bytes, expected a smaller file")
+        raise FedeltaError(f"{what} {path}".lstrip() + f" has more than {max_bytes:,} bytes, expected a smaller file")
     return content
 
 
@@ -167,13 +172,18 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it holds {name}, expected a finite number")
 
 
-def read_yaml(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+def read_yaml(path: Path, what: str = "", max_bytes: int = MAX_BYTES) -> Any:
     """Read a YAML file.
+
+    Args:
+        path: the file.
+        what: what the file is, before its name in errors.
+        max_bytes: its largest size.
 
     Raises:
         FedeltaError: naming the file, if it is missing, too large, nested too deeply, or not YAML in UTF-8.
     """
-    return parse_yaml(read_bytes(path, max_bytes), str(path))
+    return parse_yaml(read_bytes(path, max_bytes, what), f"{what} {path}".lstrip())
 
 
 def parse_yaml(text: str | bytes, name: str) -> Any:

@@ -110,7 +110,10 @@ class RunFolder:
         """
         has_lines = self.rounds_file.exists() and self.rounds_file.stat().st_size > 0
         if has_lines or self.result_file.exists() or self._previous_checkpoint.exists():
-            raise FedeltaError(f"{self.path} holds a run already; continue it with --resume, or choose another name=…")
+            way_on = (
+                "continue it with --resume" if self.checkpoint_file.exists() else "it has no checkpoint to resume from"
+            )
+            raise FedeltaError(f"{self.path} holds a run already; {way_on}, or choose another name=…")
 
     @property
     def _previous_checkpoint(self) -> Path:
@@ -128,7 +131,9 @@ class RunFolder:
         """Raise unless `rounds.jsonl` begins with the lines that belong to the checkpoint."""
         _, digest = self._rounds.kept(checkpoint.state.round)
         if checkpoint.history.rounds_digest not in (None, digest):
-            raise FedeltaError(f"{self.rounds_file} is not what the run wrote: its lines have another digest")
+            raise FedeltaError(
+                f"{self.rounds_file} is not what the run wrote; restore it, or start again under another name"
+            )
 
     def resume(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the checkpoint to resume from. Nothing is changed before `rewind`.
@@ -257,19 +262,11 @@ class RunFolder:
         self._timings.check_unchanged()
 
     def records(self) -> list[RoundRecord]:
-        """Read the lines of `rounds.jsonl`.
-
-        Raises:
-            FedeltaError: naming the line that is not a record.
-        """
+        """Read the lines of `rounds.jsonl`, or raise a FedeltaError that names the line which is not a record."""
         return self._rounds.records()
 
     def timings(self) -> list[Timing]:
-        """Read the lines of `timings.jsonl`.
-
-        Raises:
-            FedeltaError: naming the line that is not a record.
-        """
+        """Read the lines of `timings.jsonl`, or raise a FedeltaError that names the line which is not a record."""
         return self._timings.records()
 
     def result(self) -> Result | None:

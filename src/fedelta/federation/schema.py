@@ -40,7 +40,7 @@ def check(value: Any, kind: type, name: str) -> Any:
     except ValidationError as error:
         key, expected, found = first_error(error)
         missing = error.errors(include_url=False)[0]["type"] == "missing"
-        what = "is missing" if missing else f"{expected[:80]}, found {_shown(found)}"
+        what = "is missing" if missing else f"is not valid: {expected[:80]}, found {_shown(found)}"
         raise FedeltaError(f"{name}: key {key[:80]!r} {what}") from error
     return value
 

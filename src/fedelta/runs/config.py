@@ -208,7 +208,9 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
             what was expected.
     """
     name = str(source) if source else "the built-in example"
-    data = read_yaml(source) if source else parse_yaml((files("fedelta.runs") / DEMO).read_text(), name)
+    data = (
+        read_yaml(source, "configuration") if source else parse_yaml((files("fedelta.runs") / DEMO).read_text(), name)
+    )
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise FedeltaError(f"configuration {name} holds a {type(data).__name__}, expected keys and values")

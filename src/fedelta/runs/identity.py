@@ -100,9 +100,9 @@ def input_changes(before: Inputs, now: Inputs) -> list[str]:
         ['test rows changed: 140 rows, were 120']
     """
     changes = []
-    for part, old in before.items():
-        new = now.get(part)
-        if new is None or new["digest"] == old["digest"]:
+    for part, new in now.items():
+        old = before.get(part)
+        if old is None or new["digest"] == old["digest"]:
             continue
         rows, were = new.get("rows"), old.get("rows")
         if rows is None or were is None:
@@ -126,7 +126,7 @@ def check_changes(place: str, changes: Sequence[str], accept: bool) -> None:
     """
     if changes and not accept:
         more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-        raise FedeltaError(f"{place}: {'; '.join(changes[:SHOWN])}{more}; restore the former inputs, or pass {ACCEPT}")
+        raise FedeltaError(f"{place}: {', '.join(changes[:SHOWN])}{more}; restore the former inputs, or pass {ACCEPT}")
 
 
 def differing_inputs(runs: Sequence[Inputs]) -> list[str]:

@@ -66,8 +66,10 @@ def run(
         server = make_server(config)
         checkpoint = folder.resume(observer.warn) if resume else None
         if resume and (result := folder.finished_result(checkpoint)) is not None:
-            records = folder.check_finished(result)
             _check_finished_inputs(config, folder, result, accept_changed_data)
+            if checkpoint is not None:
+                folder.rewind(checkpoint)
+            records = folder.check_finished(result)
             observer.run_started(_title(config), config.rounds, config.rounds)
             return Run(config, folder, records, result)
         if not resume:

@@ -219,7 +219,7 @@ def load_grid(source: Path, size: str | None = None) -> Grid:
     Raises:
         FedeltaError: one line that names the key, what was found and what was expected.
     """
-    data = read_yaml(source)
+    data = read_yaml(source, "grid")
     if not isinstance(data, dict):
         raise FedeltaError(f"grid {source} holds a {type(data).__name__}, expected keys and values")
     sizes = data.pop("sizes", None) or {}
