@@ -55,7 +55,7 @@ def test_invalid_keys_and_values_raise_one_line_with_the_key(override: str, reas
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("- a\n- b\n", "holds a list, expected keys"), ("a: [1", "while parsing"), ("a: b: c", "x.yaml")],
+    [("- a\n- b\n", "holds a list, expected keys"), ("a: [1", "line 1, column 6"), ("a: b: c", "x.yaml")],
 )
 def test_broken_files_raise_one_line(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)

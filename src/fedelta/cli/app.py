@@ -16,7 +16,17 @@ from fedelta.cli.arguments import Command
 from fedelta.cli.configuration import config
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
-from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config, read_settings
+from fedelta.cli.terminal import (
+    AcceptChangedData,
+    Arguments,
+    Resume,
+    err,
+    finish,
+    flower_part,
+    out,
+    read_config,
+    read_settings,
+)
 from fedelta.errors import FedeltaError
 
 app = typer.Typer(
@@ -58,6 +68,7 @@ class EngineName(StrEnum):
 def run(
     arguments: Arguments = None,
     resume: Resume = False,
+    accept_changed_data: AcceptChangedData = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time went.")] = False,
     engine: Annotated[
         EngineName, typer.Option(help="One process with workers, Flower with its nodes, or Flower simulated on Ray.")
@@ -75,9 +86,15 @@ def run(
             if profile:
                 raise FedeltaError(f"--profile works with --engine local only, found --engine {engine}")
             on_loopback = flower_part("loopback").run_on_loopback
-            finished = on_loopback(config, resume, progress, ray=engine is EngineName.ray)
+            finished = on_loopback(config, resume, progress, engine is EngineName.ray, accept_changed_data)
         else:
-            finished = run_config(config, resume=resume, observer=progress, profile=profile)
+            finished = run_config(
+                config,
+                resume=resume,
+                observer=progress,
+                profile=profile,
+                accept_changed_data=accept_changed_data,
+            )
     finish([finished], config.folder)
     if finished.profile is not None:
         out.print(profile_table(finished.profile))
@@ -96,6 +113,7 @@ def compare(
         int | None, typer.Option(help="Number of seeds; each method runs once per seed.", min=1, max=10_000)
     ] = None,
     resume: Resume = False,
+    accept_changed_data: AcceptChangedData = False,
 ) -> None:
     """Compare several methods on the same data and initial weights, in one table and one plot."""
     from fedelta.runs.early_check import check_method_name
@@ -113,7 +131,7 @@ def compare(
     chosen = config.compare.methods if named is None else named
     configs = comparison_configs(config, chosen, seeds or config.compare.seeds)
     with TerminalProgress(err, sum(one.rounds for one in configs)) as progress:
-        finished = run_comparison(configs, resume, progress)
+        finished = run_comparison(configs, resume, progress, accept_changed_data)
     finish(finished, comparison_folder(config))
 
 
@@ -169,8 +187,7 @@ def aggregate(
 
 
 def _method(name: str, options: list[str]) -> Any:
-    import yaml
-
+    from fedelta.files import parse_yaml
     from fedelta.methods import make_method
 
     values = {}
@@ -178,10 +195,7 @@ def _method(name: str, options: list[str]) -> Any:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise FedeltaError(f"--option {option!r}: expected key=value, such as residual=rank=8")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise FedeltaError(f"--option {option!r}: {' '.join(str(error).split())}") from error
+        values[key] = parse_yaml(value, f"--option {option[:60]!r}")
     return make_method(name, **values)
 
 

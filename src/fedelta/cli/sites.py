@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, names, out, read_config
+from fedelta.cli.terminal import AcceptChangedData, Arguments, Resume, err, finish, flower_part, names, out, read_config
 from fedelta.errors import FedeltaError
 
 
@@ -20,6 +20,7 @@ def serve(
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and keys; on loopback only.")] = False,
     sites: Annotated[str, typer.Option(help="With --insecure: names of the sites, separated by commas.")] = "",
     resume: Resume = False,
+    accept_changed_data: AcceptChangedData = False,
 ) -> None:
     """Run the server of a deployment: wait for all sites, train, and tell them when training has ended."""
     if insecure == (keys is not None):
@@ -38,6 +39,7 @@ def serve(
             patience=patience,
             resume=resume,
             observer=progress,
+            accept_changed_data=accept_changed_data,
         )
     finish([finished], config.folder)
 
@@ -51,6 +53,7 @@ def join(
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and key; on loopback only.")] = False,
     name: Annotated[str | None, typer.Option(help="With --insecure: name of this site.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder for the logs of this site.")] = Path("site"),
+    accept_changed_data: AcceptChangedData = False,
 ) -> None:
     """Run a site of a deployment: train on its own rows until the server ends the training."""
     if not data:
@@ -70,6 +73,7 @@ def join(
         name=name,
         folder=folder,
         observer=MessagePrinter(err, stamped=True),
+        accept_changed_data=accept_changed_data,
     )
 
 

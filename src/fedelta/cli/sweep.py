@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedelta.cli.terminal import err, names, out
+from fedelta.cli.terminal import AcceptChangedData, err, names, out
 from fedelta.errors import FedeltaError
 
 
@@ -27,6 +27,7 @@ def sweep(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folder of each cell.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run cells that diverged again.")] = False,
+    accept_changed_data: AcceptChangedData = False,
     check: Annotated[str | None, typer.Option(help="Run this cell (cells.md names them) again and compare.")] = None,
 ) -> None:
     """Run each cell of a grid of configurations once; write a Parquet file, tables and figures (docs/grids.md)."""
@@ -47,7 +48,8 @@ def sweep(
 
     expansion = Expansion(grid, names(only or ""), _wanted(where or []))
     with GridProgress(err) as progress:
-        sweep = Sweep(grid, expansion, output or grid.folder, parallel or "auto", keep, retry, progress)
+        place = output or grid.folder
+        sweep = Sweep(grid, expansion, place, parallel or "auto", keep, retry, progress, accept_changed_data)
         if check is not None:
             difference = sweep.check(check)
             if difference is not None:

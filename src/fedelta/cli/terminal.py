@@ -18,6 +18,13 @@ Arguments = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last finished round, if there is one.")]
+AcceptChangedData = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changed-data",
+        help="Continue with rows, a tokenizer or a base model that have changed since the run began.",
+    ),
+]
 
 
 def names(text: str) -> list[str]:

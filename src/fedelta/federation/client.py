@@ -27,10 +27,10 @@ from fedelta.protocol.messages import Broadcast, ClientUpdate, select_factors
 from fedelta.protocol.serialization import (
     adapter_tensors,
     error_feedback_tensors,
-    pack,
+    pack_sealed,
     take_adapter,
     take_error_feedback,
-    unpack,
+    unpack_sealed,
 )
 from fedelta.seeds import derive_seed
 
@@ -56,7 +56,7 @@ def pack_kept(adapter: Adapter | None, feedback: ErrorFeedback | None) -> bytes:
     if feedback is not None:
         tensors |= error_feedback_tensors("left", feedback)
         facts["feedback"] = feedback.facts
-    return pack(tensors, facts) if facts else b""
+    return pack_sealed(tensors, facts) if facts else b""
 
 
 class Trainer:
@@ -135,7 +135,7 @@ class Trainer:
         """Restore what `kept_bytes` serialized for this client; empty bytes change nothing."""
         if not blob:
             return
-        tensors, facts = unpack(blob)
+        tensors, facts = unpack_sealed(blob, required=False)
         if "scale" in facts:
             self.kept[client] = take_adapter("kept/", facts["scale"], tensors)
         if "feedback" in facts:

@@ -20,6 +20,7 @@ from fedelta.lora.patch_log import PatchDelta
 from fedelta.protocol.compression import LOSSLESS, Encoded, Precision, decode, encode, rounded
 from fedelta.protocol.serialization import (
     check_all_taken,
+    check_floats,
     pack,
     patch_tensors,
     products_to_tensors,
@@ -224,7 +225,10 @@ def _factor_tensors(factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Te
 
 
 def _take_factors(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    return {name: take_prefix(name, tensors) for name in sorted(names)}
+    factors = {name: take_prefix(name, tensors) for name in sorted(names)}
+    for name, by_module in factors.items():
+        check_floats(f"{name} of module", by_module)
+    return factors
 
 
 @pydantic.dataclasses.dataclass(frozen=True, eq=False, config=_STRICT)

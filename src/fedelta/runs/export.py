@@ -2,12 +2,13 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedelta.errors import FedeltaError
-from fedelta.federation.checkpoint import load_checkpoint
+from fedelta.federation.round_lines import DamagedFileWarning
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
 from fedelta.files import new_folder, write_file
@@ -189,8 +190,12 @@ def export_run(
             cut.
     """
     adapter, merged = _outputs(adapter, merged)
-    state, data, kept, _ = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
-    config = parse_config(data, str(folder))
+    run_folder = RunFolder(folder, {})
+    checkpoint = run_folder.saved(lambda line: warnings.warn(line, DamagedFileWarning, stacklevel=3))
+    if checkpoint is None:
+        raise FedeltaError(f"no checkpoint at {run_folder.checkpoint_file}")
+    state, kept = checkpoint.state, checkpoint.kept
+    config = parse_config(checkpoint.config, str(folder))
     server = make_server(config)
     if merged and server.method.personal:
         raise FedeltaError(

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedelta.errors import FedeltaError
-from fedelta.files import write_file
+from fedelta.federation.records import Inputs
+from fedelta.federation.schema import digest_of
+from fedelta.files import parse_json, write_file
 from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.protocol.serialization import ByteCount
 from fedelta.runs.config import Config, parse_config
+from fedelta.runs.identity import input_changes
 from fedelta.runs.runner import Run
 from fedelta.sweep.provenance import machine_name, peak_mb
 
@@ -65,15 +68,26 @@ SCHEMA = pa.schema(
         ("finished", pa.string()),
         ("machine", pa.string()),
         ("versions", pa.map_(pa.string(), pa.string())),
+        # What the cell has learned from: part → digest and number of rows, as JSON; null in rows of older versions.
+        ("inputs", pa.string()),
+        ("accepted", pa.list_(pa.string())),  # changes of the inputs that the grid was told to accept
+        ("digest", pa.string()),  # of all other fields; null in rows of older versions
     ]
 )
 FROM_RESULT = ("test", "validation", "constant_score", "lora_parameters", "base_parameters")
 """Fields that a row copies from `result.json`."""
-CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
+CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions", "accepted", "digest")
 """Fields that may differ between two runs of the same cell."""
 
 
-def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | None, failed: str | None = None) -> Row:
+def row_of(
+    key: str,
+    config: Config,
+    made_with: Mapping[str, str],
+    run: Run | None,
+    failed: str | None = None,
+    inputs: Inputs | None = None,
+) -> Row:
     """Make the row of a cell as plain data.
 
     Args:
@@ -82,6 +96,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         made_with: versions as `provenance.versions` returns them.
         run: the finished run; None if it failed.
         failed: why it failed.
+        inputs: what the cell has learned from, if there is no run whose result says so.
     """
     row: Row = dict.fromkeys(SCHEMA.names)
     row |= {
@@ -96,11 +111,16 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_name(),
         "versions": dict(made_with),
+        "inputs": None if inputs is None else json.dumps(inputs, sort_keys=True),
+        "accepted": [],
     }
     if run is not None:
         result: Mapping[str, Any] = run.result
-        timings = [json.loads(line) for line in run.folder.timings_file.read_text().splitlines()]
+        timings = run.folder.timings()
+        accepted = [f"round {one['round']}: {change}" for one in result["accepted"] for change in one["changes"]]
         row |= {
+            "inputs": json.dumps(result["inputs"], sort_keys=True),
+            "accepted": accepted,
             **{name: result[name] for name in FROM_RESULT},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
@@ -130,7 +150,8 @@ def stored_settings(row: Row) -> dict[str, Any]:
     Raises:
         FedeltaError: if the row has a setting that does not exist.
     """
-    return result_settings(parse_config(json.loads(row["config"]), f"cell {row['cell']}"))
+    name = f"cell {row['cell']}"
+    return result_settings(parse_config(parse_json(row["config"], name), name))
 
 
 def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -148,6 +169,11 @@ def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
             for client, scores in record["clients_validation"].items()
         ],
     }
+
+
+def stored_inputs(row: Row) -> Inputs:
+    """What a cell has learned from; empty if its row does not say so."""
+    return json.loads(row["inputs"]) if row["inputs"] else {}
 
 
 def write_rows(folder: Path, rows: Mapping[str, Row], axes: Mapping[str, Mapping[str, str]] | None = None) -> Path:
@@ -179,16 +205,34 @@ def read_rows(folder: Path) -> dict[str, Row]:
     if not file.exists():
         return {}
     try:
-        table = pq.read_table(file, schema=SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise FedeltaError(f"{file}: {' '.join(str(error).split())}") from error
-    return {row["cell"]: row for row in table.to_pylist(maps_as_pydicts="strict")}
+        rows: list[Row] = pq.read_table(file, schema=SCHEMA).to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise FedeltaError(f"{file}: {' '.join(str(error).split())[:150]}; restore it, or remove it") from error
+    for row in rows:
+        _check_row(row, file)
+    return {row["cell"]: row for row in rows}
+
+
+def _check_row(row: Row, file: Path) -> None:
+    """Raise unless a row has the fields that every reader needs, and is what was written."""
+    for name in ("cell", "method", "seed", "metric", "rounds", "config"):
+        if row[name] is None:
+            raise FedeltaError(f"{file}: a row without {name!r}, expected the results of a grid")
+    if row["metric"] not in METRICS:
+        raise FedeltaError(f"{file}: cell {row['cell']} has the metric {row['metric'][:40]!r}, which does not exist")
+    if row["digest"] is not None and row["digest"] != _row_digest(row):
+        raise FedeltaError(f"{file}: cell {row['cell']} is not what was written; restore the file, or remove it")
+
+
+def _row_digest(row: Row) -> str:
+    return digest_of({name: value for name, value in row.items() if name != "digest"})
 
 
 def as_stored(row: Row) -> Row:
-    """Convert a row to the precision of the file, as if it had been written and read again."""
+    """Convert a row to the precision of the file, as if it had been written and read again, and add its digest."""
     table = pa.Table.from_pylist([row], schema=SCHEMA)
-    return table.to_pylist(maps_as_pydicts="strict")[0]
+    stored: Row = table.to_pylist(maps_as_pydicts="strict")[0]
+    return stored | {"digest": _row_digest(stored)}
 
 
 def first_difference(old: Row, new: Row) -> str | None:
@@ -198,7 +242,10 @@ def first_difference(old: Row, new: Row) -> str | None:
     """
     old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
-        if name == "config":
+        if name == "inputs":
+            if changes := input_changes(stored_inputs(old), stored_inputs(new)):
+                return f"inputs: {'; '.join(changes)}"
+        elif name == "config":
             if stored_settings(old) != stored_settings(new):
                 return "config"
         elif name not in CIRCUMSTANCES and old[name] != new[name]:

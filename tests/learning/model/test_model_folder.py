@@ -158,7 +158,10 @@ def damage(folder: Path, how: str) -> None:
         ("no tokenizer", "tokenizer of model FOLDER: "),
         ("lost shard", "model FOLDER: model-00002-of-00002.safetensors is missing, one of 2 files of its weights"),
         ("broken link", "model FOLDER: model-00002-of-00002.safetensors is missing, one of 2 files of its weights"),
-        ("outside", "FOLDER/model.safetensors.index.json names '../../secret.safetensors', expected a safetensors file"),
+        (
+            "outside",
+            "FOLDER/model.safetensors.index.json names '../../secret.safetensors', expected a safetensors file",
+        ),
         ("no map", "FOLDER/model.safetensors.index.json: expected weight_map, from tensors to files"),
     ],
 )

@@ -152,7 +152,10 @@ def test_a_row_that_a_template_refuses_is_named() -> None:
     with pytest.raises(FedeltaError, match=r"row 3: the tokenizer's chat template fails: TemplateError: odd"):
         examples(template, ["a", "b", "bad", "c"])
     with pytest.raises(FedeltaError, match="row 2: .*puts no end after the answer"):
-        examples(CHATML.replace("{{ m.content }}<end>", "{{ m.content }}{{ '' if 'bad' in m.content else '<end>' }}"), ["a", "bad"])
+        examples(
+            CHATML.replace("{{ m.content }}<end>", "{{ m.content }}{{ '' if 'bad' in m.content else '<end>' }}"),
+            ["a", "bad"],
+        )
 
 
 @pytest.mark.parametrize("answer", ["blue", "\nblue", "\n\nblue", " a", "a"])

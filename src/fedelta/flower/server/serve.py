@@ -31,6 +31,7 @@ def serve(
     patience: float,
     resume: bool,
     observer: Observer,
+    accept_changed_data: bool = False,
 ) -> Run:
     """Wait for all sites, run the configuration with them, and tell them when the run has ended.
 
@@ -43,6 +44,7 @@ def serve(
         patience: seconds to wait for the sites before the first round.
         resume: resume from the checkpoint in the run's folder.
         observer: receives the progress.
+        accept_changed_data: as for `fedelta.runs.runner.run`, about the server's own rows and its base model.
 
     Returns:
         The finished run.
@@ -68,7 +70,12 @@ def serve(
         if keys and certificate:
             command = _gateway_command(host, port, keys, link.address, certificate / "ca.crt")
             supervised.append(stack.enter_context(Supervised("gateway", lambda: command, child_environment(), logs)))
-        plan = {"resume": resume, "sites": True, "run": _run_identifier(logs / "run", resume)}
+        plan = {
+            "resume": resume,
+            "accept_changed_data": accept_changed_data,
+            "sites": True,
+            "run": _run_identifier(logs / "run", resume),
+        }
         events = link.submit({**plan, "clients": names, "numbers": node_clients, "patience": patience}, observer)
         link.follow(events, _make_process_check(supervised, observer))
     return open_run(config.folder)

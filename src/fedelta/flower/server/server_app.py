@@ -8,7 +8,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedelta.errors import TooFewUpdates, in_one_line
-from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.engines.process_lifetime import end_with_holder
 from fedelta.federation.run_folder import RunFolder
 from fedelta.flower.agreement import shared_settings
@@ -32,8 +31,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Execute the plan, a JSON file that `SuperLink.submit` wrote.
 
-    It holds `config`, `events`, `hold`, `resume`, `clients` and `patience`; if the sites have their own rows, also
-    `sites`, `run` and `numbers` (node → client).
+    It holds `config`, `events`, `hold`, `resume`, `accept_changed_data`, `clients` and `patience`; if the sites have
+    their own rows, also `sites`, `run` and `numbers` (node → client).
     """
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     end_with_holder(Path(plan["hold"]))
@@ -46,7 +45,13 @@ def main(grid: Grid, context: Context) -> None:
         else:
             nodes = NodeRegistry(GridClient(grid), plan["clients"], None, {}, events.warn)
             nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])
-            run(config, resume=plan["resume"], observer=events, engine=engine_factory(nodes))
+            run(
+                config,
+                resume=plan["resume"],
+                observer=events,
+                engine=engine_factory(nodes),
+                accept_changed_data=plan["accept_changed_data"],
+            )
         events.finished()
     except Exception as error:
         events.failed(in_one_line(error))
@@ -57,8 +62,8 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
     registered = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
     classes = read_splits(config.data, config.task)[1]
     question = {"settings": shared_settings(config), "classes": classes, "run": plan["run"]}
-    checkpoint = RunFolder(config.folder, {}).checkpoint_file
-    saved_ranks = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
+    checkpoint = RunFolder(config.folder, {}).saved(events.warn) if plan["resume"] else None
+    saved_ranks = None if checkpoint is None else checkpoint.state.ranks
     clients = sorted(saved_ranks or plan["clients"])
     grid_client = GridClient(grid, trusted=False)
     nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest)
@@ -82,6 +87,7 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
         observer=events,
         engine=engine_factory(nodes),
         sites={client: rows.get(client, 0) for client in clients},
+        accept_changed_data=plan["accept_changed_data"],
     )
     nodes.dismiss(min(config.federation.deadline, DISMISS_S))
 

@@ -38,6 +38,7 @@ def join(
     name: str | None,
     folder: Path,
     observer: Observer,
+    accept_changed_data: bool = False,
 ) -> None:
     """Take part in a run until the server reports that it has ended.
 
@@ -50,6 +51,7 @@ def join(
         name: name of this site; None if the server knows it by its key.
         folder: folder for logs, and for the state that the site keeps between rounds.
         observer: receives messages about what the site does.
+        accept_changed_data: take part again in a run with other rows or another base model than before.
 
     Raises:
         FedeltaError: if the rows or the model are missing, the server cannot be trusted, or it refuses this site.
@@ -62,6 +64,7 @@ def join(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
         socket_path = str(scratch / "trainer" / "socket")
         site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
+        site["accept_changed_data"] = accept_changed_data
         trainer = stack.enter_context(_trainer(config, site, scratch, socket_path, folder))
         trainer_log = Tail(trainer.log)
         _wait_for_trainer(trainer, socket_path, trainer_log, observer)

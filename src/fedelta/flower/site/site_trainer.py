@@ -21,11 +21,12 @@ from fedelta.flower.site.trainer_process import TrainerProcess, serve
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
+from fedelta.learning.model.token_check import check_tokens
 from fedelta.learning.shards import build_shard
 from fedelta.protocol.messages import Broadcast
-from fedelta.learning.model.token_check import check_tokens
 from fedelta.runs.assemble import make_trainer
 from fedelta.runs.config import Config, load_config
+from fedelta.runs.identity import check_changes, identify_site, input_changes, read_inputs_file
 
 
 class SiteTrainer(TrainerProcess):
@@ -40,25 +41,35 @@ class SiteTrainer(TrainerProcess):
         name: name of the site; None if the server knows it by the site's key.
         identity_file: file that stores the name and the classes, for a trainer that is restarted.
         memory: folder for the state that the site keeps between rounds.
+        accept_changed_data: take part again in a run with other rows or another base model than before.
 
     Raises:
         FedeltaError: if the rows or the tokenizer cannot be loaded.
     """
 
     def __init__(
-        self, config: Config, data: str, rank: int, name: str | None, identity_file: Path, memory: Path
+        self,
+        config: Config,
+        data: str,
+        rank: int,
+        name: str | None,
+        identity_file: Path,
+        memory: Path,
+        accept_changed_data: bool = False,
     ) -> None:
         self.config = config
         self.rank = rank
         self.name = name
         self.finished = False
         self.memory = memory
+        self.accept_changed_data = accept_changed_data
         self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
         self.tokenizer = load_tokenizer(config.model)
         self._identity_file = identity_file
         # Read the rows now, so that missing rows are reported as soon as the site starts.
-        rows = load_rows(self.settings, config.task.columns(self.settings)).num_rows
-        log(f"{quantity(rows, 'row')} in {data}, rank {rank}")
+        rows = load_rows(self.settings, config.task.columns(self.settings))
+        self.inputs = identify_site(config, rows, self.tokenizer)
+        log(f"{quantity(rows.num_rows, 'row')} in {data}, rank {rank}")
         if identity_file.exists():
             self._load(**json.loads(identity_file.read_text()))
 
@@ -94,6 +105,7 @@ class SiteTrainer(TrainerProcess):
         if name is None:
             raise FedeltaError("this site has no name: neither --name nor the server gives one")
         self._forget_other_runs(str(question["run"]))
+        self._check_inputs()
         if not hasattr(self, "trainer"):
             self._load(name, question["classes"])
             write_file(self._identity_file, json.dumps({"name": name, "classes": question["classes"]}))
@@ -118,6 +130,26 @@ class SiteTrainer(TrainerProcess):
             if hasattr(self, "trainer"):
                 # Its base holds the other run's patches, so it has to be loaded again.
                 del self.trainer
+
+    def _check_inputs(self) -> None:
+        """Compare the rows and the base with those of the last time that this site took part in this run.
+
+        Raises:
+            FedeltaError: if they have changed and that is not accepted. The details are only shown here, at the site.
+        """
+        file = self.memory / "inputs.json"
+        before = read_inputs_file(file)
+        if changes := input_changes(before, self.inputs):
+            try:
+                check_changes("the inputs of this site", changes, self.accept_changed_data)
+            except FedeltaError as error:
+                log(str(error))
+                raise FedeltaError(
+                    "the rows or the base model of this site have changed since it last took part"
+                ) from None
+            log(f"taking part with changed inputs: {'; '.join(changes)}")
+        if before != self.inputs:
+            write_file(file, json.dumps(self.inputs))
 
     def _load(self, name: str, classes: list[str]) -> None:
         shard = build_shard(self.settings, self.config.task, classes, self.tokenizer, name, self.config.seed)
@@ -149,7 +181,15 @@ def main() -> None:
     site = json.loads(Path(sys.argv[3]).read_text())
     identity_file = Path(sys.argv[3]).with_name("identity.json")
     try:
-        trainer = SiteTrainer(config, site["data"], site["rank"], site["name"], identity_file, Path(site["memory"]))
+        trainer = SiteTrainer(
+            config,
+            site["data"],
+            site["rank"],
+            site["name"],
+            identity_file,
+            Path(site["memory"]),
+            site["accept_changed_data"],
+        )
     except FedeltaError as error:
         sys.exit(str(error))
     serve(listen(path), trainer)

@@ -196,7 +196,9 @@ def _merged(values: Sequence[str], clients: int) -> list[list[int]]:
     """Rows of `clients` clients. Rows of a value stay together; the largest value goes first to the smallest client."""
     names, sizes = np.unique(np.asarray(values, dtype=object), return_counts=True)
     if clients > len(names):
-        raise FedeltaError(f"partition natural: {quantity(clients, 'client')}, but only {quantity(len(names), 'different value')}")
+        raise FedeltaError(
+            f"partition natural: {quantity(clients, 'client')}, but only {quantity(len(names), 'different value')}"
+        )
     client_of: dict[str, int] = {}
     load = np.zeros(clients)
     for i in sorted(range(len(names)), key=lambda i: (-sizes[i], names[i])):

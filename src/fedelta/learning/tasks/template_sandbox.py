@@ -75,7 +75,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self, date: datetime) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable
+        )
         self._date = date
         self.start()
         self.filters = {name: self._guard(function) for name, function in self.filters.items()}
@@ -179,7 +181,9 @@ def _tojson(
 ) -> str:
     """JSON without the escapes of HTML, as transformers defines it."""
     _check_numbers((indent,) if isinstance(indent, int) else ())
-    return sized(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
+    return sized(
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
 
 
 def _raise(message: str) -> None:
