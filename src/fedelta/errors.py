@@ -24,7 +24,7 @@ class BadUpdate(FedeltaError):
 
 
 class NotFinite(BadUpdate):
-    """An update contains NaN or infinity: its training has diverged."""
+    """An update contains NaN, infinity or numbers too large to compute with: its training has diverged."""
 
 
 class TooFewUpdates(FedeltaError):

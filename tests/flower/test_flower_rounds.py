@@ -89,6 +89,7 @@ class World:
         self.engine = FlowerEngine.__new__(FlowerEngine)
         self.engine.server, self.engine.nodes = self.server, self.nodes
         self.engine.grid_client = self.grid_client  # type: ignore[assignment]
+        self.engine._rows = {}
         self.engine._late, self.engine._bytes_late, self.engine._caught_up = {}, 0, {}
 
     def respond(self, message: Outgoing) -> Incoming | None:

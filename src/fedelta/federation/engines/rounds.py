@@ -260,6 +260,9 @@ def _record(
     return {
         "round": before.round,
         "clients": outcome.contributors,
+        "shares": outcome.shares,
+        # The last digits of a sum depend on where its tensor lies in memory, so they are not recorded.
+        "norms": {client: [float(f"{norm:.6g}") for norm in norms] for client, norms in outcome.norms.items()},
         "skipped": outcome.skipped,
         "promoted": outcome.promoted,
         "pruned": outcome.pruned,

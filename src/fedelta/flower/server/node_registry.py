@@ -9,6 +9,7 @@ from flwr.app import MessageType
 
 from fedelta.errors import FedeltaError, TooFewUpdates, one_line
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
+from fedelta.protocol.validation import MAX_EXAMPLES
 
 AWAY = "its site is away"
 """Reason why a client whose node is offline is skipped."""
@@ -45,8 +46,11 @@ class Capabilities(NamedTuple):
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "Capabilities":
-        """Read them from a node's reply. A rank or a number of rows that is not a positive integer becomes None."""
-        rank, rows = (value if type(value := facts.get(key)) is int and value > 0 else None for key in ("rank", "rows"))
+        """Read them from a node's reply. A rank or a number of rows that is not a possible one becomes None."""
+        rank, rows = (
+            value if type(value := facts.get(key)) is int and 0 < value <= MAX_EXAMPLES else None
+            for key in ("rank", "rows")
+        )
         return cls(str(facts.get("base")), rank, rows)
 
 
@@ -158,6 +162,8 @@ class NodeRegistry:
             return "the weights of its base model are not the server's"
         if self._max_rank is not None and (site.rank is None or site.rank > self._max_rank):
             return f"its rank is {site.rank}, the server takes at most {self._max_rank} (ranks.high)"
+        if self._max_rank is not None and site.rows is None:
+            return f"it does not state its number of rows, expected 1 to {MAX_EXAMPLES}"
         before = self.ranks.get(client, site.rank)
         return None if before == site.rank else f"its rank was {before} and is {site.rank}"
 

@@ -1,11 +1,13 @@
 """One attempt at a round over Flower: what was sent to each client, and what it replied."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from flwr.app import MessageType
 
 from fedelta.errors import BadUpdate, ClientFailed
 from fedelta.federation.engines.rounds import Draw, read_update
+from fedelta.federation.outliers import growth, is_suspect
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import Server, ServerState
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
@@ -35,6 +37,7 @@ class RoundExchange:
         draw: the clients that take part.
         nodes: the nodes that serve them.
         grid_client: sends messages to the nodes.
+        rows: client → number of its rows, as far as they are known.
 
     Attributes:
         max_updates: number of usable updates after which further ones are refused.
@@ -43,13 +46,20 @@ class RoundExchange:
     """
 
     def __init__(
-        self, server: Server, state: ServerState, draw: Draw, nodes: NodeRegistry, grid_client: GridClient
+        self,
+        server: Server,
+        state: ServerState,
+        draw: Draw,
+        nodes: NodeRegistry,
+        grid_client: GridClient,
+        rows: Mapping[str, int],
     ) -> None:
         self._server = server
         self._state = state
         self._attempt = draw.attempt
         self._nodes = nodes
         self._grid_client = grid_client
+        self._rows = rows
         self._broadcasts = {client: server.broadcast(state, client) for client in draw.clients}
         self._down = dict.fromkeys(draw.clients, ByteCount())
         self._up = dict.fromkeys(draw.clients, ByteCount())
@@ -103,8 +113,10 @@ class RoundExchange:
             self._up[client] = count_bytes(reply.blob)
             try:
                 # Validate now, so that an invalid update does not use up one of `max_updates`.
-                receive(update, self._broadcasts[client], self._state.log.shapes)
-                self.usable += 1
+                sent, shapes = self._broadcasts[client], self._state.log.shapes
+                contribution = receive(update, sent, shapes, rows=self._rows.get(client))
+                # An update that has to be compared with the others may turn out to be unusable.
+                self.usable += not is_suspect(growth(contribution), self._server.settings.max_growth)
             except BadUpdate as error:
                 update = error
         self._outcomes[client] = update
@@ -115,4 +127,4 @@ class RoundExchange:
         broadcast, update = self._broadcasts.pop(client), self._outcomes[client]
         # The client still counts as answered, but its factors are no longer referenced.
         self._outcomes[client] = ClientFailed(client, "answered")
-        return ClientReply(broadcast, update, self._down[client], self._up[client])
+        return ClientReply(broadcast, update, self._down[client], self._up[client], rows=self._rows.get(client))

@@ -1,6 +1,7 @@
 """The ServerApp that Flower runs: a run whose rounds are exchanged over Flower's grid."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from flwr.serverapp import Grid, ServerApp
 from fedelta.errors import TooFewUpdates, in_one_line
 from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.engines.process_lifetime import end_with_holder
+from fedelta.federation.engines.rounds import EngineContext
 from fedelta.federation.run_folder import RunFolder
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.server.engine import FlowerEngine, check_config
 from fedelta.flower.server.grid_client import GridClient
 from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
-from fedelta.learning.shards import read_splits
+from fedelta.learning.shards import Shard, read_splits
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.runner import MakeEngine, run
 
@@ -76,6 +78,8 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
     per_client = tuple(ranks[client] for client in clients)
     changes = {"allocation": "fixed", "per_client": per_client, "low": min(per_client), "high": config.ranks.largest}
     rows = {client: nodes.capabilities[client].rows or 0 for client in clients if client in nodes.capabilities}
+    if config.federation.weighting == "examples" and (line := dominant_site(rows)) is not None:
+        events.warn(line)
     run(
         config.model_copy(update={"ranks": config.ranks.model_copy(update=changes)}),
         resume=plan["resume"],
@@ -86,6 +90,26 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
     nodes.dismiss(min(config.federation.deadline, DISMISS_S))
 
 
+def dominant_site(rows: Mapping[str, int]) -> str | None:
+    """Return a line about the site whose rows outweigh those of all others together, or None if there is none.
+
+    Of two sites one always has the larger half, so there the line begins at nine tenths.
+    """
+    total = sum(rows.values())
+    client = max(rows, key=lambda client: rows[client])
+    share = rows[client] / total if total else 0.0
+    if len(rows) < 2 or share <= (0.5 if len(rows) > 2 else 0.9):
+        return None
+    return (
+        f"{client} states {rows[client]} rows, {share:.1%} of all, so it outweighs the other sites together; "
+        "federation.weighting: uniform gives all sites the same weight"
+    )
+
+
 def engine_factory(nodes: NodeRegistry) -> MakeEngine:
     """Return a function that makes the engine of a run whose clients train on these nodes."""
-    return lambda context, shards, stack: FlowerEngine(context, nodes)  # noqa: ARG005
+
+    def make(context: EngineContext, shards: Mapping[str, Shard], stack: int) -> FlowerEngine:  # noqa: ARG001
+        return FlowerEngine(context, nodes, {client: len(shard.train) for client, shard in shards.items()})
+
+    return make
