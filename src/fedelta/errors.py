@@ -23,6 +23,10 @@ class BadUpdate(FedeltaError):
         self.reason = reason
 
 
+class BadBroadcast(FedeltaError):
+    """A client can't use what the server sent."""
+
+
 class NotFinite(BadUpdate):
     """An update contains NaN, infinity or numbers too large to compute with: its training has diverged."""
 

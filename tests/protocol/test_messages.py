@@ -10,7 +10,8 @@ from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair, draw_basis, initial_adapter
 from fedelta.lora.lowrank import Dense, LowRank
 from fedelta.lora.patch_log import PatchLog
-from fedelta.protocol.messages import Broadcast, ClientUpdate, FactorPlan, select_factors
+from fedelta.protocol.factor_plan import FactorPlan, select_factors
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import count_bytes, pack, show, unpack
 from fedelta.protocol.validation import receive
 

@@ -20,7 +20,8 @@ from fedelta.lora.deviation import Deviation, deviation
 from fedelta.lora.patch_log import PatchLog
 from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.protocol.compression import LOSSLESS
-from fedelta.protocol.messages import Broadcast, select_factors
+from fedelta.protocol.factor_plan import select_factors
+from fedelta.protocol.messages import Broadcast
 from fedelta.seeds import derive_seed
 
 

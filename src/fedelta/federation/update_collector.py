@@ -10,7 +10,7 @@ from fedelta.federation.outliers import Growth, growth, is_suspect, outlier_reas
 from fedelta.federation.reply import ClientReply
 from fedelta.lora.adapter import Shapes
 from fedelta.lora.contribution import Contribution, Norms
-from fedelta.protocol.messages import Broadcast, ClientUpdate
+from fedelta.protocol.messages import ClientUpdate
 from fedelta.protocol.validation import receive
 
 

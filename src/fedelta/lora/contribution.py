@@ -34,6 +34,9 @@ def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
+NO_NORMS = Norms()
+
+
 @dataclass(frozen=True, eq=False)
 class Contribution:
     """A validated update of one client, with its frozen factors filled in.
@@ -45,7 +48,7 @@ class Contribution:
         indices: rank indices of the global adapter that the client trained, (r_i,); None means the first r_i.
         heads: name → tensor, the trained modules outside LoRA.
         metrics: name → finite number.
-        norms: norms of the adapter and the heads.
+        norms: norms of the adapter and the heads; zero if they were not measured.
         start: the same norms of what the client was sent.
     """
 
@@ -55,5 +58,5 @@ class Contribution:
     indices: Tensor | None = None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    norms: Norms = Norms()
-    start: Norms = Norms()
+    norms: Norms = NO_NORMS
+    start: Norms = NO_NORMS

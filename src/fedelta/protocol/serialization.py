@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, one_line
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import Product, from_tensors
 from fedelta.lora.patch_log import Patch
@@ -54,7 +54,7 @@ def _header(blob: bytes) -> dict[str, Any]:
         raise FedeltaError(f"truncated message: it has {len(blob)} bytes, but its header alone claims {length}")
     try:
         header = json.loads(blob[8 : 8 + length])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FedeltaError("damaged message: its header is not JSON") from error
     if not isinstance(header, dict):
         raise FedeltaError(f"damaged message: its header is a {type(header).__name__}, expected names and shapes")
@@ -92,13 +92,18 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         FedeltaError: if the blob is truncated, damaged, or was not written by fedelta.
     """
-    metadata = _header(blob).get("__metadata__") or {}
-    if METADATA_KEY not in metadata:
+    metadata = _header(blob).get("__metadata__")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(METADATA_KEY), str):
         raise FedeltaError("not a fedelta message: its metadata lacks the key 'fedelta'")
     try:
-        return safetensors.torch.load(blob), json.loads(metadata[METADATA_KEY])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise FedeltaError(f"damaged message: {error}") from error
+        tensors, facts = safetensors.torch.load(blob), json.loads(metadata[METADATA_KEY])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise FedeltaError(f"damaged message: {one_line(error)}") from error
+    except RecursionError as error:
+        raise FedeltaError("damaged message: its facts are nested too deeply") from error
+    if not isinstance(facts, dict):
+        raise FedeltaError(f"damaged message: its facts are a {type(facts).__name__}, expected an object")
+    return tensors, facts
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

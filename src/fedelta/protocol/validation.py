@@ -82,9 +82,7 @@ def receive(
     )
 
 
-def _check_facts(
-    update: ClientUpdate, sent: Broadcast, rows: int | None, refuse: Callable[..., BadUpdate]
-) -> None:
+def _check_facts(update: ClientUpdate, sent: Broadcast, rows: int | None, refuse: Callable[..., BadUpdate]) -> None:
     """Raise unless everything but the tensors fits the broadcast. The types have been validated by `ClientUpdate`."""
     for name in ("client", "round", "scale"):
         found, expected = getattr(update, name), getattr(sent, name)
@@ -140,7 +138,9 @@ def _check_products(adapter: Adapter, refuse: Callable[..., BadUpdate]) -> None:
     for module, pair in adapter.items():
         size = abs(pair.scale) * _norm(pair.B) * max(_norm(pair.A), 1.0)
         if not size <= MAX_NORM:
-            raise refuse(f"B·A of module {module} may have the norm {size:.1e}, expected at most {MAX_NORM:g}", NotFinite)
+            raise refuse(
+                f"B·A of module {module} may have the norm {size:.1e}, expected at most {MAX_NORM:g}", NotFinite
+            )
 
 
 def _norm(tensor: Tensor) -> float:
