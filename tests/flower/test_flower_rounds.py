@@ -224,11 +224,12 @@ def test_with_registered_keys_the_clients_that_nodes_name_are_ignored() -> None:
 
 
 def test_a_site_that_refuses_or_has_changed_is_reported_once() -> None:
-    replies: dict[int, Any] = {1: ({"refused": "training.steps is 9 here"}, b""), 2: ({"rank": 4, "base": "w"}, b"")}
+    replies: dict[int, Any] = {1: ({"failure": "settings", "setting": "training.steps"}, b""), 2: ({"rank": 4, "base": "w"}, b"")}
     registry, warnings = make_registry(replies, {1: "a", 2: "b"})
+    registry._question = {"settings": {"training.steps": 2}}
     with pytest.raises(FedeltaError, match=r"no node serves client a \(1 of 2"):
         registry.wait(["a", "b"], 2, 0.05)
-    assert warnings == ["a can't take part: training.steps is 9 here"]
+    assert warnings == ["a can't take part: its training.steps is not the server's; its own log says why"]
     assert registry.capabilities["b"].rank == 4
     registry.require_base("w")
     with pytest.raises(FedeltaError, match="client b: the weights of its base model"):
@@ -254,7 +255,7 @@ def test_a_site_that_refuses_or_has_changed_is_reported_once() -> None:
 
 
 def test_a_node_that_is_still_starting_is_asked_again() -> None:
-    replies: dict[int, Any] = {1: ({"failed": "not yet"}, b""), 2: ({"clients": ["b"]}, b"")}
+    replies: dict[int, Any] = {1: ({"failure": "starting"}, b""), 2: ({"clients": ["b"]}, b"")}
     registry, _ = make_registry(replies)
     registry.refresh()
     registry.accept(next(iter(registry.grid_client.receive())))

@@ -194,9 +194,9 @@ def check_all_taken(kind: str, tensors: Mapping[str, Tensor]) -> None:
         raise FedeltaError(f"{kind} has unexpected tensors: {', '.join(sorted(tensors)[:3])}")
 
 
-def show(value: object) -> str:
-    """Return a value as at most 20 characters, so that a client can't fill the log with a huge number or text."""
+def show(value: object, limit: int = 20) -> str:
+    """Return a value as at most `limit` characters, so that a client can't fill the log with a huge number or text."""
     try:
-        return repr(value)[:20]
+        return repr(value)[:limit]
     except ValueError:
         return f"a {type(value).__name__} that is too long to print"

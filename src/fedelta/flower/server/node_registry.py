@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from flwr.app import MessageType
 
-from fedelta.errors import FedeltaError, TooFewUpdates, one_line
+from fedelta.errors import FedeltaError, TooFewUpdates, listed
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
+from fedelta.protocol.failures import FAILURE, failure_words, is_refusal
 from fedelta.protocol.validation import MAX_EXAMPLES
 
 AWAY = "its site is away"
@@ -87,6 +88,7 @@ class NodeRegistry:
         self._warn = warn
         self._max_rank = max_rank
         self._asked: set[int] = set()
+        self._reported: dict[int, str] = {}
         self._last_refresh = -REFRESH_S
         self._online: set[int] = set()
         self._nodes: dict[str, int] = {}
@@ -139,13 +141,12 @@ class NodeRegistry:
     def accept(self, reply: Incoming) -> None:
         """Process a node's answer to its query."""
         node = reply.key.node
-        if reply.error is not None or "failed" in reply.facts:
+        if reply.error is not None:
             # It may still be starting, or restarting: ask again.
             self._asked.discard(node)
             return
-        if "refused" in reply.facts:
-            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
-            self._warn(f"{label} can't take part: {one_line(reply.facts['refused'])}")
+        if FAILURE in reply.facts:
+            self._report_failure(node, reply.facts)
             return
         for client in self._clients_of(node, reply.facts):
             # If nodes name their own clients, the latest node wins: its predecessor was restarted.
@@ -155,6 +156,16 @@ class NodeRegistry:
                     self._nodes[client], self.capabilities[client] = node, site
                 else:
                     self._warn(f"{client} can't take part: {reason}")
+
+    def _report_failure(self, node: int, facts: Mapping[str, Any]) -> None:
+        """Warn about a node that cannot take part, and ask again if that may change. Equal lines appear once."""
+        if not is_refusal(facts):
+            self._asked.discard(node)
+        words = failure_words(facts, self._question.get("settings"))
+        if self._reported.get(node) != words:
+            self._reported[node] = words
+            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
+            self._warn(f"{label} can't take part: {words}")
 
     def _mismatch(self, client: str, site: Capabilities) -> str | None:
         """Return why a site cannot take part, or None if it can."""
@@ -220,7 +231,7 @@ class NodeRegistry:
                 return
             if time.monotonic() > until:
                 raise TooFewUpdates(
-                    f"no node serves client {', '.join(missing[:5])}{' …' * (len(missing) > 5)} "
+                    f"no node serves client {listed(missing)} "
                     f"({len(clients) - len(missing)} of {len(clients)} are there, expected {min_clients})",
                     dict.fromkeys(missing, AWAY),
                 )

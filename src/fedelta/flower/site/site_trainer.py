@@ -8,21 +8,24 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import BadBroadcast, FedeltaError
 from fedelta.files import write_file
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.certificates import SITE_NAME
 from fedelta.flower.site.ipc import listen
-from fedelta.flower.site.trainer_process import TrainerProcess, serve
+from fedelta.flower.site.trainer_process import TrainerProcess, log, serve
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
 from fedelta.learning.shards import build_shard
+from fedelta.protocol.failures import SiteRefusal
 from fedelta.protocol.messages import Broadcast
+from fedelta.protocol.serialization import show
 from fedelta.runs.assemble import make_trainer
 from fedelta.runs.config import Config, load_config
 
@@ -71,41 +74,43 @@ class SiteTrainer(TrainerProcess):
         Raises:
             FedeltaError: if the site cannot take part.
         """
-        try:
-            return self._handle_query(question)
-        except FedeltaError as error:
-            # The server receives the error. Show it at the site too.
-            log(f"can't take part: {error}")
-            raise
-
-    def _handle_query(self, question: Mapping[str, Any]) -> dict[str, Any]:
         if question.get("finished"):
             self.finished = True
             return {"clients": []}
-        settings = shared_settings(self.config)
-        for key, value in question["settings"].items():
-            if settings.get(key) != value:
-                raise FedeltaError(f"{key} is {settings.get(key)!r} here and {value!r} at the server")
-        name = self.name or question["client"]
-        if name is not None and not SITE_NAME.fullmatch(name):
-            raise FedeltaError(f"the server calls this site {name[:50]!r}, expected letters, digits, - and _")
-        if name is None:
-            raise FedeltaError("this site has no name: neither --name nor the server gives one")
+        self._check_settings(question["settings"])
+        name = self._check_name(question["client"])
         self._forget_other_runs(str(question["run"]))
         if not hasattr(self, "trainer"):
             self._load(name, question["classes"])
             write_file(self._identity_file, json.dumps({"name": name, "classes": question["classes"]}))
             log(f"{name} takes part with {len(self.shards[name].train)} rows")
         if (name, question["classes"]) != self.loaded:
-            raise FedeltaError(f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes")
-        rows = len(self.shards[name].train)
+            line = f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes"
+            raise SiteRefusal("name", line)
         return {
             "clients": [name],
             "version": self.trainer.base.version,
             "base": self.base,
             "rank": self.rank,
-            "rows": rows,
+            "rows": len(self.shards[name].train),
         }
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise if a setting differs from the server's. Only its name is sent, which is the server's own."""
+        own = shared_settings(self.config)
+        for key, value in settings.items():
+            if own.get(key) != value:
+                line = f"{key} is {show(own.get(key), 60)} here and {show(value, 60)} at the server"
+                raise SiteRefusal("settings", line, str(key))
+
+    def _check_name(self, given: Any) -> str:
+        """Return the name of this site: its own, or the one that the server gives."""
+        name = self.name or given
+        if name is None:
+            raise SiteRefusal("name", "this site has no name: neither --name nor the server gives one")
+        if not isinstance(name, str) or not SITE_NAME.fullmatch(name):
+            raise SiteRefusal("name", f"the server calls this site {show(name, 50)}, expected letters, digits, - and _")
+        return name
 
     def _forget_other_runs(self, run: str) -> None:
         """Delete the stored state and the model if they belong to another run."""
@@ -118,15 +123,19 @@ class SiteTrainer(TrainerProcess):
                 del self.trainer
 
     def _load(self, name: str, classes: list[str]) -> None:
-        shard = build_shard(self.settings, self.config.task, classes, self.tokenizer, name, self.config.seed)
-        self.trainer = make_trainer(self.config, len(classes), self.tokenizer)
+        with refusal("rows"):
+            shard = build_shard(self.settings, self.config.task, classes, self.tokenizer, name, self.config.seed)
+        with refusal("model"):
+            self.trainer = make_trainer(self.config, len(classes), self.tokenizer)
         self.shards = {name: shard}
         self.base = fingerprint(self.trainer.model.peft)
         self.loaded = (name, classes)
 
     def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
         if not hasattr(self, "trainer"):
-            raise FedeltaError("the server has not yet queried this site")
+            raise SiteRefusal("starting", "the server has not yet queried this site")
+        if broadcast.rank > self.rank:
+            raise BadBroadcast(f"the server asks for rank {broadcast.rank}, this site trains at most {self.rank}")
         start = time.monotonic()
         reply_facts, update = super().train(facts, broadcast, blob)
         if update:
@@ -134,9 +143,15 @@ class SiteTrainer(TrainerProcess):
         return reply_facts, update
 
 
-def log(line: str) -> None:
-    """Print a line, which `fedelta join` shows at the site."""
-    print(line, flush=True)
+@contextmanager
+def refusal(kind: str) -> Iterator[None]:
+    """Turn an error in the input into a refusal of this kind. An error of the device stays one."""
+    try:
+        yield
+    except FedeltaError as error:
+        if error.kind != FedeltaError.kind:
+            raise
+        raise SiteRefusal(kind, str(error)) from error
 
 
 def main() -> None:
