@@ -70,8 +70,8 @@ MAX_REASON = 220
 CUT = " … "
 
 
-def one_line(text: object, limit: int = MAX_REASON) -> str:
-    """Return any text as one line that is safe to print: it may come from a file, a client or a library.
+def printable(text: object, limit: int) -> str:
+    """Return any text in a form that is safe to print: it may come from a file, a client or a library.
 
     Line breaks, control characters, escape sequences and characters that reorder or hide text become spaces. A longer
     text loses its middle, because its beginning says what happened and its end often why.
@@ -81,19 +81,27 @@ def one_line(text: object, limit: int = MAX_REASON) -> str:
         limit: maximum number of characters.
 
     Example:
-        >>> one_line("\x1b[31mred\x1b[0m\nalert")
-        '[31mred [0m alert'
-        >>> one_line("a" * 100, limit=11)
+        >>> printable("\x1b[31mred\x1b[0m", limit=40)
+        ' [31mred [0m'
+        >>> printable("a" * 100, limit=11)
         'aaaa … aaaa'
     """
-    raw = str(text)
-    if len(raw) > 8 * limit:
-        raw = raw[: 4 * limit] + CUT + raw[-4 * limit :]
-    line = " ".join("".join(c if c.isprintable() else " " for c in raw).split())
-    if len(line) <= limit:
-        return line
-    kept = limit - len(CUT)
-    return f"{line[: kept - kept // 2].rstrip()}{CUT}{line[len(line) - kept // 2 :].lstrip()}"
+    line = str(text)
+    if len(line) > limit:
+        kept = limit - len(CUT)
+        line = f"{line[: kept - kept // 2]}{CUT}{line[len(line) - kept // 2 :]}"
+    return "".join(c if c.isprintable() else " " for c in line)
+
+
+def one_line(text: object, limit: int = MAX_REASON) -> str:
+    """Return a printable text with single spaces, as a part of a line or an error.
+
+    Example:
+        >>> one_line("no\n\n  way")
+        'no way'
+    """
+    # Cut twice: before the spaces are counted, so that a text of gigabytes costs nothing, and after.
+    return printable(" ".join(printable(text, 8 * limit).split()), limit)
 
 
 def in_one_line(error: Exception, limit: int = MAX_LINE) -> str:

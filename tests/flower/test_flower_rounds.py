@@ -224,7 +224,10 @@ def test_with_registered_keys_the_clients_that_nodes_name_are_ignored() -> None:
 
 
 def test_a_site_that_refuses_or_has_changed_is_reported_once() -> None:
-    replies: dict[int, Any] = {1: ({"failure": "settings", "setting": "training.steps"}, b""), 2: ({"rank": 4, "base": "w"}, b"")}
+    replies: dict[int, Any] = {
+        1: ({"failure": "settings", "setting": "training.steps"}, b""),
+        2: ({"rank": 4, "base": "w"}, b""),
+    }
     registry, warnings = make_registry(replies, {1: "a", 2: "b"})
     registry._question = {"settings": {"training.steps": 2}}
     with pytest.raises(FedeltaError, match=r"no node serves client a \(1 of 2"):

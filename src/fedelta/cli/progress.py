@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from fedelta.errors import quantity
+from fedelta.cli.printing import MAX_NOTE, print_text, print_warning
+from fedelta.errors import printable, quantity
 from fedelta.federation.engines import Observer
 from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.config import Config
@@ -60,9 +60,14 @@ def progress_bar(console: Console, noun: str) -> Iterator[Callable[[int, int], N
 
 def _bars(console: Console, noted: bool = True) -> Progress:
     """Bars that appear only on a terminal; with `noted`, each has the fields `note` and `before`."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft()]
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeLeft(),
+    ]
     if noted:
-        columns.append(TextColumn("{task.fields[note]}"))
+        columns.append(TextColumn("{task.fields[note]}", markup=False))
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
@@ -73,10 +78,10 @@ class MessagePrinter(Observer):
         self.console = console
 
     def say(self, message: str) -> None:
-        self.console.print(escape(message), highlight=False, soft_wrap=True)
+        print_text(self.console, message)
 
     def warn(self, message: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+        print_warning(self.console, message)
 
 
 class GridProgress(SweepObserver):
@@ -120,7 +125,7 @@ class GridProgress(SweepObserver):
     def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
         with self._lock:
             self._finished_rounds += self._rounds_left.pop(key)
-            self.progress.update(self._cells, advance=1, note=name)
+            self.progress.update(self._cells, advance=1, note=printable(name, MAX_NOTE))
         if not self.console.is_terminal:
             score = "diverged"
             if row["validation"]:
@@ -130,7 +135,7 @@ class GridProgress(SweepObserver):
             self.say(f"{task.completed} of {task.total}: {name}: {score}; {time_left(task)} left")
 
     def say(self, message: str) -> None:
-        self.console.print(escape(message), highlight=False, soft_wrap=True)
+        print_text(self.console, message)
 
     def _running_rounds(self) -> int:
         """Finished rounds of the cells that are running, counted in their files: each cell has a process of its own."""
@@ -189,7 +194,7 @@ class TerminalProgress(MessagePrinter):
             raise KeyboardInterrupt
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
-        self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
+        self.progress.reset(self.rounds, total=rounds, completed=done, note=printable(title, MAX_NOTE), before=done)
         if self.all is not None:
             before = self.progress.tasks[self.all].fields["before"]
             self.progress.update(self.all, advance=done, before=before + done)
@@ -200,10 +205,10 @@ class TerminalProgress(MessagePrinter):
 
     def client_done(self, client: str) -> None:
         self._stop_if_interrupted()
-        self.progress.update(self.clients, advance=1, note=client)
+        self.progress.update(self.clients, advance=1, note=printable(client, MAX_NOTE))
 
     def evaluation_started(self, split: str, texts: int) -> None:
-        self.progress.reset(self.evaluation, total=texts, note=split, visible=True)
+        self.progress.reset(self.evaluation, total=texts, note=printable(split, MAX_NOTE), visible=True)
 
     def evaluation_advanced(self, texts: int) -> None:
         self._stop_if_interrupted()

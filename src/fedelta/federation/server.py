@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from fedelta.errors import FedeltaError, TooFewUpdates, quantity
+from fedelta.errors import FedeltaError, TooFewUpdates, one_line, quantity
 from fedelta.federation.ranks import RankSettings, initial_ranks, promote
 from fedelta.federation.settings import FederationSettings
 from fedelta.federation.update_collector import ClientReply, UpdateCollector
@@ -281,7 +281,9 @@ class Server:
     def _check_usable(self, state: ServerState, updates: UpdateCollector) -> None:
         usable = len(updates.contributors)
         if usable < self.settings.min_clients:
-            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(updates.skipped.items())[:3])
+            reasons = "; ".join(
+                f"{client}: {one_line(reason, 90)}" for client, reason in list(updates.skipped.items())[:2]
+            )
             raise TooFewUpdates(
                 f"round {state.round}: {quantity(usable, 'usable update')}, "
                 f"expected at least {self.settings.min_clients} ({reasons})",

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fedelta.errors import FedeltaError, one_line
+from fedelta.errors import FedeltaError, listed, one_line
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import Product, from_tensors
 from fedelta.lora.patch_log import Patch
@@ -191,7 +191,7 @@ def take_error_feedback(prefix: str, facts: Mapping[str, Any], tensors: dict[str
 def check_all_taken(kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise if a message has tensors that its reader did not take."""
     if tensors:
-        raise FedeltaError(f"{kind} has unexpected tensors: {', '.join(sorted(tensors)[:3])}")
+        raise FedeltaError(f"{kind} has unexpected tensors: {listed(sorted(tensors), 3)}")
 
 
 def show(value: object, limit: int = 20) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fedelta.errors import BadUpdate, NotFinite
+from fedelta.errors import BadUpdate, NotFinite, listed
 from fedelta.lora.adapter import Adapter, LoraPair, Shapes, draw_basis, finite
 from fedelta.lora.contribution import Contribution, Norms
 from fedelta.protocol.messages import Broadcast, ClientUpdate
@@ -53,7 +53,7 @@ def receive(
     _check_facts(update, sent, rows, refuse)
     start = sent.adapter(shapes).truncate(update.rank)
     if set(update.factors) != sent.plan.up:
-        found, expected = (", ".join(sorted(names)) or "nothing" for names in (update.factors, sent.plan.up))
+        found, expected = (listed(sorted(names)) for names in (update.factors, sent.plan.up))
         raise refuse(f"its update has the factors {found}, expected {expected}")
     pairs = dict(start)
     for name, tensors in update.factors.items():

@@ -8,7 +8,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedelta.errors import TooFewUpdates, in_one_line
+from fedelta.errors import TooFewUpdates, in_one_line, listed
 from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.engines.process_lifetime import end_with_holder
 from fedelta.federation.engines.rounds import EngineContext
@@ -65,7 +65,7 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
     grid_client = GridClient(grid, trusted=False)
     nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest)
     nodes.ranks = dict(saved_ranks or {})
-    events.say(f"waiting for {', '.join(clients)}")
+    events.say(f"waiting for {listed(clients, 20)}")
     try:
         timeout = plan["patience"] if saved_ranks is None else min(plan["patience"], REJOIN_S)
         nodes.wait(clients, len(clients), timeout)
