@@ -71,7 +71,7 @@ CUT = " … "
 
 
 def printable(text: object, limit: int) -> str:
-    """Return any text in a form that is safe to print: it may come from a file, a client or a library.
+    r"""Return any text in a form that is safe to print: it may come from a file, a client or a library.
 
     Line breaks, control characters, escape sequences and characters that reorder or hide text become spaces. A longer
     text loses its middle, because its beginning says what happened and its end often why.
@@ -94,7 +94,7 @@ def printable(text: object, limit: int) -> str:
 
 
 def one_line(text: object, limit: int = MAX_REASON) -> str:
-    """Return a printable text with single spaces, as a part of a line or an error.
+    r"""Return a printable text with single spaces, as a part of a line or an error.
 
     Example:
         >>> one_line("no\n\n  way")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -15,13 +16,18 @@ pytest.importorskip("flwr.serverapp")
 from fedelta.errors import FedeltaError
 from fedelta.federation.server import Server, ServerState
 from fedelta.flower.agreement import shared_settings
+from fedelta.flower.server.farewell import read_farewell
 from fedelta.flower.site.site_trainer import SiteTrainer
 from fedelta.learning.device import DeviceError
+from fedelta.learning.model.base_model import load_base
+from fedelta.lora.adapter import LoraPair
 from fedelta.lora.lowrank import LowRank
 from fedelta.protocol.failures import FAILURE, INTERRUPTIONS, REFUSALS, SETTING, failure_facts, failure_words
+from fedelta.protocol.farewell import Farewell
 from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import pack, unpack
 from fedelta.runs.assemble import make_server
+from fedelta.runs.export import export_state
 
 CANARIES = ("quokkarow", "quokkapath", "quokkalabel", "quokkaenvironment")
 CLASSES = ["city", "mountain", "sea"]
@@ -215,3 +221,40 @@ def test_what_a_site_sends_in_a_round_holds_no_row_label_or_path(make_site: Any)
     _, facts = unpack(site.update)
     assert facts["metrics"].keys() <= {"train_loss", "validation_loss"}
     site.check_nothing_leaked()
+
+
+def test_the_last_message_ends_the_site_and_leaves_an_adapter_that_peft_loads(
+    make_site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = make_site()
+    site.introduce()
+    server, state, _ = site.broadcast()
+    pair = next(iter(state.method.adapter))
+    changed = state.method.adapter.map(lambda p: LoraPair(p.A, p.B + 1))
+    state = replace(state, method=replace(state.method, adapter=changed))
+    written = tmp_path / "run" / "adapter"
+    export_state(written, server, state, {}, site.trainer.trainer.model)
+    sent = read_farewell(written, 3).to_bytes()
+    assert str(tmp_path).encode() not in sent
+    assert site.ask("query", sent) == {"clients": ["a"]}
+    assert site.trainer.finished
+    line = capsys.readouterr().out.splitlines()[-1]
+    folder = tmp_path / "quokkapath" / "adapter"
+    assert line == f"the run has ended after 3 rounds; its adapter is in {folder}"
+    assert (folder / "adapter_model.safetensors").read_bytes() == (written / "adapter_model.safetensors").read_bytes()
+    base = load_base(site.config.model, len(CLASSES), site.trainer.tokenizer, 0, site.config.task.kind)
+    loaded = peft.PeftModel.from_pretrained(base, str(folder))
+    (B,) = [p for name, p in loaded.named_parameters() if f"{pair}.lora_B" in name]
+    assert torch.allclose(B, torch.tensor(1 / server.scale(2)))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == site.config.model.name
+    site.check_nothing_leaked()
+
+
+def test_a_last_message_that_is_damaged_or_without_adapter_does_not_write_one(make_site: Any, tmp_path: Path) -> None:
+    site = make_site()
+    for blob in (b"\0" * 8, Farewell(3, {"x": 1}, b"no tensors").to_bytes(), pack({}, {"rounds": 1})):
+        assert site.ask("query", blob) == {FAILURE: "broadcast"}
+        assert not site.trainer.finished
+    assert site.ask("query", Farewell(3).to_bytes()) == {"clients": []}
+    assert site.trainer.finished
+    assert not (tmp_path / "quokkapath" / "adapter").exists()

@@ -26,12 +26,6 @@ class NodeKey(NamedTuple):
     node: int
 
 
-class FinishedKey(NamedTuple):
-    """Key of the query that tells a node that the run has ended."""
-
-    node: int
-
-
 class Capabilities(NamedTuple):
     """What a site states about itself.
 
@@ -148,7 +142,7 @@ class NodeRegistry:
         if FAILURE in reply.facts:
             self._report_failure(node, reply.facts)
             return
-        for client in self._clients_of(node, reply.facts):
+        for client in self.clients_of(node, reply.facts):
             # If nodes name their own clients, the latest node wins: its predecessor was restarted.
             if client in self.clients:
                 site = Capabilities.read(reply.facts)
@@ -178,27 +172,19 @@ class NodeRegistry:
         before = self.ranks.get(client, site.rank)
         return None if before == site.rank else f"its rank was {before} and is {site.rank}"
 
-    def _clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+    def clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+        """Return the clients that a node serves: by its key, or by the facts of its reply if there are no keys."""
         if self._registered is not None:
             return [self._registered[node]] if node in self._registered else []
         clients = facts.get("clients")
         return [str(client) for client in clients] if isinstance(clients, list) else []
 
-    def dismiss(self, timeout: float) -> None:
-        """Tell all nodes that the run has ended.
-
-        Args:
-            timeout: seconds to wait for nodes that are still working on a round that finished without them.
-        """
-        finished = json.dumps({"finished": True}).encode()
-        self._last_refresh = -REFRESH_S
-        self.refresh()
-        nodes = set(self._nodes.values()) & self._online
-        self.grid_client.send(Outgoing(FinishedKey(node), node, MessageType.QUERY, finished) for node in sorted(nodes))
-        until = time.monotonic() + timeout
-        while nodes and time.monotonic() < until:
-            nodes -= {reply.key.node for reply in self.grid_client.receive() if isinstance(reply.key, FinishedKey)}
-            time.sleep(POLL_S)
+    def list_online(self) -> set[int]:
+        """Return the numbers of the nodes that are online, without a query to them."""
+        if time.monotonic() - self._last_refresh >= REFRESH_S:
+            self._last_refresh = time.monotonic()
+            self._online = set(self.grid_client.grid.get_node_ids())
+        return set(self._online)
 
     def wait(
         self,

@@ -15,6 +15,7 @@ from fedelta.federation.engines.rounds import EngineContext
 from fedelta.federation.run_folder import RunFolder
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.server.engine import FlowerEngine, check_config
+from fedelta.flower.server.farewell import AWAY_S, dismiss, read_farewell
 from fedelta.flower.server.grid_client import GridClient
 from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
@@ -80,14 +81,17 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
     rows = {client: nodes.capabilities[client].rows or 0 for client in clients if client in nodes.capabilities}
     if config.federation.weighting == "examples" and (line := dominant_site(rows)) is not None:
         events.warn(line)
-    run(
+    finished = run(
         config.model_copy(update={"ranks": config.ranks.model_copy(update=changes)}),
         resume=plan["resume"],
         observer=events,
         engine=engine_factory(nodes),
         sites={client: rows.get(client, 0) for client in clients},
     )
-    nodes.dismiss(min(config.federation.deadline, DISMISS_S))
+    events.say("the run has ended; its adapter goes to the sites")
+    farewell = read_farewell(finished.adapter, finished.result["rounds"])
+    if missing := dismiss(nodes, farewell, max(AWAY_S, min(config.federation.deadline, DISMISS_S))):
+        events.warn(f"not told that the run has ended: {listed(missing)}; give them {finished.adapter}")
 
 
 def dominant_site(rows: Mapping[str, int]) -> str | None:

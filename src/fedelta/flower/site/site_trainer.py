@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedelta.errors import BadBroadcast, FedeltaError
-from fedelta.files import write_file
+from fedelta.errors import BadBroadcast, FedeltaError, quantity
+from fedelta.files import new_folder, write_file
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.certificates import SITE_NAME
 from fedelta.flower.site.ipc import listen
@@ -22,8 +22,10 @@ from fedelta.flower.site.trainer_process import TrainerProcess, log, serve
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
-from fedelta.learning.shards import build_shard
+from fedelta.learning.shards import Shard, build_shard
+from fedelta.lora.files.peft_read import CONFIG, WEIGHTS
 from fedelta.protocol.failures import SiteRefusal
+from fedelta.protocol.farewell import Farewell
 from fedelta.protocol.messages import Broadcast
 from fedelta.protocol.serialization import show
 from fedelta.runs.assemble import make_trainer
@@ -57,6 +59,7 @@ class SiteTrainer(TrainerProcess):
         self.memory = memory
         self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
         self.tokenizer = load_tokenizer(config.model)
+        self.shards: dict[str, Shard] = {}
         self._identity_file = identity_file
         # Read the rows now, so that missing rows are reported as soon as the site starts.
         log(f"{load_rows(self.settings, config.task.columns(self.settings)).num_rows} rows in {data}, rank {rank}")
@@ -68,15 +71,11 @@ class SiteTrainer(TrainerProcess):
 
         Args:
             facts: not used: a site has one client.
-            question: the server's `settings`, `classes` and `run`, and the `client` that it knows this site as; or
-                `finished`, which ends this process.
+            question: the server's `settings`, `classes` and `run`, and the `client` that it knows this site as.
 
         Raises:
             FedeltaError: if the site cannot take part.
         """
-        if question.get("finished"):
-            self.finished = True
-            return {"clients": []}
         self._check_settings(question["settings"])
         name = self._check_name(question["client"])
         self._forget_other_runs(str(question["run"]))
@@ -141,6 +140,34 @@ class SiteTrainer(TrainerProcess):
         if update:
             log(f"round {broadcast.round}: trained in {time.monotonic() - start:.1f} s")
         return reply_facts, update
+
+    def end(self, farewell: Farewell) -> dict[str, Any]:
+        """Write the final adapter beside the state of this site, and end this process after the reply."""
+        folder = self.memory.with_name("adapter")
+        rounds = quantity(farewell.rounds, "round")
+        line = f"the run has ended after {rounds}"
+        try:
+            if farewell.weights:
+                write_final_adapter(folder, farewell, self.config.model.name)
+                line += f"; its adapter is in {folder}"
+        except OSError as error:
+            line += f"; its adapter can't be written: {folder}: {error.strerror or error}"
+        log(line)
+        return super().end(farewell)
+
+
+def write_final_adapter(folder: Path, farewell: Farewell, base_model: str) -> None:
+    """Write the adapter of the server's last message as a PEFT folder. It appears complete or not at all.
+
+    Args:
+        folder: folder to write; an earlier one is replaced.
+        farewell: the message.
+        base_model: name of the base model at this site.
+    """
+    config = {**farewell.config, "base_model_name_or_path": base_model}
+    with new_folder(folder) as temporary:
+        (temporary / WEIGHTS).write_bytes(farewell.weights)
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from fedelta.flower.site.ipc import listen, receive, send
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.learning.shards import Shard
 from fedelta.protocol.failures import FAILURE, failure_facts
+from fedelta.protocol.farewell import Farewell
 from fedelta.protocol.messages import Broadcast
 from fedelta.runs.assemble import prepare
 from fedelta.runs.config import load_config
@@ -55,12 +56,14 @@ class TrainerProcess:
         Args:
             facts: `kind`, which is `query` or `train`; and, if known, the name of the `client` that the node serves, or
                 its `number` in the order of names.
-            blob: the query as JSON, or the broadcast.
+            blob: the query as JSON, the broadcast, or, with the kind `query`, the message that ends the run.
 
         Returns:
             The JSON part of the reply; and the update, which is empty for a query and after an exception.
         """
         try:
+            if facts["kind"] == "query" and blob and not blob.startswith(b"{"):
+                return self.end(Farewell.from_bytes(blob)), b""
             if facts["kind"] == "query":
                 return self.handle_query(facts, json.loads(blob or b"{}")), b""
             return self.train(facts, Broadcast.from_bytes(blob), blob)
@@ -77,6 +80,11 @@ class TrainerProcess:
     def handle_query(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """Return the clients that the node serves, and the version and fingerprint of the base model."""
         return {"clients": self._clients_of(facts), "version": self.trainer.base.version, "base": self.base}
+
+    def end(self, farewell: Farewell) -> dict[str, Any]:  # noqa: ARG002
+        """End this process after the reply: the run has ended. Return its clients."""
+        self.finished = True
+        return {"clients": sorted(self.shards)}
 
     def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
         """Train as a broadcast asks, and return the update.
