@@ -12,7 +12,8 @@ from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import Server, ServerState
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
 from fedelta.flower.server.node_registry import AWAY, NodeRegistry
-from fedelta.protocol.messages import ClientUpdate
+from fedelta.lora.adapter import Shapes
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import ByteCount, count_bytes
 from fedelta.protocol.validation import receive
 
@@ -108,19 +109,25 @@ class RoundExchange:
             self._down[client] = self._down[client].plus(count_bytes(blob))
             self._grid_client.send([self._message(client, blob)])
             return True
-        update = read_update(client, reply.facts, reply.blob)
-        if isinstance(update, ClientUpdate):
-            self._up[client] = count_bytes(reply.blob)
-            try:
-                # Validate now, so that an invalid update does not use up one of `max_updates`.
-                sent, shapes = self._broadcasts[client], self._state.log.shapes
-                contribution = receive(update, sent, shapes, rows=self._rows.get(client))
-                # An update that has to be compared with the others may turn out to be unusable.
-                self.usable += not is_suspect(growth(contribution), self._server.settings.max_growth)
-            except BadUpdate as error:
-                update = error
-        self._outcomes[client] = update
+        self._outcomes[client] = self._read(client, reply)
         return True
+
+    def _read(self, client: str, reply: Incoming) -> ClientUpdate | Exception:
+        """Read and validate an update, so that one that is not valid does not use up one of `max_updates`."""
+        sent = self._broadcasts[client]
+        if len(reply.blob) > (max_bytes := _max_bytes(sent, self._state.log.shapes)):
+            return BadUpdate(client, f"its update has {len(reply.blob)} bytes, expected at most {max_bytes}")
+        update = read_update(client, reply.facts, reply.blob)
+        if not isinstance(update, ClientUpdate):
+            return update
+        self._up[client] = count_bytes(reply.blob)
+        try:
+            contribution = receive(update, sent, self._state.log.shapes, rows=self._rows.get(client))
+        except BadUpdate as error:
+            return error
+        # An update that has to be compared with the others may turn out to be unusable.
+        self.usable += not is_suspect(growth(contribution), self._server.settings.max_growth)
+        return update
 
     def reply(self, client: str) -> ClientReply:
         """Return a client's reply, and free the memory of its broadcast and update."""
@@ -128,3 +135,11 @@ class RoundExchange:
         # The client still counts as answered, but its factors are no longer referenced.
         self._outcomes[client] = ClientFailed(client, "answered")
         return ClientReply(broadcast, update, self._down[client], self._up[client], rows=self._rows.get(client))
+
+
+def _max_bytes(sent: Broadcast, shapes: Shapes) -> int:
+    """Maximum size of an update: its numbers in float32 (heads in float64), and more than its names and facts need."""
+    numbers = sum(sent.rank * (m + n + sent.rank) for m, n in shapes.values())
+    numbers += sum(2 * head.numel() for head in sent.heads.values())
+    names = sum(len(name) + 256 for name in (*shapes, *sent.heads))
+    return 4 * numbers + 8 * names + 2**20

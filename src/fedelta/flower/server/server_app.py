@@ -100,7 +100,7 @@ def dominant_site(rows: Mapping[str, int]) -> str | None:
     Of two sites one always has the larger half, so there the line begins at nine tenths.
     """
     total = sum(rows.values())
-    client = max(rows, key=lambda client: rows[client])
+    client = max(rows, key=lambda client: rows[client], default="")
     share = rows[client] / total if total else 0.0
     if len(rows) < 2 or share <= (0.5 if len(rows) > 2 else 0.9):
         return None
