@@ -1,7 +1,7 @@
 """Schema of a run's output files: a line of `rounds.jsonl`, and `result.json`."""
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 Scores = Mapping[str, float]
 
@@ -23,7 +23,8 @@ class RoundRecord(TypedDict):
         round: index of the round, from 0.
         clients: clients whose updates were aggregated.
         shares: client → its share of the mean, for `clients`. Under `norm_weighting`, norms replace these shares.
-        norms: client → [norm of its adapter, norm of its heads] after its training, for `clients`.
+        norms: client → [norm of its adapter, norm of its heads] after its training, for `clients`. Runs of earlier
+            versions have neither.
         skipped: client → why its update was not aggregated.
         promoted: clients that got a higher rank after this round.
         pruned: clients that chose a lower rank.
@@ -48,8 +49,8 @@ class RoundRecord(TypedDict):
 
     round: int
     clients: list[str]
-    shares: dict[str, float]
-    norms: dict[str, list[float]]
+    shares: NotRequired[dict[str, float]]
+    norms: NotRequired[dict[str, list[float]]]
     skipped: dict[str, str]
     promoted: list[str]
     pruned: list[str]
