@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from fedelta import __version__
 from fedelta.cli.arguments import Command
 from fedelta.cli.configuration import config
+from fedelta.cli.printing import MAX_PATH, print_error, print_path, print_text
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
 from fedelta.cli.terminal import (
@@ -98,7 +98,7 @@ def run(
     finish([finished], config.folder)
     if finished.profile is not None:
         out.print(profile_table(finished.profile))
-        out.print("profile  ", config.folder / "profile.json", highlight=False, soft_wrap=True)
+        print_path(out, "profile", config.folder / "profile.json")
 
 
 for command in (sweep, serve, join, keys, config):
@@ -183,7 +183,7 @@ def aggregate(
         return
     out.print(aggregation_table(done))
     for line in aggregation_lines(done):
-        out.print(escape(line), highlight=False, soft_wrap=True)
+        print_text(out, line, limit=MAX_PATH)
 
 
 def _method(name: str, options: list[str]) -> Any:
@@ -235,7 +235,7 @@ def export(
     if adapter is None and merged is None:
         raise FedeltaError("export: pass --adapter OUT, --merged OUT, or both")
     for line in export_run(folder, adapter, merged, rank):
-        out.print(escape(line), highlight=False, soft_wrap=True)
+        print_text(out, line, limit=MAX_PATH)
 
 
 @app.command(cls=Command)
@@ -275,13 +275,13 @@ def main() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Print a warning of fedelta as one line, and a warning of a library as Python does."""
     if category.__module__.startswith("fedelta"):
-        err.print(escape(str(message)), highlight=False, soft_wrap=True)
+        print_text(err, message)
     else:
         _python_showwarning(message, category, *place, **more)
 
 
 def _fail(message: str) -> int:
-    err.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    print_error(err, message)
     return 2
 
 

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import TaskID
 
 from fedelta.cli.bars import Bars, time_left
-from fedelta.errors import quantity
+from fedelta.cli.printing import MAX_NOTE, print_text
+from fedelta.errors import printable, quantity
 from fedelta.federation.engines import Observer
 from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.config import Config
@@ -35,14 +35,13 @@ class MessagePrinter(Observer):
         self._stamped = not console.is_terminal if stamped is None else stamped
 
     def say(self, message: str) -> None:
-        self._print(escape(message))
+        print_text(self.console, message, self._stamp())
 
     def warn(self, message: str) -> None:
-        self._print(f"[yellow]warning:[/yellow] {escape(message)}")
+        print_text(self.console, message, f"{self._stamp()} warning:".lstrip(), "yellow")
 
-    def _print(self, markup: str) -> None:
-        stamp = f"{datetime.now().astimezone().isoformat(timespec='seconds')} " if self._stamped else ""
-        self.console.print(f"{stamp}{markup}", highlight=False, soft_wrap=True)
+    def _stamp(self) -> str:
+        return datetime.now().astimezone().isoformat(timespec="seconds") if self._stamped else ""
 
 
 class GridProgress(SweepObserver):
@@ -87,7 +86,7 @@ class GridProgress(SweepObserver):
     def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
         with self._lock:
             self._finished_rounds += self._rounds_left.pop(key)
-            self.progress.update(self._cells, advance=1, note=name)
+            self.progress.update(self._cells, advance=1, note=printable(name, MAX_NOTE))
         if not self.console.is_terminal:
             score = "diverged"
             if row["validation"]:
@@ -163,7 +162,7 @@ class TerminalProgress(MessagePrinter):
         if not self.console.is_terminal:
             before = f", {done} of them finished before" if done else ""
             self.say(f"{title}: {quantity(rounds, 'round')}{before}")
-        self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
+        self.progress.reset(self.rounds, total=rounds, completed=done, note=printable(title, MAX_NOTE), before=done)
         if self.all is not None:
             before = self.progress.tasks[self.all].fields["before"]
             self.progress.update(self.all, advance=done, before=before + done)
@@ -174,10 +173,10 @@ class TerminalProgress(MessagePrinter):
 
     def client_done(self, client: str) -> None:
         self._stop_if_interrupted()
-        self.progress.update(self.clients, advance=1, note=client)
+        self.progress.update(self.clients, advance=1, note=printable(client, MAX_NOTE))
 
     def evaluation_started(self, split: str, texts: int) -> None:
-        self.progress.reset(self.evaluation, total=texts, note=split, visible=True)
+        self.progress.reset(self.evaluation, total=texts, note=printable(split, MAX_NOTE), visible=True)
 
     def evaluation_advanced(self, texts: int) -> None:
         self._stop_if_interrupted()

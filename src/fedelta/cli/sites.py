@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fedelta.cli.printing import MAX_PATH, print_text
 from fedelta.cli.terminal import AcceptChangedData, Arguments, Resume, err, finish, flower_part, names, out, read_config
 from fedelta.errors import FedeltaError
 
@@ -84,4 +85,4 @@ def keys(
 ) -> None:
     """Create certificates and keys for a deployment: one folder for the server, one for each site."""
     for written in flower_part("certificates").make_certificates(folder, names(sites), names(hosts)):
-        out.print(written, highlight=False, soft_wrap=True)
+        print_text(out, written, limit=MAX_PATH)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedelta.cli.printing import print_path, print_text
 from fedelta.cli.terminal import AcceptChangedData, err, names, out
 from fedelta.errors import FedeltaError
 
@@ -57,7 +58,7 @@ def sweep(
         else:
             rows = sweep.run()
     if check is not None:
-        out.print(f"cell {check}: same result", highlight=False)
+        print_text(out, f"cell {check}: same result")
         return
     print_grid_report(grid, rows, sweep.folder)
 
@@ -70,8 +71,8 @@ def print_grid_report(grid: Any, rows: Any, folder: Path) -> None:
     tables, page = write_grid_report(grid, rows, folder)
     for table in tables:
         out.print(table.console())
-    out.print("results  ", folder / FILE, highlight=False, soft_wrap=True)
-    out.print("report   ", page, highlight=False, soft_wrap=True)
+    print_path(out, "results", folder / FILE)
+    print_path(out, "report", page)
 
 
 def _wanted(conditions: list[str]) -> dict[str, list[str]]:

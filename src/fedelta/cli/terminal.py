@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fedelta.cli.printing import print_path
 from fedelta.errors import FedeltaError
 
 out, err = Console(), Console(stderr=True)
@@ -82,8 +83,7 @@ def finish(runs: list[Any], folder: Path) -> None:
     plots = plot_scores(runs, folder)
     page = write_page(runs, folder)
     out.print(console_table(runs))
-    # soft_wrap: a path that is broken over two lines cannot be copied.
-    out.print("plots    ", *plots, highlight=False, soft_wrap=True)
-    out.print("report   ", page, highlight=False, soft_wrap=True)
+    print_path(out, "plots", *plots)
+    print_path(out, "report", page)
     for run in runs:
-        out.print("adapter  ", run.folder.adapter_folder, highlight=False, soft_wrap=True)
+        print_path(out, "adapter", run.folder.adapter_folder)

@@ -23,7 +23,8 @@ from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.methods import Method, make_method
 from fedelta.protocol.compression import LOSSLESS, Basis, Encoded, ErrorFeedback, compensate
-from fedelta.protocol.messages import Broadcast, ClientUpdate, select_factors
+from fedelta.protocol.factor_plan import select_factors
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import (
     adapter_tensors,
     error_feedback_tensors,
@@ -232,14 +233,12 @@ class Trainer:
 
     def _task(self, blob: bytes, shard: Shard) -> "_Task":
         broadcast = Broadcast.from_bytes(blob)
+        # Check first: a patch that does not fit must not change the base.
+        start = broadcast.check(self.model.shapes, self.kept.get(broadcast.client))
+        method = make_method(broadcast.method["name"], **broadcast.method["options"])
         self.catch_up(broadcast.patch)
-        return _Task(
-            broadcast,
-            make_method(broadcast.method["name"], **broadcast.method["options"]),
-            broadcast.adapter(self.model.shapes, self.kept.get(broadcast.client)),
-            shard,
-            derive_seed(self.seed, "train", broadcast.round, broadcast.client),
-        )
+        seed = derive_seed(self.seed, "train", broadcast.round, broadcast.client)
+        return _Task(broadcast, method, start, shard, seed)
 
     def _update(self, task: "_Task", loss: float) -> bytes:
         """Build the client's update from the trained adapter and heads that the model holds."""

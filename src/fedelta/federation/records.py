@@ -22,6 +22,9 @@ class RoundRecord(TypedDict):
     Keys:
         round: index of the round, from 0.
         clients: clients whose updates were aggregated.
+        shares: client → its share of the mean, for `clients`. Under `norm_weighting`, norms replace these shares.
+        norms: client → [norm of its adapter, norm of its heads] after its training, for `clients`. Runs of earlier
+            versions have neither.
         skipped: client → why its update was not aggregated.
         promoted: clients that got a higher rank after this round.
         pruned: clients that chose a lower rank.
@@ -47,6 +50,8 @@ class RoundRecord(TypedDict):
 
     round: int
     clients: list[str]
+    shares: NotRequired[dict[str, float]]
+    norms: NotRequired[dict[str, list[float]]]
     skipped: dict[str, str]
     promoted: list[str]
     pruned: list[str]

@@ -24,6 +24,8 @@ class FederationSettings(Settings):
             Weights are normalized over the clients whose updates are used.
         on_bad_update: what happens to an update that can't be used. `skip`: the round continues without this client.
             `refuse`: the run stops.
+        max_growth: an update can't be used if its adapter or its heads grew to more than this many times the norm that
+            the client was sent, and to more than this many times the median growth of the other clients of the round.
         min_clients: minimum number of usable updates. A round with fewer is tried again with newly sampled clients.
         attempts: maximum number of attempts at a round. The run stops when the last one fails.
         precision: number format of adapters and heads in messages. Base patches are always float32. What compression
@@ -41,6 +43,7 @@ class FederationSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     weighting: Literal["examples", "uniform"] | tuple[float, ...] = "examples"
     on_bad_update: Literal["skip", "refuse"] = "skip"
+    max_growth: float = Field(default=100.0, gt=1)
     min_clients: int = Field(default=1, ge=1)
     attempts: int = Field(default=3, ge=1)
     precision: Precision = LOSSLESS

@@ -22,7 +22,7 @@ from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer
 from fedelta.methods.state import MethodState
 from fedelta.methods.transforms import Transform, move_by_optimizer, refresh, scale_patch, weight_by_norm
-from fedelta.protocol.messages import FactorPlan
+from fedelta.protocol.factor_plan import FactorPlan
 from fedelta.seeds import derive_seed
 from fedelta.settings import MAX_COUNT
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, listed
 from fedelta.files import parse_json
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import Product, from_tensors
@@ -262,12 +262,12 @@ def take_error_feedback(prefix: str, facts: Mapping[str, Any], tensors: dict[str
 def check_all_taken(kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise if a message has tensors that its reader did not take."""
     if tensors:
-        raise FedeltaError(f"{kind} has unexpected tensors: {', '.join(sorted(tensors)[:3])}")
+        raise FedeltaError(f"{kind} has unexpected tensors: {listed(sorted(tensors), 3)}")
 
 
-def show(value: object) -> str:
-    """Return a value as at most 20 characters, so that a client can't fill the log with a huge number or text."""
+def show(value: object, limit: int = 20) -> str:
+    """Return a value as at most `limit` characters, so that a client can't fill the log with a huge number or text."""
     try:
-        return repr(value)[:20]
+        return repr(value)[:limit]
     except ValueError:
         return f"a {type(value).__name__} that is too long to print"

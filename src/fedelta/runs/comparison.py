@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, listed
 from fedelta.federation.engines import Observer
 from fedelta.federation.run_folder import RunFolder
 from fedelta.methods import make_method, resolve
@@ -30,7 +30,7 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
     """
     methods = tuple(resolve(method) for method in methods)
     if len(set(methods)) < len(methods):
-        raise FedeltaError(f"methods to compare: {', '.join(methods)}, expected each once")
+        raise FedeltaError(f"methods to compare: {listed(methods, 20)}, expected each once")
     configs = []
     for method in methods:
         # The configured options are those of the configured method. Other methods use their defaults.

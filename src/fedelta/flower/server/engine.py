@@ -1,7 +1,7 @@
 """The rounds of a run over Flower's grid, with one message per client and round."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.rounds import Draw, Engine, EngineContext
@@ -34,13 +34,15 @@ class FlowerEngine(Engine):
     Args:
         context: the run.
         nodes: the nodes that serve the clients.
+        rows: client → number of its rows, if the server has divided them. Sites state theirs when they join.
     """
 
     spare = True
 
-    def __init__(self, context: EngineContext, nodes: NodeRegistry) -> None:
+    def __init__(self, context: EngineContext, nodes: NodeRegistry, rows: Mapping[str, int]) -> None:
         super().__init__(context)
         self.nodes = nodes
+        self._rows = rows
         self.grid_client = nodes.grid_client
         # The clients store their own error feedback.
         self.trainer.error_feedback.clear()
@@ -65,7 +67,8 @@ class FlowerEngine(Engine):
         # Wait until enough clients are online. The round does not wait for the others.
         self.nodes.wait(draw.clients, settings.min_clients, settings.deadline, self._count_late_reply)
         watch.lap("waiting")
-        exchange = RoundExchange(self.server, state, draw, self.nodes, self.grid_client)
+        stated = {client: site.rows for client, site in self.nodes.capabilities.items() if site.rows is not None}
+        exchange = RoundExchange(self.server, state, draw, self.nodes, self.grid_client, {**stated, **self._rows})
         watch.lap("messages")
         until = time.monotonic() + settings.deadline
         for client in draw.clients:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from flwr.app import MessageType
 
-from fedelta.errors import FedeltaError, TooFewUpdates, one_line
+from fedelta.errors import FedeltaError, TooFewUpdates, listed
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
+from fedelta.protocol.failures import FAILURE, failure_words, is_refusal
+from fedelta.protocol.validation import MAX_EXAMPLES
 
 AWAY = "its site is away"
 """Reason why a client whose node is offline is skipped."""
@@ -20,12 +22,6 @@ REFRESH_S = 1.0
 
 class NodeKey(NamedTuple):
     """Key of the query that asks a node which client it serves."""
-
-    node: int
-
-
-class FinishedKey(NamedTuple):
-    """Key of the query that tells a node that the run has ended."""
 
     node: int
 
@@ -45,8 +41,11 @@ class Capabilities(NamedTuple):
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "Capabilities":
-        """Read them from a node's reply. A rank or a number of rows that is not a positive integer becomes None."""
-        rank, rows = (value if type(value := facts.get(key)) is int and value > 0 else None for key in ("rank", "rows"))
+        """Read them from a node's reply. A rank or a number of rows that is not a possible one becomes None."""
+        rank, rows = (
+            value if type(value := facts.get(key)) is int and 0 < value <= MAX_EXAMPLES else None
+            for key in ("rank", "rows")
+        )
         return cls(str(facts.get("base")), rank, rows)
 
 
@@ -83,6 +82,7 @@ class NodeRegistry:
         self._warn = warn
         self._max_rank = max_rank
         self._asked: set[int] = set()
+        self._reported: dict[int, str] = {}
         self._last_refresh = -REFRESH_S
         self._online: set[int] = set()
         self._nodes: dict[str, int] = {}
@@ -135,15 +135,14 @@ class NodeRegistry:
     def accept(self, reply: Incoming) -> None:
         """Process a node's answer to its query."""
         node = reply.key.node
-        if reply.error is not None or "failed" in reply.facts:
+        if reply.error is not None:
             # It may still be starting, or restarting: ask again.
             self._asked.discard(node)
             return
-        if "refused" in reply.facts:
-            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
-            self._warn(f"{label} can't take part: {one_line(reply.facts['refused'])}")
+        if FAILURE in reply.facts:
+            self._report_failure(node, reply.facts)
             return
-        for client in self._clients_of(node, reply.facts):
+        for client in self.clients_of(node, reply.facts):
             # If nodes name their own clients, the latest node wins: its predecessor was restarted.
             if client in self.clients:
                 site = Capabilities.read(reply.facts)
@@ -152,36 +151,40 @@ class NodeRegistry:
                 else:
                     self._warn(f"{client} can't take part: {reason}")
 
+    def _report_failure(self, node: int, facts: Mapping[str, Any]) -> None:
+        """Warn about a node that cannot take part, and ask again if that may change. Equal lines appear once."""
+        if not is_refusal(facts):
+            self._asked.discard(node)
+        words = failure_words(facts, self._question.get("settings"))
+        if self._reported.get(node) != words:
+            self._reported[node] = words
+            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
+            self._warn(f"{label} can't take part: {words}")
+
     def _mismatch(self, client: str, site: Capabilities) -> str | None:
         """Return why a site cannot take part, or None if it can."""
         if self.base is not None and site.base != self.base:
             return "the weights of its base model are not the server's"
         if self._max_rank is not None and (site.rank is None or site.rank > self._max_rank):
             return f"its rank is {site.rank}, the server takes at most {self._max_rank} (ranks.high)"
+        if self._max_rank is not None and site.rows is None:
+            return f"it does not state its number of rows, expected 1 to {MAX_EXAMPLES}"
         before = self.ranks.get(client, site.rank)
         return None if before == site.rank else f"its rank was {before} and is {site.rank}"
 
-    def _clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+    def clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+        """Return the clients that a node serves: by its key, or by the facts of its reply if there are no keys."""
         if self._registered is not None:
             return [self._registered[node]] if node in self._registered else []
         clients = facts.get("clients")
         return [str(client) for client in clients] if isinstance(clients, list) else []
 
-    def dismiss(self, timeout: float) -> None:
-        """Tell all nodes that the run has ended.
-
-        Args:
-            timeout: seconds to wait for nodes that are still working on a round that finished without them.
-        """
-        finished = json.dumps({"finished": True}).encode()
-        self._last_refresh = -REFRESH_S
-        self.refresh()
-        nodes = set(self._nodes.values()) & self._online
-        self.grid_client.send(Outgoing(FinishedKey(node), node, MessageType.QUERY, finished) for node in sorted(nodes))
-        until = time.monotonic() + timeout
-        while nodes and time.monotonic() < until:
-            nodes -= {reply.key.node for reply in self.grid_client.receive() if isinstance(reply.key, FinishedKey)}
-            time.sleep(POLL_S)
+    def list_online(self) -> set[int]:
+        """Return the numbers of the nodes that are online, without a query to them."""
+        if time.monotonic() - self._last_refresh >= REFRESH_S:
+            self._last_refresh = time.monotonic()
+            self._online = set(self.grid_client.grid.get_node_ids())
+        return set(self._online)
 
     def wait(
         self,
@@ -214,7 +217,7 @@ class NodeRegistry:
                 return
             if time.monotonic() > until:
                 raise TooFewUpdates(
-                    f"no node serves client {', '.join(missing[:5])}{' …' * (len(missing) > 5)} "
+                    f"no node serves client {listed(missing)} "
                     f"({len(clients) - len(missing)} of {len(clients)} are there, expected {min_clients})",
                     dict.fromkeys(missing, AWAY),
                 )

@@ -11,13 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, in_one_line
 from fedelta.federation.client import Trainer
-from fedelta.federation.engines.rounds import explain
 from fedelta.files import write_file
 from fedelta.flower.site.ipc import listen, receive, send
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.learning.shards import Shard
+from fedelta.protocol.failures import FAILURE, failure_facts
+from fedelta.protocol.farewell import Farewell
 from fedelta.protocol.messages import Broadcast
 from fedelta.runs.assemble import prepare
 from fedelta.runs.config import load_config
@@ -45,27 +46,45 @@ class TrainerProcess:
         self.base = fingerprint(trainer.model.peft)
         self.finished = False
 
+    _last_failure = ""
+
     def handle(self, facts: Mapping[str, Any], blob: bytes) -> tuple[dict[str, Any], bytes]:
-        """Handle a message, and return the reply. Any exception becomes a reply that explains it.
+        """Handle a message, and return the reply. Any exception becomes a reply with the kind of failure.
+
+        The text of the exception is logged here. The server does not receive it.
 
         Args:
             facts: `kind`, which is `query` or `train`; and, if known, the name of the `client` that the node serves, or
                 its `number` in the order of names.
-            blob: the query as JSON, or the broadcast.
+            blob: the query as JSON, the broadcast, or, with the kind `query`, the message that ends the run.
 
         Returns:
             The JSON part of the reply; and the update, which is empty for a query and after an exception.
         """
         try:
+            if facts["kind"] == "query" and blob and not blob.startswith(b"{"):
+                return self.end(Farewell.from_bytes(blob)), b""
             if facts["kind"] == "query":
                 return self.handle_query(facts, json.loads(blob or b"{}")), b""
             return self.train(facts, Broadcast.from_bytes(blob), blob)
         except Exception as error:
-            return explain(error), b""
+            failure = failure_facts(error)
+            doing = "can't take part" if facts.get("kind") == "query" else "did not train"
+            line = f"{doing}: {in_one_line(error)} (the server is told only: {failure[FAILURE]})"
+            # A server asks a site that is not ready once a second.
+            if line != self._last_failure:
+                log(line)
+            self._last_failure = line
+            return failure, b""
 
     def handle_query(self, facts: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """Return the clients that the node serves, and the version and fingerprint of the base model."""
         return {"clients": self._clients_of(facts), "version": self.trainer.base.version, "base": self.base}
+
+    def end(self, farewell: Farewell) -> dict[str, Any]:  # noqa: ARG002
+        """End this process after the reply: the run has ended. Return its clients."""
+        self.finished = True
+        return {"clients": sorted(self.shards)}
 
     def train(self, facts: Mapping[str, Any], broadcast: Broadcast, blob: bytes) -> tuple[dict[str, Any], bytes]:
         """Train as a broadcast asks, and return the update.
@@ -101,6 +120,11 @@ class TrainerProcess:
         elif facts.get("number") is not None:
             names = names[facts["number"] : facts["number"] + 1]
         return names
+
+
+def log(line: str) -> None:
+    """Print a line, which `fedelta join` shows at the site."""
+    print(line, flush=True)
 
 
 def serve(server: socket.socket, trainer: TrainerProcess) -> None:
