@@ -5,7 +5,6 @@ import datetime
 import os
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedelta.flower.certificates import make_certificates
+from fedelta.flower.site.tls import site_context
 from fedelta.runs.runner import open_run, run
 from site_processes import MIXED, NAMES, Federation
 
@@ -122,7 +122,7 @@ def signed(key: Path, moment: datetime.datetime, spoiled: bool = False) -> dict[
 def request_statuses(federation: Federation) -> dict[str, int]:
     """Return the HTTP status of requests that are sent directly to the gateway."""
     keys = federation.folder / "keys"
-    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    context = site_context(keys / "sites" / NAMES[0])
     key = keys / "sites" / NAMES[0] / "site.key"
     public = public_key_to_bytes(load_ssh_private_key(key.read_bytes(), None).public_key())  # type: ignore[arg-type]
     body = ActivateNodeRequest(public_key=public, heartbeat_interval=30).SerializeToString()
@@ -182,7 +182,7 @@ class Interceptor:
 def check_connection_is_tamperproof(federation: Federation) -> None:
     """Check that a program between a site and its server can neither replay nor change a request."""
     keys = federation.folder / "keys"
-    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    context = site_context(keys / "sites" / NAMES[0])
     headers = signed(keys / "sites" / NAMES[0] / "site.key", datetime.datetime.now(datetime.UTC))
 
     def ask(port: int) -> int:
@@ -219,7 +219,7 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
         statuses = request_statuses(federation)
         check_connection_is_tamperproof(federation)
         for name, reason in {
-            "unknown": "does not know the key",
+            "unknown": "has not signed it",
             "misled": "could not be verified with",
             "plain": "does not speak plain HTTP",
         }.items():
@@ -228,7 +228,7 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
             assert lines[-1].startswith("error: ")
             assert reason in lines[-1]
         assert federation.wait("server") == 0, federation.output("server")
-        assert "refused a node at 127.0.0.1" in federation.output("server")
+        assert "refused a connection from 127.0.0.1" in federation.output("server")
     # A key that is in use is not admitted twice. Requests to other services than the nodes' are not forwarded.
     assert statuses.pop("good") == 412
     assert statuses.pop("huge") == 413
