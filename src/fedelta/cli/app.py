@@ -1,6 +1,7 @@
 """The commands and the entry point. An error is one line with exit code 2."""
 
 import os
+import signal
 import sys
 import warnings
 from enum import StrEnum
@@ -12,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from fedelta import __version__
+from fedelta.cli.interruption import Interruption
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
 from fedelta.cli.terminal import Arguments, Resume, err, finish, flower_part, out, read_config
@@ -24,6 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
+SAVED = {
+    **dict.fromkeys(("run", "compare", "serve"), "finished rounds are kept; --resume continues from them"),
+    "sweep": "finished rounds are kept; the same command continues from them",
+    "join": "the same command takes part again",
+}
+"""Command → what is left when a signal ends it, and how to continue."""
 _python_showwarning = warnings.showwarning
 
 
@@ -205,23 +213,38 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show_warning
+    with Interruption() as interruption:
+        code = _run_command(interruption)
+    sys.exit(code)
+
+
+def _run_command(interruption: Interruption) -> int:
+    """Run the command, and return its exit code. Errors and interruptions are one line each."""
     try:
         # Without standalone mode Typer returns the exit code, including that of Ctrl-C.
         code = app(standalone_mode=False) or 0
-    except FedeltaError as error:
-        code = _fail(str(error))
-    except OSError as error:
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
-    except click.ClickException as error:
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # A signal that also ends the command's processes may first appear as their error.
+        code = INTERRUPTED if interruption.number is not None else _explain(error)
+    if code != INTERRUPTED:
+        return code
+    err.print(f"stopped; {SAVED.get(sys.argv[1] if sys.argv[1:] else '', 'nothing was written')}")
+    # The exit code of a program that a signal has ended.
+    return 128 + (interruption.number or signal.SIGINT)
+
+
+def _explain(error: Exception) -> int:
+    """Print an error of the user or the system as one line, and return the exit code. Other errors are raised."""
+    if isinstance(error, FedeltaError):
+        return _fail(str(error))
+    if isinstance(error, OSError):
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    if isinstance(error, click.ClickException):
         # Typer's own usage errors, such as an unknown option or a missing argument, are one line too.
-        code = _fail(error.format_message()) if error.format_message() else 2
-    if code == INTERRUPTED:
-        trains = sys.argv[1:2] in (["run"], ["compare"], ["serve"])
-        saved = "finished rounds are kept; --resume continues from them" if trains else "nothing was written"
-        if sys.argv[1:2] == ["sweep"]:
-            saved = "finished rounds are kept; the same command continues from them"
-        err.print(f"stopped; {saved}")
-    sys.exit(code)
+        return _fail(error.format_message()) if error.format_message() else 2
+    raise error
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

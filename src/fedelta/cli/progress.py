@@ -1,6 +1,5 @@
 """Progress bars on a terminal: rounds with the time left, clients of the round, evaluation. Elsewhere only messages."""
 
-import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from fedelta.cli.interruption import Interruption
 from fedelta.errors import quantity
 from fedelta.federation.engines import Observer
 from fedelta.learning.tasks.metrics import METRICS
@@ -162,31 +162,19 @@ class TerminalProgress(MessagePrinter):
         self.rounds = self._task("rounds", None)
         self.clients = self._task("clients", None)
         self.evaluation = self._task("evaluation", None, visible=False)
-        self._interrupted = False
-        self._handler: Any = None
+        self._interruption = Interruption()
 
     def _task(self, name: str, total: int | None, **options: Any) -> TaskID:
         return self.progress.add_task(name, total=total, note="", before=0, **options)
 
     def __enter__(self) -> "TerminalProgress":
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._interruption.__enter__()
         self.progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-
-    def _interrupt(self, *_: Any) -> None:
-        self._interrupted = True
-        raise KeyboardInterrupt
-
-    def _stop_if_interrupted(self) -> None:
-        """End the run at the next event after Ctrl-C, in case a library has swallowed the exception."""
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._interruption.__exit__()
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
         self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
@@ -199,14 +187,14 @@ class TerminalProgress(MessagePrinter):
         self.progress.reset(self.clients, total=clients, note="")
 
     def client_done(self, client: str) -> None:
-        self._stop_if_interrupted()
+        self._interruption.check()
         self.progress.update(self.clients, advance=1, note=client)
 
     def evaluation_started(self, split: str, texts: int) -> None:
         self.progress.reset(self.evaluation, total=texts, note=split, visible=True)
 
     def evaluation_advanced(self, texts: int) -> None:
-        self._stop_if_interrupted()
+        self._interruption.check()
         self.progress.update(self.evaluation, advance=texts)
 
     def round_done(self, record: Any) -> None:

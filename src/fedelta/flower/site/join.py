@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ import yaml
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.flower.processes import LOOPBACK, Supervised, Tail, child_environment, last_line
+from fedelta.flower.scratch import scratch_folder
 from fedelta.flower.site.node_process import node_command, start_fork_server
 from fedelta.flower.site.server_checks import SERVER_POLL_S, Refusals, ServerWatch, check_admitted, reachable
 from fedelta.flower.site.tls import site_context
@@ -60,7 +60,7 @@ def join(
     security = _security_options(server, keys)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
+        scratch = stack.enter_context(scratch_folder())
         socket_path = str(scratch / "trainer" / "socket")
         site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
         trainer = stack.enter_context(_trainer(config, site, scratch, socket_path, folder))
