@@ -2,12 +2,15 @@
 
 import base64
 import datetime
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -237,6 +240,50 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
     records = open_run(config.folder).records
     assert len(records) == 20
     assert not any(record["skipped"] for record in records)
+
+
+@pytest.mark.slow
+def test_a_site_joins_and_another_is_removed_between_rounds(tiny_config: Any, tmp_path: Path) -> None:
+    changes = {**MIXED, "federation": {"deadline": 300.0}}
+    config = tiny_config(name="apart", rounds=1000, **changes)
+    with Federation(config, tmp_path / "sites") as federation:
+        admitted = federation.folder / "keys" / "server" / "sites"
+        late = admitted / f"{NAMES[2]}.pub"
+        key = late.read_bytes()
+        late.unlink()
+        federation.serve()
+        for name, rank in ((NAMES[0], 2), (NAMES[1], 4)):
+            federation.join(name, rank)
+        federation.wait_for_rounds(2)
+        late.write_bytes(key)
+        federation.join(NAMES[2], 3)
+        until = time.monotonic() + 300
+        while f"{NAMES[2]} joins with" not in federation.output("server"):
+            assert time.monotonic() < until, federation.output("server")
+            time.sleep(0.1)
+        federation.wait_for_rounds(done(config) + 2)
+        (admitted / f"{NAMES[0]}.pub").unlink()
+        removed = done(config)
+        assert federation.wait(NAMES[0], 120) == 2
+        assert "does not know the key" in federation.output(NAMES[0])
+        federation.wait_for_rounds(removed + 6)
+        federation.processes["server"].send_signal(signal.SIGTERM)
+        assert federation.wait("server", 30) == 143
+        assert "--resume continues from them" in federation.output("server")
+    records = [json.loads(line) for line in (config.folder / "rounds.jsonl").read_text().splitlines()]
+    clients = [set(record["clients"]) for record in records]
+    assert clients[0] == {NAMES[0], NAMES[1]}
+    assert set(NAMES) in clients
+    assert clients[-1] == {NAMES[1], NAMES[2]}
+    first = next(record for record in records if NAMES[2] in record["clients"])
+    # The first message to the new site holds all base patches so far.
+    assert first["bytes_by_client"][NAMES[2]][0] > first["bytes_by_client"][NAMES[1]][0]
+    assert {reason for record in records for reason in record["skipped"].values()} <= {"its site was removed"}
+
+
+def done(config: Any) -> int:
+    """Return the number of finished rounds."""
+    return int((config.folder / "rounds.jsonl").read_bytes().count(b"\n"))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from fedelta.flower.server.admission import Admission
 from fedelta.flower.server.connections import server_context
 from fedelta.flower.server.engine import check_config
 from fedelta.flower.server.refusals import REFUSED
+from fedelta.flower.server.site_list import SiteList
 from fedelta.flower.server.superlink import SuperLink, run_workspace
 from fedelta.runs.config import Config
 from fedelta.runs.runner import Run, open_run
@@ -66,29 +67,38 @@ def serve(
         scratch, logs = stack.enter_context(run_workspace(config))
         certificate = make_loopback_certificate(scratch / "certificate") if keys else None
         link = stack.enter_context(SuperLink(scratch, logs, certificate, port=None if keys else port))
-        node_clients = {link.register(admission.sites[name].file): name for name in names} if admission else None
+        site_list = SiteList(scratch / "sites.json", admission, link.register) if admission else None
         supervised = []
         if keys and certificate:
             command = _gateway_command(host, port, keys, link.address, certificate / "ca.crt")
             supervised.append(stack.enter_context(Supervised("gateway", lambda: command, child_environment(), logs)))
-        plan = {"resume": resume, "sites": True, "run": _run_identifier(logs / "run", resume)}
-        events = link.submit({**plan, "clients": names, "numbers": node_clients, "patience": patience}, observer)
-        link.follow(events, _make_process_check(supervised, observer))
+        plan = {
+            "resume": resume,
+            "sites": True,
+            "run": _run_identifier(logs / "run", resume),
+            "clients": names,
+            "numbers": str(site_list.file) if site_list else None,
+            "patience": patience,
+        }
+        events = link.submit(plan, observer)
+        link.follow(events, _make_check(supervised, site_list, observer))
     return open_run(config.folder)
 
 
-def _make_process_check(supervised: Sequence[Supervised], observer: Observer) -> Callable[[], None]:
-    """Return a function that restarts processes that have ended, and reports the nodes that the gateway refuses."""
+def _make_check(supervised: Sequence[Supervised], site_list: SiteList | None, observer: Observer) -> Callable[[], None]:
+    """Return a function that restarts processes that have ended, and reports who is refused, admitted or removed."""
     tails = [Tail(process.log) for process in supervised]
 
-    def check_processes() -> None:
+    def check() -> None:
+        if site_list is not None:
+            site_list.follow(observer)
         for process, tail in zip(supervised, tails, strict=True):
             process.restart_if_ended(observer)
             for line in tail.new_lines():
                 if line.startswith(REFUSED):
                     observer.warn(line)
 
-    return check_processes
+    return check
 
 
 def _gateway_command(host: str, port: int, keys: Path, superlink: str, authority: Path) -> list[str]:

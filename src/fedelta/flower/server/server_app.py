@@ -1,6 +1,7 @@
 """The ServerApp that Flower runs: a run whose rounds are exchanged over Flower's grid."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedelta.flower.server.engine import FlowerEngine, check_config
 from fedelta.flower.server.grid_client import GridClient
 from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
+from fedelta.flower.server.site_list import read_site_list
 from fedelta.learning.shards import read_splits
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.runner import MakeEngine, run
@@ -33,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     """Execute the plan, a JSON file that `SuperLink.submit` wrote.
 
     It holds `config`, `events`, `hold`, `resume`, `clients` and `patience`; if the sites have their own rows, also
-    `sites`, `run` and `numbers` (node → client).
+    `sites`, `run` and `numbers`, the file of a `SiteList`.
     """
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     end_with_holder(Path(plan["hold"]))
@@ -54,19 +56,21 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: ProgressWriter) -> None:
-    registered = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
+    follow = None if plan["numbers"] is None else partial(read_site_list, Path(plan["numbers"]))
+    registered = follow() if follow else None
     classes = read_splits(config.data, config.task)[1]
     question = {"settings": shared_settings(config), "classes": classes, "run": plan["run"]}
     checkpoint = RunFolder(config.folder, {}).checkpoint_file
     saved_ranks = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
     clients = sorted(saved_ranks or plan["clients"])
     grid_client = GridClient(grid, trusted=False)
-    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest)
+    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest, follow)
     nodes.ranks = dict(saved_ranks or {})
     events.say(f"waiting for {', '.join(clients)}")
     try:
         timeout = plan["patience"] if saved_ranks is None else min(plan["patience"], REJOIN_S)
-        nodes.wait(clients, len(clients), timeout)
+        expected = [client for client in clients if nodes.admits(client)]
+        nodes.wait(expected, len(expected), timeout)
     except TooFewUpdates as error:
         # A resumed run continues without the sites that are missing.
         if saved_ranks is None:
