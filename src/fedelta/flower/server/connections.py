@@ -145,7 +145,7 @@ class SiteConnection(H11Protocol):
         # Called while the error is handled. h11 knows the right status, such as 431 for headers that are too large.
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        headers = [("content-type", "text/plain; charset=utf-8"), ("connection", "close")]
+        headers = [("content-type", "text/plain"), ("connection", "close"), ("content-length", str(len(msg)))]
         with contextlib.suppress(h11.LocalProtocolError):
             for event in (
                 h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES.get(status, b"")),

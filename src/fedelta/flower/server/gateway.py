@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from fedelta.flower.server.admission import Admission, AdmittedSite
@@ -57,7 +57,7 @@ MIN_BODY_RATE = 64 * 2**10
 SUPERLINK_TIMEOUT_S = 120.0
 MAX_CLOCK_AHEAD_S, MAX_AGE_S = 5.0, 305.0
 """How far the time stamp of a request may be from this clock, as in Flower."""
-ROUTE_NAME = re.compile(r"[a-z]+(-[a-z]+)*")
+NODE_PATH = re.compile(r"/v1/fleet/([a-z]+(?:-[a-z]+)*)")
 UNKNOWN_KEY = "its key is not registered"
 """Body of the response to a key that is not admitted."""
 HOP_HEADERS = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "upgrade", "accept-encoding"}
@@ -99,9 +99,7 @@ class Gateway:
         self._log = log
         self._budget = ByteBudget(MAX_BODIES, MAX_BODY, MAX_REQUESTS_PER_SITE)
         self._pace = Pace(RATE_PER_SITE, BURST_PER_SITE)
-        self.app = Starlette(
-            routes=[Route("/{path:path}", self.handle, methods=["GET", "POST"])], lifespan=self._lifespan
-        )
+        self.app = Starlette(routes=[Mount("/", self._respond)], lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:  # noqa: ARG002
@@ -115,25 +113,31 @@ class Gateway:
         ) as self.client:
             yield
 
-    async def handle(self, request: Request) -> Response:
-        """Forward a node's request to the SuperLink, and return the response."""
-        name = request.path_params["path"].removeprefix("v1/fleet/")
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         try:
-            size = _body_size(request)
-            site = self._find_site(request)
-            await self._pace.wait(site.name)
-            _check_sender(request, site)
-            if request.method != "POST" or f"v1/fleet/{name}" != request.path_params["path"]:
-                raise Refused(404, "this path is not open to sites")
-            if not ROUTE_NAME.fullmatch(name):
-                raise Refused(404, "this path is not open to sites")
-            return await self._forward(request, site, name, size)
+            response = await self.handle(request)
         except Refused as refusal:
             who = f"{request.state.name!r} at {request.client.host if request.client else 'an unknown address'}"
             if refusal.reason:
                 self._log.add(f"a request of {who}", refusal.reason, refusal.detail)
             # A site that sends what is refused has to connect again, which slows it down.
-            return PlainTextResponse(str(refusal), refusal.status, CLOSE)
+            response = PlainTextResponse(str(refusal), refusal.status, CLOSE)
+        await response(scope, receive, send)
+
+    async def handle(self, request: Request) -> Response:
+        """Forward a node's request to the SuperLink, and return the response.
+
+        Raises:
+            Refused: if it is not forwarded.
+        """
+        size = _body_size(request)
+        site = self._find_site(request)
+        await self._pace.wait(site.name)
+        _check_sender(request, site)
+        if request.method != "POST" or not (path := NODE_PATH.fullmatch(request.scope["path"])):
+            raise Refused(404, "this path is not open to sites")
+        return await self._forward(request, site, path[1], size)
 
     def _find_site(self, request: Request) -> AdmittedSite:
         """Return the admitted site whose certificate the sender has."""
