@@ -60,7 +60,7 @@ def serve(
         folder.refuse_existing()
     elif (result := folder.result()) is not None and result["rounds"] >= config.rounds:
         return open_run(config.folder)
-    admission = _read_admission(keys) if keys else None
+    admission = read_admission(keys) if keys else None
     names = sorted(admission.sites) if admission else _site_names(sites, host)
     _check_port(host, port)
     with ExitStack() as stack:
@@ -128,7 +128,7 @@ def _run_identifier(file: Path, resume: bool) -> str:
     return file.read_text()
 
 
-def _read_admission(keys: Path) -> Admission:
+def read_admission(keys: Path) -> Admission:
     """Check the server's certificate, and return the sites that it admits.
 
     Raises:
