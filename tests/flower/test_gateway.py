@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from fedelta.flower.authority import PEM, Authority
 from fedelta.flower.certificates import load_public_key, make_certificates
 from fedelta.flower.server.gateway import MAX_BODY, MAX_HEADERS
 from fedelta.flower.signing import add_sites
+from fedelta.flower.site import server_checks
 from fedelta.flower.site.server_checks import check_admitted, reachable
 from gateway_process import GatewayProcess, gateway, read_response, request, signature
 
@@ -202,6 +204,26 @@ def test_sites_are_admitted_and_removed_while_the_gateway_runs(running: GatewayP
         assert b" 200 " in read_response(other)
     assert b"its key is not registered" in running.ask("east", request(signed(running, "east")))
     assert "request of 'CN=east'" not in running.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"), [(60, "6[01] s ahead of"), (-400, "(399|400) s behind"), (-100, ""), (4, "")]
+)
+def test_a_site_whose_clock_is_wrong_is_told_by_how_much(
+    ahead: int, words: str, running: GatewayProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WrongClock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=ahead)
+
+    monkeypatch.setattr(server_checks, "datetime", WrongClock)
+    address = f"127.0.0.1:{running.port}"
+    if not words:
+        check_admitted(address, running.site("north"))
+        return
+    with pytest.raises(authority_module.FedeltaError, match=f"the clock of this machine is {words} that of server"):
+        check_admitted(address, running.site("north"))
 
 
 def test_a_site_is_told_why_its_certificate_is_refused(

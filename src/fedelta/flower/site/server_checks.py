@@ -13,7 +13,7 @@ import httpx
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.flower.processes import LOOPBACK
-from fedelta.flower.server.gateway import MAX_CLOCK_AHEAD_S, UNKNOWN_KEY
+from fedelta.flower.server.gateway import MAX_AGE_S, MAX_CLOCK_AHEAD_S, UNKNOWN_KEY
 from fedelta.flower.site.tls import site_context
 
 CONNECT_TIMEOUT_S = 10.0
@@ -133,11 +133,11 @@ def check_admitted(server: str, keys: Path | None) -> None:
     with suppress(KeyError, ValueError, TypeError):
         ahead = (datetime.now(UTC) - parsedate_to_datetime(response.headers["date"])).total_seconds()
         # The server's time has whole seconds, and the response took a moment.
-        if abs(ahead) > MAX_CLOCK_AHEAD_S + 1:
+        if ahead > MAX_CLOCK_AHEAD_S + 1 or -ahead > MAX_AGE_S:
             direction = "ahead of" if ahead > 0 else "behind"
             raise FedeltaError(
                 f"the clock of this machine is {abs(ahead):.0f} s {direction} that of server {server}; "
-                f"they have to agree to {MAX_CLOCK_AHEAD_S:.0f} s"
+                f"expected at most {MAX_CLOCK_AHEAD_S:.0f} s ahead and {MAX_AGE_S:.0f} s behind"
             )
 
 
