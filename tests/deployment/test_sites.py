@@ -243,7 +243,11 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
 
 
 @pytest.mark.slow
-def test_a_site_joins_and_another_is_removed_between_rounds(tiny_config: Any, tmp_path: Path) -> None:
+def test_a_site_joins_and_another_is_removed_between_rounds(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scratch := tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     changes = {**MIXED, "federation": {"deadline": 300.0}}
     config = tiny_config(name="apart", rounds=1000, **changes)
     with Federation(config, tmp_path / "sites") as federation:
@@ -267,9 +271,16 @@ def test_a_site_joins_and_another_is_removed_between_rounds(tiny_config: Any, tm
         assert federation.wait(NAMES[0], 120) == 2
         assert "does not know the key" in federation.output(NAMES[0])
         federation.wait_for_rounds(removed + 6)
-        federation.processes["server"].send_signal(signal.SIGTERM)
-        assert federation.wait("server", 30) == 143
-        assert "--resume continues from them" in federation.output("server")
+        assert list(scratch.glob("fedelta-*"))
+        for name, number, line in (
+            ("server", signal.SIGTERM, "--resume continues from them"),
+            (NAMES[1], signal.SIGHUP, "the same command takes part again"),
+            (NAMES[2], signal.SIGTERM, "the same command takes part again"),
+        ):
+            federation.processes[name].send_signal(number)
+            assert federation.wait(name, 30) == 128 + number
+            assert line in federation.output(name).splitlines()[-1]
+        assert not list(scratch.glob("fedelta-*"))
     records = [json.loads(line) for line in (config.folder / "rounds.jsonl").read_text().splitlines()]
     clients = [set(record["clients"]) for record in records]
     assert clients[0] == {NAMES[0], NAMES[1]}
@@ -308,6 +319,9 @@ def test_a_killed_server_resumes_with_sites_that_stayed_up_and_one_that_was_rest
         assert federation.wait("server") == 0, federation.output("server")
         for name in NAMES:
             assert federation.wait(name, 60) == 0, federation.output(name)
+            assert "clock" not in federation.output(name)
+        assert "refused" not in federation.output("server")
+        assert "clock" not in federation.output("server")
     apart = open_run(config.folder)
     assert len(apart.records) == 8
     assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in whole.records]

@@ -1,6 +1,7 @@
 """Certificates for sites that join later or make their own keys, and the renewal of certificates.
 
-A site makes its key and a signing request; only the request travels. Whoever holds the authority signs it.
+A site makes its key and a signing request; only the request travels. The holder of the authority signs
+it.
 """
 
 from collections.abc import Sequence

@@ -46,7 +46,7 @@ MAX_BODY = 16 * 2**20
 MAX_BODIES = 96 * 2**20
 """Maximum size in bytes of all requests that are in memory."""
 MAX_REQUESTS_PER_SITE = 8
-RATE_PER_SITE, BURST_PER_SITE = 50.0, 100
+RATE_PER_SITE, BURST_PER_SITE = 30.0, 100
 """Requests per second of a site, and how many may come at once. A node sends about four per second."""
 MAX_HEADERS = 64
 PIECE = 256 * 2**10

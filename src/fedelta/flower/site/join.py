@@ -77,13 +77,15 @@ def join(
             _report(trainer_log, observer)
             for process in supervised:
                 process.restart_if_ended(observer)
-            # A node that the server does not know ends as if it had been asked to, with exit code 0.
-            if node.exit_code == 0 or _was_refused(node, node_log):
-                check_admitted(server, keys)
-                refusals.add(observer, forgotten=node.exit_code == 0)
-                node.restart()
-            else:
-                node.restart_if_ended(observer)
+            if node.exit_code is not None:
+                was_refused = any(REFUSAL in line for line in node_log.new_lines())
+                # A node that the server no longer knows ends as if it had been asked to, with exit code 0.
+                if was_refused or node.exit_code == 0:
+                    check_admitted(server, keys)
+                    refusals.add(observer, forgotten=not was_refused)
+                    node.restart()
+                else:
+                    node.restart_if_ended(observer)
             server_watch.check(observer)
             time.sleep(0.2)
         _report(trainer_log, observer)
@@ -95,11 +97,6 @@ def _node_environment(scratch: Path) -> dict[str, str]:
     flower_home = scratch / "flwr"
     flower_home.mkdir()
     return child_environment(FLWR_HOME=str(flower_home))
-
-
-def _was_refused(node: Supervised, log: Tail) -> bool:
-    """Return whether the node has ended because the server refused its first request."""
-    return node.exit_code is not None and any(REFUSAL in line for line in log.new_lines())
 
 
 def _trainer(config: Config, site: Mapping[str, Any], scratch: Path, socket_path: str, logs: Path) -> Supervised:
