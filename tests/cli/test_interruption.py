@@ -4,9 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 PROGRAM = """
 import sys, time
@@ -107,3 +111,40 @@ with scratch_folder() as folder:
     for child in (alive, other):
         child.communicate("")
     assert [path.name for path in tmp_path.iterdir()] == ["fedelta-of-another-program"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["run", "compare", "sweep", "run --engine flower"])
+def test_no_process_of_a_command_survives_a_signal(
+    command: str, number: signal.Signals, tiny_config: Any, tmp_path: Path
+) -> None:
+    (scratch := tmp_path / "tmp").mkdir()
+    settings = tiny_config(rounds=500, workers=2, method="fedex").dump()
+    if command == "sweep":
+        config = {key: settings[key] for key in ("model", "data", "partition", "training", "ranks", "lora")}
+        axes = {"method": {"FedEx": {"method": "fedex"}, "zero padding": {"method": "zero-padding"}}}
+        config |= {"rounds": 500}
+        settings = {"name": "grid", "output": str(tmp_path / "grid"), "seeds": [0], "config": config, "axes": axes}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    name, *options = command.split()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fedelta.cli", name, str(tmp_path / "config.yaml"), *options],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    until = time.monotonic() + 200
+    while child.poll() is None and not any(file.stat().st_size for file in tmp_path.rglob("rounds.jsonl")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    descendants = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(number)
+    _, printed = child.communicate(timeout=30)
+    assert child.returncode == 128 + number, printed
+    assert printed.splitlines()[-1].startswith("stopped; finished rounds are kept")
+    assert not list(scratch.glob("fedelta-*"))
+    psutil.wait_procs(descendants, timeout=10)
+    assert not [each for each in descendants if each.is_running()]

@@ -87,6 +87,9 @@ def test_the_rounds_go_on_under_attack(kind: str, federation: Federation) -> Non
     finally:
         attacker.kill()
         attacker.wait()
+    # Other programs of this machine may come and go: the slower of the two paces without the attack counts.
+    time.sleep(2)
+    undisturbed = min(undisturbed, pace(federation, MEASURE_S)[0])
     records = [json.loads(line) for line in (federation.config.folder / "rounds.jsonl").read_text().splitlines()]
     print(f"{kind}: {undisturbed * 60:.0f} rounds a minute, {disturbed * 60:.0f} under attack, gateway {memory:.0f} MB")
     assert gateway.is_running(), "the gateway was restarted"

@@ -77,7 +77,11 @@ class Pace:
 
     async def wait(self, site: str) -> None:
         """Wait until the site may send its next request."""
+        due = self.count(site)
+        await asyncio.sleep(max(0.0, due - time.monotonic() - self.burst / self.rate))
+
+    def count(self, site: str, requests: int = 1) -> float:
+        """Count requests of a site, and return when all of its requests so far would be served at this rate."""
         now = time.monotonic()
-        # The moment at which all requests so far would have been served at this rate.
-        due = self._due[site] = max(now, self._due.get(site, now)) + 1 / self.rate
-        await asyncio.sleep(max(0.0, due - now - self.burst / self.rate))
+        due = self._due[site] = max(now, self._due.get(site, now)) + requests / self.rate
+        return due

@@ -46,8 +46,10 @@ MAX_BODY = 16 * 2**20
 MAX_BODIES = 96 * 2**20
 """Maximum size in bytes of all requests that are in memory."""
 MAX_REQUESTS_PER_SITE = 8
-RATE_PER_SITE, BURST_PER_SITE = 30.0, 100
+RATE_PER_SITE, BURST_PER_SITE = 20.0, 100
 """Requests per second of a site, and how many may come at once. A node sends about four per second."""
+FAILURE_COST = 10
+"""Number of requests that one counts for if the SuperLink refuses it."""
 MAX_HEADERS = 64
 PIECE = 256 * 2**10
 """Bytes of a body that are encrypted for the SuperLink at a time, so that its memory is not needed twice."""
@@ -163,6 +165,8 @@ class Gateway:
             except httpx.HTTPError as error:
                 text = f"the SuperLink does not respond: {type(error).__name__}"
                 return PlainTextResponse(text, 503)
+        if response.status_code >= 400:
+            self._pace.count(site.name, FAILURE_COST)
         if response.status_code >= 400 and name in ("activate-node", "register-node"):
             reason = "another node uses its key, or lost its connection less than a minute ago"
             self._log.add(f"site {site.name}", reason)

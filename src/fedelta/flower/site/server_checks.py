@@ -58,15 +58,15 @@ class ServerWatch:
         if time.monotonic() - self._last_check < SERVER_CHECK_S:
             return
         self._last_check = time.monotonic()
+        reason = f"the server at {self._server} is gone; waiting for it to come back (Ctrl-C ends this)"
         try:
             is_reachable = reachable(self._server, self._keys)
-        except FedeltaError:
-            # The site trusted the server before, so a different program is at its address now.
-            is_reachable = False
+        except FedeltaError as error:
+            # Another program is at the server's address now, or a certificate has expired.
+            is_reachable, reason = False, str(error)
         if is_reachable == self._is_gone:
             self._is_gone = not is_reachable
-            change = "is back" if is_reachable else "is gone; waiting for it to come back (Ctrl-C ends this)"
-            observer.say(f"the server at {self._server} {change}")
+            observer.say(f"the server at {self._server} is back" if is_reachable else reason)
 
 
 class Refusals:
