@@ -205,7 +205,10 @@ def test_two_exports_into_one_folder_are_refused(
     )
 
 
-def test_ctrl_c_says_that_finished_rounds_are_kept_and_fails(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_that_finished_rounds_are_kept_and_fails(
+    number: signal.Signals, config: Path, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fedelta.cli", "run", str(config), "rounds=500"],
         stderr=subprocess.PIPE,
@@ -215,9 +218,9 @@ def test_ctrl_c_says_that_finished_rounds_are_kept_and_fails(config: Path, tmp_p
     rounds = tmp_path / "runs" / "tiny" / "rounds.jsonl"
     while process.poll() is None and not (rounds.exists() and rounds.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "--resume continues from them" in printed
 
 

@@ -441,3 +441,41 @@ def test_an_outlier_does_not_use_up_a_place_in_the_round_and_is_skipped() -> Non
     _, outcome = world.server.step(world.state, world.round().values())
     assert outcome.contributors == ["b", "c", "d"]
     assert "the norm of its adapter grew to" in outcome.skipped["a"]
+
+
+def test_a_client_joins_once_its_node_has_answered_and_leaves_with_its_key() -> None:
+    registered = {1: "a", 2: "b"}
+    grid_client, messages = GridClient(lambda _: None, [1, 2, 9]), []
+    registry = NodeRegistry(grid_client, ["a", "b"], registered, {}, print, 2, lambda: registered)  # type: ignore[arg-type]
+    registry.refresh()
+    # Node 9 is online before its name is known here, so it is not asked yet.
+    assert [message.node for message in grid_client.sent] == [1, 2]
+    registered = {1: "a", 2: "b", 9: "late"}
+    registry.refresh()
+    assert [json.loads(message.blob)["client"] for message in grid_client.sent] == ["a", "b", "late"]
+    assert "late" not in registry
+    registry.accept(Incoming(NodeKey(9), {"clients": ["b"], "base": "w", "rank": 2, "rows": 7}, b""))
+    assert registry["late"] == 9
+    world = World("fedex", deadline=0.05)
+    engine, state = world.engine, world.state
+    engine.nodes, engine.observer, engine._declined = registry, SimpleNamespace(say=messages.append), {}  # type: ignore[assignment]
+    registered = {1: "a", 9: "late"}
+    state = engine.update_clients(state)
+    assert sorted(state.ranks) == ["a", "late"]
+    assert messages[0] == "round 0: late joins with 7 rows at rank 2"
+    assert engine.update_clients(state) is state
+
+
+def test_a_round_does_not_wait_for_a_site_that_was_removed() -> None:
+    world = World(deadline=60.0)
+    world.behave["b"] = lambda _: None
+    registered = {number: client for client, number in NODES.items()}
+
+    def follow() -> dict[int, str]:
+        # The site is removed after its message was sent.
+        if any(isinstance(message.key, RoundKey) for message in world.grid_client.sent):
+            registered.pop(NODES["b"], None)
+        return registered
+
+    world.nodes._registered, world.nodes._follow = registered, follow
+    assert reason(world.round()["b"]) == "its site was removed"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import warnings
 from enum import StrEnum
@@ -13,6 +14,7 @@ import typer
 from fedelta import __version__
 from fedelta.cli.arguments import Command
 from fedelta.cli.configuration import config
+from fedelta.cli.interruption import Interruption
 from fedelta.cli.printing import MAX_PATH, print_error, print_path, print_text
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
@@ -38,6 +40,12 @@ app = typer.Typer(
 INTERRUPTED = 130
 # Typer brings its own click in some versions, so that `import click` is not certain to name these exceptions.
 _UsageError: Any = typer.BadParameter.__base__
+SAVED = {
+    **dict.fromkeys(("run", "compare", "serve"), "finished rounds are kept; --resume continues from them"),
+    "sweep": "finished rounds are kept; the same command continues from them",
+    "join": "the same command takes part again",
+}
+"""Command → what is left when a signal ends it, and how to continue."""
 _python_showwarning = warnings.showwarning
 
 
@@ -251,25 +259,40 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show_warning
+    with Interruption() as interruption:
+        code = _run_command(interruption)
+    sys.exit(code)
+
+
+def _run_command(interruption: Interruption) -> int:
+    """Run the command, and return its exit code. Errors and interruptions are one line each."""
     try:
         # Without standalone mode Typer returns the exit code, including that of Ctrl-C.
         code = app(standalone_mode=False) or 0
-    except FedeltaError as error:
-        code = _fail(str(error))
-    except OSError as error:
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
-    except _UsageError as error:
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # A signal that also ends the command's processes may first appear as their error.
+        code = INTERRUPTED if interruption.number is not None else _explain(error)
+    if code != INTERRUPTED:
+        return code
+    err.print(f"stopped; {SAVED.get(sys.argv[1] if sys.argv[1:] else '', 'nothing was written')}")
+    # The exit code of a program that a signal has ended.
+    return 128 + (interruption.number or signal.SIGINT)
+
+
+def _explain(error: Exception) -> int:
+    """Print an error of the user or the system as one line, and return the exit code. Other errors are raised."""
+    if isinstance(error, FedeltaError):
+        return _fail(str(error))
+    if isinstance(error, OSError):
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    if isinstance(error, _UsageError):
         # Typer's own usage errors, such as an unknown option or a missing argument, are one line too. Typer and click
         # both add a suggestion.
         message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message())
-        code = _fail(message) if message else 2
-    if code == INTERRUPTED:
-        trains = sys.argv[1:2] in (["run"], ["compare"], ["serve"])
-        saved = "finished rounds are kept; --resume continues from them" if trains else "nothing was written"
-        if sys.argv[1:2] == ["sweep"]:
-            saved = "finished rounds are kept; the same command continues from them"
-        err.print(f"stopped; {saved}")
-    sys.exit(code)
+        return _fail(message) if message else 2
+    raise error
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

@@ -1,6 +1,5 @@
 """Progress of a run: bars for rounds, clients and evaluation on a terminal, and a line per round elsewhere."""
 
-import signal
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from fedelta.cli.bars import Bars, time_left
+from fedelta.cli.interruption import Interruption
 from fedelta.cli.printing import MAX_NOTE, print_text
 from fedelta.errors import printable, quantity
 from fedelta.federation.engines import Observer
@@ -131,31 +131,19 @@ class TerminalProgress(MessagePrinter):
         self.rounds = self._task("rounds", None)
         self.clients = self._task("clients", None)
         self.evaluation = self._task("evaluation", None, visible=False)
-        self._interrupted = False
-        self._handler: Any = None
+        self._interruption = Interruption()
 
     def _task(self, name: str, total: int | None, **options: Any) -> TaskID:
         return self.progress.add_task(name, total=total, note="", before=0, **options)
 
     def __enter__(self) -> "TerminalProgress":
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._interruption.__enter__()
         self.progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-
-    def _interrupt(self, *_: Any) -> None:
-        self._interrupted = True
-        raise KeyboardInterrupt
-
-    def _stop_if_interrupted(self) -> None:
-        """End the run at the next event after Ctrl-C, in case a library has swallowed the exception."""
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._interruption.__exit__()
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
         self._round_began = time.monotonic()
@@ -172,14 +160,14 @@ class TerminalProgress(MessagePrinter):
         self.progress.reset(self.clients, total=clients, note="")
 
     def client_done(self, client: str) -> None:
-        self._stop_if_interrupted()
+        self._interruption.check()
         self.progress.update(self.clients, advance=1, note=printable(client, MAX_NOTE))
 
     def evaluation_started(self, split: str, texts: int) -> None:
         self.progress.reset(self.evaluation, total=texts, note=printable(split, MAX_NOTE), visible=True)
 
     def evaluation_advanced(self, texts: int) -> None:
-        self._stop_if_interrupted()
+        self._interruption.check()
         self.progress.update(self.evaluation, advance=texts)
 
     def round_done(self, record: Any) -> None:

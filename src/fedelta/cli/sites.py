@@ -13,7 +13,7 @@ from fedelta.errors import FedeltaError
 def serve(
     arguments: Arguments = None,
     keys: Annotated[
-        Path | None, typer.Option(help="Folder with server.crt, server.key and sites/NAME.pub of each site.")
+        Path | None, typer.Option(help="Folder with server.crt, server.key, ca.crt and sites/NAME.pub of each site.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int, typer.Option(help="Port on which sites reach this server.", min=1, max=65535)] = 9092,
@@ -50,7 +50,7 @@ def join(
     server: Annotated[str, typer.Option(help="Address of the server, as HOST:PORT.")] = "127.0.0.1:9092",
     data: Annotated[str, typer.Option(help="Rows of this site: a file or a folder. They stay on this machine.")] = "",
     rank: Annotated[int, typer.Option(help="Largest LoRA rank that this site can train.", min=1, max=10_000)] = 16,
-    keys: Annotated[Path | None, typer.Option(help="Folder with site.key and the server's ca.crt.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="Folder with site.key, site.crt and ca.crt.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and key; on loopback only.")] = False,
     name: Annotated[str | None, typer.Option(help="With --insecure: name of this site.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder for the logs of this site.")] = Path("site"),
@@ -79,10 +79,34 @@ def join(
 
 
 def keys(
-    folder: Annotated[Path, typer.Argument(help="Folder to create; it must not exist.")],
-    sites: Annotated[str, typer.Option(help="Names of the sites, separated by commas.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to create, or with --add, --sign and --renew, to extend.")],
+    sites: Annotated[str, typer.Option(help="Names of the sites, separated by commas.")] = "",
     hosts: Annotated[str, typer.Option(help="Names or addresses of the server, separated by commas.")] = "",
+    request: Annotated[
+        str, typer.Option(metavar="NAME", help="At a site: make its key, and a request for its certificate.")
+    ] = "",
+    sign: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Sign the request of a site; may be repeated.")
+    ] = None,
+    add: Annotated[str, typer.Option(help="Names of more sites, separated by commas.")] = "",
+    renew: Annotated[bool, typer.Option("--renew", help="Make new certificates; the keys stay the same.")] = False,
 ) -> None:
     """Create certificates and keys for a deployment: one folder for the server, one for each site."""
-    for written in flower_part("certificates").make_certificates(folder, names(sites), names(hosts)):
-        print_text(out, written, limit=MAX_PATH)
+    if sum(map(bool, (sites, request, sign, add, renew))) != 1:
+        raise FedeltaError("keys: pass one of --sites NAMES, --add NAMES, --request NAME, --sign FILE and --renew")
+    if hosts and not sites:
+        raise FedeltaError("keys: --hosts works with --sites only; --renew keeps the names of the server")
+    if sites:
+        written = flower_part("certificates").make_certificates(folder, names(sites), names(hosts))
+    else:
+        signing = flower_part("signing")
+        if request:
+            written = signing.request_certificate(folder, request)
+        elif sign:
+            written = signing.sign_requests(folder, sign)
+        elif add:
+            written = signing.add_sites(folder, names(add))
+        else:
+            written = signing.renew(folder)
+    for file in written:
+        print_text(out, file, limit=MAX_PATH)

@@ -141,6 +141,10 @@ class Engine(ABC):
             inside: counts the seconds of each phase inside workers.
         """
 
+    def update_clients(self, state: ServerState) -> ServerState:
+        """Add the clients that have joined since the last round to the state, and remove those that have left."""
+        return state
+
     def events(self) -> Events:
         """Return the engine's keys for the round's line of `rounds.jsonl`, and start counting for the next round."""
         return {"late": {}, "bytes_late": 0, "caught_up": {}}
@@ -166,6 +170,7 @@ class Engine(ABC):
         # After a resume the shared base has no patches, but clients that were up to date expect them.
         self.trainer.catch_up(state.log.since(self.trainer.base.version))
         while state.round < rounds:
+            state = self.update_clients(state)
             due = (state.round + 1) % evaluate_every == 0 or state.round + 1 == rounds
             state = self._round(state, due)
         return state

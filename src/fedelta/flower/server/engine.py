@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.rounds import Draw, Engine, EngineContext
+from fedelta.federation.membership import change_clients, why_not_join
 from fedelta.federation.records import Events
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import ServerState
 from fedelta.flower.server.grid_client import Incoming
-from fedelta.flower.server.node_registry import POLL_S, NodeRegistry
+from fedelta.flower.server.node_registry import POLL_S, REMOVED, NodeRegistry
 from fedelta.flower.server.round_exchange import RoundExchange, RoundKey
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.learning.training.stopwatch import Stopwatch
@@ -50,11 +51,33 @@ class FlowerEngine(Engine):
         self._late: dict[str, int] = {}
         self._bytes_late = 0
         self._caught_up: dict[str, int] = {}
+        self._declined: dict[str, str] = {}
 
     def events(self) -> Events:
         events: Events = {"late": self._late, "bytes_late": self._bytes_late, "caught_up": self._caught_up}
         self._late, self._bytes_late, self._caught_up = {}, 0, {}
         return events
+
+    def update_clients(self, state: ServerState) -> ServerState:
+        self.nodes.refresh()
+        left = [client for client in state.ranks if not self.nodes.admits(client)]
+        joined: dict[str, int] = {}
+        for client in self.nodes.clients:
+            if client in state.ranks or client not in self.nodes:
+                continue
+            rank = self.nodes.capabilities[client].rank or 0
+            if (reason := why_not_join(self.server, state, rank)) is None:
+                joined[client] = self.nodes.ranks[client] = rank
+            elif self._declined.get(client) != reason:
+                self._declined[client] = reason
+                self.observer.warn(f"{client} can't join this run: {reason}")
+        for client, rank in joined.items():
+            rows = self.nodes.capabilities[client].rows
+            self.observer.say(f"round {state.round}: {client} joins with {rows} rows at rank {rank}")
+        for client in left:
+            self.nodes.ranks.pop(client, None)
+            self.observer.say(f"round {state.round}: {client} is removed")
+        return change_clients(self.server, state, joined, left)
 
     def replies(
         self,
@@ -75,6 +98,8 @@ class FlowerEngine(Engine):
             while client not in exchange:
                 if exchange.usable >= exchange.max_updates:
                     exchange.give_up(client, f"{exchange.max_updates} others came first")
+                elif not self.nodes.admits(client):
+                    exchange.give_up(client, REMOVED)
                 elif time.monotonic() > until:
                     exchange.give_up(client, f"TimeoutError: no reply within {settings.deadline:.0f} s")
                 elif not self._receive(exchange):

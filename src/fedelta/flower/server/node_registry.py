@@ -15,6 +15,8 @@ from fedelta.protocol.validation import MAX_EXAMPLES
 AWAY = "its site is away"
 """Reason why a client whose node is offline is skipped."""
 
+REMOVED = "its site was removed"
+"""Reason why a client is skipped whose key is no longer in the server's folder."""
 POLL_S = 0.1
 REFRESH_S = 1.0
 """Minimum seconds between two requests for the list of nodes that are online."""
@@ -59,6 +61,7 @@ class NodeRegistry:
         question: the JSON object that each node is asked with.
         warn: called with a line about each node that cannot take part.
         max_rank: the highest rank that a site may state; None if ranks are not checked.
+        follow: returns `registered` as it is at the moment; None if it does not change.
 
     Attributes:
         capabilities: client → what its site states about itself.
@@ -74,6 +77,7 @@ class NodeRegistry:
         question: Mapping[str, Any],
         warn: Callable[[str], None],
         max_rank: int | None = None,
+        follow: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.grid_client = grid_client
         self.clients = list(clients)
@@ -81,6 +85,7 @@ class NodeRegistry:
         self._question = question
         self._warn = warn
         self._max_rank = max_rank
+        self._follow = follow
         self._asked: set[int] = set()
         self._reported: dict[int, str] = {}
         self._last_refresh = -REFRESH_S
@@ -95,6 +100,10 @@ class NodeRegistry:
 
     def __contains__(self, client: str) -> bool:
         return self._nodes.get(client) in self._online
+
+    def admits(self, client: str) -> bool:
+        """Return whether a node is registered for this client, or nodes may name their own clients."""
+        return self._registered is None or client in self._registered.values()
 
     def require_base(self, base: str) -> None:
         """Require this base model and the current ranks, from the known sites and from those that come later.
@@ -119,7 +128,14 @@ class NodeRegistry:
         if time.monotonic() - self._last_refresh < REFRESH_S:
             return
         self._last_refresh = time.monotonic()
+        if self._follow is not None:
+            self._registered = self._follow()
+            self.clients = sorted({*self.clients, *self._registered.values()})
+            # A client whose key was removed or replaced is not served by its old node.
+            self._nodes = {c: node for c, node in self._nodes.items() if self._registered.get(node) == c}
         self._online = set(self.grid_client.grid.get_node_ids())
+        if self._registered is not None:
+            self._online &= self._registered.keys()
         # A node that was offline may have come back as a different process.
         self._asked &= self._online
         new = sorted(self._online - self._asked)

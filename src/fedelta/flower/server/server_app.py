@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedelta.flower.server.farewell import AWAY_S, dismiss, read_farewell
 from fedelta.flower.server.grid_client import GridClient
 from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
+from fedelta.flower.server.site_list import read_site_list
 from fedelta.learning.shards import Shard, read_splits
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.runner import MakeEngine, run
@@ -35,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     """Execute the plan, a JSON file that `SuperLink.submit` wrote.
 
     It holds `config`, `events`, `hold`, `resume`, `accept_changed_data`, `clients` and `patience`; if the sites have
-    their own rows, also `sites`, `run` and `numbers` (node → client).
+    their own rows, also `sites`, `run` and `numbers`, the file of a `SiteList`.
     """
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     end_with_holder(Path(plan["hold"]))
@@ -62,19 +64,21 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: ProgressWriter) -> None:
-    registered = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
+    follow = None if plan["numbers"] is None else partial(read_site_list, Path(plan["numbers"]))
+    registered = follow() if follow else None
     classes = read_splits(config.data, config.task)[1]
     question = {"settings": shared_settings(config), "classes": classes, "run": plan["run"]}
     checkpoint = RunFolder(config.folder, {}).saved(events.warn) if plan["resume"] else None
     saved_ranks = None if checkpoint is None else checkpoint.state.ranks
     clients = sorted(saved_ranks or plan["clients"])
     grid_client = GridClient(grid, trusted=False)
-    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest)
+    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest, follow)
     nodes.ranks = dict(saved_ranks or {})
     events.say(f"waiting for {listed(clients, 20)}")
     try:
         timeout = plan["patience"] if saved_ranks is None else min(plan["patience"], REJOIN_S)
-        nodes.wait(clients, len(clients), timeout)
+        expected = [client for client in clients if nodes.admits(client)]
+        nodes.wait(expected, len(expected), timeout)
     except TooFewUpdates as error:
         # A resumed run continues without the sites that are missing.
         if saved_ranks is None:
