@@ -93,7 +93,9 @@ class Step:
                 yield replace(result, distance=result.cut)
                 continue
             terms = [part.mean_product(module).scaled(sign * part.weight) for sign, part in parts if part.weight]
-            yield self._folded(module, add(terms), None, weights.factor)
+            # Parts that cancel leave their rounding errors, which are not a result.
+            noise = torch.finfo(torch.float32).eps * max(term.norm() for term in terms) if len(terms) > 1 else 0.0
+            yield self._folded(module, add(terms), None, weights.factor, noise)
 
     def _of_method(self, group: list[str], method: Method) -> Iterator[Result]:
         contributions = self.folders.contributions(group)
@@ -121,12 +123,22 @@ class Step:
             )
         return Result(module, pair, low_rank, deviation)
 
-    def _folded(self, module: str, whole: Product, deviation: float | None, factor: float = 1.0) -> Result:
-        """Return a matrix times `factor` as one adapter of its numerical rank, cut to the requested rank."""
+    def _folded(
+        self, module: str, whole: Product, deviation: float | None, factor: float = 1.0, noise: float = 0.0
+    ) -> Result:
+        """Return a matrix times `factor` as one adapter of its numerical rank, cut to the requested rank.
+
+        Args:
+            module: name of the module.
+            whole: the matrix.
+            deviation: passed on to the result.
+            factor: factor of the result, which the matrix itself may not hold in fp32.
+            noise: singular values of the matrix up to this one are rounding errors.
+        """
         svd = whole.svd()
+        numerical = min(svd.rank(whole.dtype), int((svd.sigma > noise).sum()))
         svd = replace(svd, sigma=svd.sigma * factor)
         self._check_size(module, svd.sigma)
-        numerical = svd.rank(whole.dtype)
         rank = numerical if self.rank is None else min(self.rank, numerical)
         product = svd.cut(0, rank, whole.dtype)
         if rank and product.is_zero():
