@@ -131,9 +131,7 @@ def test_a_sum_takes_weights_as_they_are(
     assert all(report.deviation is None for report in done.modules)
 
 
-def test_a_sum_of_whole_heads_needs_weights_that_sum_to_1(
-    teams: list[Path], tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_a_sum_of_whole_heads_needs_weights_that_sum_to_1(teams: list[Path], tiny_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(FedeltaError, match="head classifier.bias is saved whole: .* sum to 1"):
         aggregate_folders(teams, tmp_path / "out", weights=[1, 1, -0.5], as_sum=True)
     aggregate_folders(teams, tmp_path / "out", weights=[1, 0.75, -0.75], as_sum=True)
@@ -144,7 +142,7 @@ def test_a_sum_that_cancels_is_zero_and_said(tiny_bert: Path, tmp_path: Path) ->
     path = no_head(save(tmp_path / "one", tiny_bert))
     done = aggregate_folders([path, path], tmp_path / "out", weights=[1, -1], as_sum=True)
     assert {report.norm for report in done.modules} == {0.0}
-    assert done.notes == (f"{path}: given twice, and counted twice",)
+    assert done.notes == (f"{path}: given and counted 2 times",)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +170,14 @@ def test_weights_that_have_no_result_are_one_line(
 
 
 @pytest.mark.parametrize("weights", [[1e300, 3e300], [1e-300, 3e-300], [5e-324, 1.5e-323], [5e307, 1.5e308]])
-def test_a_mean_depends_on_ratios_of_weights_only(
-    weights: list[float], tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_a_mean_depends_on_ratios_of_weights_only(weights: list[float], tiny_bert: Path, tmp_path: Path) -> None:
     paths = [save(tmp_path / str(i), tiny_bert, i) for i in range(2)]
     aggregate_folders(paths, tmp_path / "out", weights=weights)
     assert distance_from_sum(lambda: classifier(tiny_bert), paths, [1 / 4, 3 / 4], tmp_path / "out") < 1.5e-6
 
 
 @pytest.mark.parametrize("method", [None, "fedex", "flora", "replication", "hetlora", "flexlora"])
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e30), ("bfloat16", 1e30), ("float32", 3e18), ("float16", 6e4)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e30), ("bfloat16", 1e30), ("float32", 1e18)])
 def test_large_factors_give_a_finite_result_or_one_line(
     dtype: str, size: float, method: str | None, tiny_bert: Path, tmp_path: Path
 ) -> None:
@@ -194,17 +190,14 @@ def test_large_factors_give_a_finite_result_or_one_line(
                 for key, tensor in tensors.items()
             },
         )
-    try:
-        aggregate_folders(paths, tmp_path / "out", method=method and make_method(method))
-    except FedeltaError as refused:
-        assert size > 1e10, refused
-        assert "module bert.encoder.layer.0.attention.self.query" in str(refused)
-        assert str(tmp_path) in str(refused)
+    if size > 1e20:
+        with pytest.raises(FedeltaError, match=rf"{tmp_path}.*module bert.encoder.layer.0.attention.self.query"):
+            aggregate_folders(paths, tmp_path / "out", method=method and make_method(method))
         assert not (tmp_path / "out").exists()
-    else:
-        assert size < 1e30
-        for pair in open_adapter(tmp_path / "out").read().values():
-            assert torch.isfinite(pair.scale * pair.B @ pair.A).all()
+        return
+    aggregate_folders(paths, tmp_path / "out", method=method and make_method(method))
+    for pair in open_adapter(tmp_path / "out").read().values():
+        assert torch.isfinite(pair.scale * pair.B @ pair.A).all()
 
 
 def test_heads_that_do_not_fit_into_their_dtype_are_refused(tiny_bert: Path, tmp_path: Path) -> None:
@@ -213,7 +206,8 @@ def test_heads_that_do_not_fit_into_their_dtype_are_refused(tiny_bert: Path, tmp
         rewrite(
             path,
             lambda tensors: {
-                key: tensor if "lora_" in key else torch.full_like(tensor, 6e4).half() for key, tensor in tensors.items()
+                key: tensor if "lora_" in key else torch.full_like(tensor, 6e4).half()
+                for key, tensor in tensors.items()
             },
         )
     head = safetensors.torch.load_file(paths[0] / FILE)["base_model.model.classifier.bias"]

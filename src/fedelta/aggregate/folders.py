@@ -1,6 +1,7 @@
 """PEFT folders that are aggregated together: checks that they match, and their contributions one at a time."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,8 @@ class Folders:
     def notes(self) -> list[str]:
         """What was repaired, taken as equal or is missing, a line each."""
         notes = [note for folder in self.folders for note in folder.notes]
-        seen: dict[Path, str] = {}
-        for folder in self.folders:
-            first = seen.setdefault(folder.path.resolve(), folder.name)
-            if first is not folder.name:
-                notes.append(f"{folder.name}: given twice, and counted twice")
+        times = Counter(folder.path.resolve() for folder in self.folders)
+        notes += [f"{path}: given and counted {number} times" for path, number in times.items() if number > 1]
         return notes + self.base.notes + missing_layers(self.active, self.layers)
 
     def shares(self) -> list[tuple[str, float]]:

@@ -16,6 +16,7 @@ from fedelta.errors import FedeltaError, in_one_line
 from fedelta.lora.adapter import LoraPair
 from fedelta.lora.files.layout import Kind
 from fedelta.lora.files.peft_read import Layer, parameters_of
+from fedelta.lora.files.tensor_names import PREFIX
 from fedelta.lora.files.weights import Entry, opened, read_entries
 
 MAX_SAMPLE = 2**22
@@ -66,6 +67,9 @@ def check_with_peft(folder: Path, layers: Mapping[str, Layer], samples: Samples)
             filled = {layers[name].layout.module for name in samples.pairs}
             model: Any = peft.PeftModel(_stand_in(layers, entries, config, filled), config, low_cpu_mem_usage=True)
             state = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
+            # The base's own weight of an embedding must be where the factors of a sample are.
+            bases = {f"{PREFIX}{module}.base_layer.weight" for module in filled} & entries.keys()
+            state |= {key: torch.zeros(entries[key].shape) for key in bases}
             state |= _tensors(folder, layers, samples)
             loaded = peft.set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
     except FedeltaError:
@@ -94,7 +98,7 @@ def _tensors(folder: Path, layers: Mapping[str, Layer], samples: Samples) -> dic
 def _delta(model: Any, layer: Layer) -> Tensor:
     """ΔW of a layer as PEFT computes it, as an m×n matrix."""
     layout = layer.layout
-    module = model.get_submodule(f"base_model.model.{layout.module}")
+    module = model.get_submodule(f"{PREFIX}{layout.module}")
     delta: Tensor = module.get_delta_weight("default")
     if layout.kind == "parameter" and delta.ndim == 3:
         delta = delta[layout.expert]
@@ -136,7 +140,7 @@ def _stand_in(
     for owner, owned in nested.items():
         _attach_parameters(root, owner, owned, config, filled)
     for key, entry in entries.items():
-        name = key.removeprefix("base_model.model.")
+        name = key.removeprefix(PREFIX)
         if ".lora_" not in name and not name.endswith(".base_layer.weight"):
             module, _, parameter = name.rpartition(".")
             _node(root, module).register_parameter(
