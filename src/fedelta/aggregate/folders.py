@@ -114,6 +114,21 @@ class Folders:
             left -= size
         return groups
 
+    def check_memory(self, available: int) -> None:
+        """Raise if the sums of one module can't fit into memory. A header can claim any shape in a small file.
+
+        Args:
+            available: bytes that are free.
+        """
+        for module, layer in self.layers.items():
+            # The pairs of one folder, means in float64, and copies of the factors for the SVD.
+            size = 6 * min(self._sizes(module, 1)) + 20 * max(self.ranks(module)) * sum(layer.shape)
+            if size > available:
+                raise FedeltaError(
+                    f"module {module}: ranks up to {max(self.ranks(module))} of {layer.shape[0]}×{layer.shape[1]} need "
+                    f"about {size / 2**30:.3g} GB of memory, and {available / 2**30:.3g} GB are free"
+                )
+
     def makes_dense(self, sums: int = 1) -> bool:
         """Whether the number of folders is so large that a sum over them is smaller as a dense matrix."""
         return any(dense < factors for factors, dense in (self._sizes(module, sums) for module in self.layers))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedelta.aggregate.folders import Folders
+from fedelta.aggregate.gauge import Gauge
 from fedelta.aggregate.report import ModuleReport
 from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import LoraPair
@@ -82,14 +83,17 @@ class Step:
     def _exact(self, group: list[str]) -> Iterator[Result]:
         """The mean, or the sum Σ w_i ΔW_i as the difference of a positive and a negative part, each of them a mean."""
         zero, weights = self.folders.zero_adapter(group), self.folders.weights
-        parts = [(1, RankMoments(zero, self.folders.contributions(group), "total"))]
-        if any(weight < 0 for weight in weights.values):
-            parts.append((-1, RankMoments(zero, self.folders.contributions(group, -1), "total")))
+        gauge = Gauge(None)
+        signs = [1, -1] if any(weight < 0 for weight in weights.values) else [1]
+        parts = [
+            (sign, RankMoments(zero, map(gauge.align, self.folders.contributions(group, sign)), "total"))
+            for sign in signs
+        ]
         for module in group:
             if not weights.as_sum:
                 moments = parts[0][1]
-                deviation = _measured(deviation_from_zero_padding(moments, module))
-                result = self._folded(module, moments.mean_product(module), deviation)
+                deviation = None if module in gauge.rescaled else deviation_from_zero_padding(moments, module)
+                result = self._folded(module, moments.mean_product(module), _measured(deviation))
                 yield replace(result, distance=result.cut)
                 continue
             terms = [part.mean_product(module).scaled(sign * part.weight) for sign, part in parts if part.weight]
@@ -98,7 +102,7 @@ class Step:
             yield self._folded(module, add(terms), None, weights.factor, noise)
 
     def _of_method(self, group: list[str], method: Method) -> Iterator[Result]:
-        contributions = self.folders.contributions(group)
+        contributions = map(Gauge(method.name).align, self.folders.contributions(group))
         state = MethodState(0, self.folders.start_adapter(group, method))
         moments = method.fold(state, contributions, measured=True, ranks=self.folders.all_ranks)
         after, patches = method.conclude(state, moments)
@@ -194,5 +198,5 @@ def _distance(result: Result, mean: Product) -> float | None:
     return _measured(add(terms).norm() / size) if size > 0 else None
 
 
-def _measured(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _measured(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

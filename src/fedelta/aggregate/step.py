@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from fedelta.aggregate.folders import Folders
@@ -76,6 +77,7 @@ def aggregate_folders(
 
 def _write(folders: Folders, step: Step, output: Path, progress: Callable[[int, int], None]) -> list[ModuleReport]:
     """Write the output, have it read by PEFT, and return the reports of its modules, sorted by name."""
+    folders.check_memory(psutil.virtual_memory().available)
     heads, method = folders.mean_heads(), step.method
     sums = len(folders.all_ranks) if method is not None and method.covariance == "by rank" else 1
     # Dense sums are a few large products: one group at a time is as fast and needs less memory.

@@ -5,7 +5,6 @@ fields describe how the adapter was trained, or are written anew. A `REFUSED` fi
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fedelta.errors import FedeltaError
 CONFIG = "adapter_config.json"
 MAX_BYTES = 16 * 2**20
 MAX_RANK = 2**16
+MAX_PATTERNS = 20_000
 MAX_MATCHES = 10**7
 """Limit of patterns × modules. A real configuration has fewer than a million."""
 
@@ -140,8 +140,8 @@ def is_rank(value: Any) -> bool:
 
 
 def is_positive(value: Any) -> bool:
-    """Return True for a finite number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Return True for a number above 0 of a size that a scale can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 <= value <= 1e30
 
 
 def _is_names(value: Any) -> bool:
@@ -149,6 +149,8 @@ def _is_names(value: Any) -> bool:
 
 
 def _read_json(file: Path, name: str) -> dict[str, Any]:
+    if not file.is_file():  # a pipe would never end
+        raise FedeltaError(f"{name}: {CONFIG} is not a file")
     if file.stat().st_size > MAX_BYTES:
         raise FedeltaError(f"{name}: {CONFIG} has more than {MAX_BYTES // 2**20} MB, expected a small JSON file")
     content = file.read_bytes()
@@ -186,6 +188,8 @@ def _pattern(fields: Mapping[str, Any], key: str, default: Any, name: str) -> Pa
     valid, expected = (is_rank, "ranks") if key == "rank_pattern" else (is_positive, "positive numbers")
     if not isinstance(exceptions, dict):
         raise FedeltaError(f"{name}: {CONFIG}: {key} is {shown(exceptions)}, expected names and {expected}")
+    if len(exceptions) > MAX_PATTERNS:
+        raise FedeltaError(f"{name}: {CONFIG}: {key} has {len(exceptions)} names, expected at most {MAX_PATTERNS}")
     for expression, value in exceptions.items():
         if not valid(value):
             raise FedeltaError(f"{name}: {CONFIG}: {key} of {shown(expression)} is {shown(value)}, expected {expected}")

@@ -35,7 +35,14 @@ def locate(given: str | Path) -> Location:
         FedeltaError: naming what is there instead.
     """
     name = str(given)
-    path = Path(given)
+    try:
+        return _locate(name, Path(given))
+    except (OSError, ValueError) as error:  # no permission, a name that is too long or has a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise FedeltaError(f"{name[:160]}: {reason}") from error
+
+
+def _locate(name: str, path: Path) -> Location:
     if not os.path.lexists(path) and _is_hub_name(name):
         return Location(_download(name), name, "")
     if path.is_file():

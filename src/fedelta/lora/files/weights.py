@@ -70,7 +70,7 @@ def opened(folder: Path, name: str) -> Iterator[OpenWeights]:
     try:
         with ExitStack() as files:
             yield OpenWeights(folder, name, files)
-    except (safetensors.SafetensorError, OSError, OverflowError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError, MemoryError) as error:  # the latter of a failing mmap
         raise FedeltaError(f"{name}: {WEIGHTS}: {' '.join(str(error).split())[:120]}") from error
 
 
