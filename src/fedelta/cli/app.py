@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fedelta import __version__
+from fedelta.cli.aggregate import aggregate
 from fedelta.cli.arguments import Command
 from fedelta.cli.configuration import config
 from fedelta.cli.interruption import Interruption
@@ -109,7 +110,7 @@ def run(
         print_path(out, "profile", config.folder / "profile.json")
 
 
-for command in (sweep, serve, join, keys, config):
+for command in (sweep, aggregate, serve, join, keys, config):
     app.command(cls=Command)(command)
 
 
@@ -149,69 +150,6 @@ def methods() -> None:
     from fedelta.cli.methods_table import print_methods
 
     print_methods(out)
-
-
-@app.command(cls=Command)
-def aggregate(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR…", help="PEFT adapter folders of one base model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    method: Annotated[
-        str | None, typer.Option(help="Method whose server step is applied; default: the exact mean.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of the method, as key=value; may be repeated.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Weight of each folder, separated by commas; default: equal weights.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Cut the result to this rank.", min=1)] = None,
-    single: Annotated[bool, typer.Option("--single", help="Fold a base patch into the adapter.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Aggregate PEFT adapter folders offline: their exact weighted mean, or one server step of a method."""
-    from fedelta.aggregate.step import aggregate_folders
-    from fedelta.cli.aggregation_table import aggregation_json, aggregation_lines, aggregation_table
-    from fedelta.cli.bars import progress_bar
-
-    chosen = None if method is None else _method(method, option or [])
-    if option and chosen is None:
-        raise FedeltaError("--option needs a method: add --method NAME")
-    with progress_bar(err, "modules") as progress:
-        done = aggregate_folders(
-            folders,
-            output,
-            method=chosen,
-            weights=None if weights is None else _numbers(weights),
-            rank=rank,
-            single=single,
-            progress=progress,
-        )
-    if json:
-        sys.stdout.write(aggregation_json(done) + "\n")
-        return
-    out.print(aggregation_table(done))
-    for line in aggregation_lines(done):
-        print_text(out, line, limit=MAX_PATH)
-
-
-def _method(name: str, options: list[str]) -> Any:
-    from fedelta.files import parse_yaml
-    from fedelta.methods import make_method
-
-    values = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or not key:
-            raise FedeltaError(f"--option {option!r}: expected key=value, such as residual=rank=8")
-        values[key] = parse_yaml(value, f"--option {option[:60]!r}")
-    return make_method(name, **values)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise FedeltaError(f"--weights {text!r}: expected numbers separated by commas") from error
 
 
 @app.command(cls=Command)
