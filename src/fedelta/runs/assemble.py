@@ -11,6 +11,7 @@ from fedelta.errors import FedeltaError
 from fedelta.federation.client import Trainer
 from fedelta.federation.server import Server
 from fedelta.files import expand_variables
+from fedelta.learning.data.sources import local_places
 from fedelta.learning.digests import folder_state
 from fedelta.learning.in_memory import PREFIX
 from fedelta.learning.model.base_model import load_base, load_tokenizer
@@ -144,7 +145,9 @@ def splits_key(config: Config) -> str:
     changed is read again in the same process.
     """
     parts = {"data": config.data, "model": config.model, "task": config.task}
-    places = [expand_variables(config.data.source), expand_variables(config.model.name)]
-    files = {place: folder_state(Path(place).expanduser()) for place in places if not place.startswith(PREFIX)}
+    places = list(local_places(config.data))
+    if not config.model.name.startswith(PREFIX):
+        places.append(Path(expand_variables(config.model.name)).expanduser())
+    files = {str(place): folder_state(place) for place in places}
     settings = {name: part.model_dump() for name, part in parts.items()}
     return json.dumps({"config": settings, "files": files}, sort_keys=True)

@@ -128,7 +128,8 @@ def _settings(config: Config) -> dict[str, Any]:
     """The configuration without what the model does not depend on, and without paths."""
     data = {key: value for key, value in config.dump().items() if key not in NOT_ABOUT_THE_MODEL}
     data["model"]["name"] = _name(config.model.name)
-    data["data"]["source"] = _name(config.data.source)
+    source = config.data.source
+    data["data"]["source"] = _name(source) if isinstance(source, str) else [_name(file) for file in source]
     harness = data["evaluation"]["harness"]
     if harness and harness["include"]:
         harness["include"] = _name(harness["include"])

@@ -9,7 +9,8 @@ from flwr.app import MessageType
 
 from fedelta.flower.server.grid_client import Outgoing
 from fedelta.flower.server.node_registry import POLL_S, NodeRegistry
-from fedelta.lora.files.peft_read import CONFIG, WEIGHTS
+from fedelta.lora.files.adapter_config import CONFIG
+from fedelta.lora.files.locate import WEIGHTS
 from fedelta.protocol.failures import FAILURE
 from fedelta.protocol.farewell import Farewell
 

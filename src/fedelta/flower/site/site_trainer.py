@@ -24,7 +24,8 @@ from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
 from fedelta.learning.model.token_check import check_tokens
 from fedelta.learning.shards import Shard, build_shard
-from fedelta.lora.files.peft_read import CONFIG, WEIGHTS
+from fedelta.lora.files.adapter_config import CONFIG
+from fedelta.lora.files.locate import WEIGHTS
 from fedelta.protocol.failures import SiteRefusal
 from fedelta.protocol.farewell import Farewell
 from fedelta.protocol.messages import Broadcast

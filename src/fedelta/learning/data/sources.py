@@ -1,6 +1,6 @@
 """Sources of texts and labels: the built-in data set, local files and folders, rows in memory, or a hub."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,7 +8,7 @@ from fedelta.errors import FedeltaError, in_one_line
 from fedelta.files import expand_variables
 from fedelta.learning.data.cells import check_columns, complete_rows
 from fedelta.learning.data.duplicates import report_duplicates, without_duplicates
-from fedelta.learning.data.files import Loader, chosen_files, expand, folder_loaders, is_path, read_files
+from fedelta.learning.data.files import Loader, chosen_files, expand, folder_loaders, is_path, is_pattern, read_files
 from fedelta.learning.data.hub import load_hub
 from fedelta.learning.data.in_memory import PREFIX, remembered_data
 from fedelta.learning.data.labels import resolve_labels
@@ -134,3 +134,18 @@ def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
         return load_hub(source, settings.configuration)
     except OSError as error:
         raise FedeltaError(f"data source {source}: {error.strerror or in_one_line(error)}") from error
+
+
+def local_places(settings: DataSettings) -> Iterator[Path]:
+    """Yield the files and folders of this machine that the rows come from, whether they exist or not."""
+    for source in (settings.source,) if isinstance(settings.source, str) else settings.source:
+        if source.startswith(PREFIX) or source == BUILT_IN:
+            continue
+        path = Path(expand_variables(source)).expanduser()
+        if is_pattern(str(path)) and not path.exists():
+            yield from expand(source)
+        else:
+            yield path
+        for chosen in settings.splits.values():
+            if chosen is not None:
+                yield from (folder / chosen for folder in (path, path.parent))
