@@ -83,7 +83,7 @@ def test_splits_may_be_files(tmp_path: Path) -> None:
     for settings in (in_folder, beside, elsewhere):
         assert texts(settings)["test"] == expected
     missing = DataSettings(source=str(tmp_path / "mine.csv"), splits={"test": "absent"})
-    assert "has no split or file 'absent', found train" in refusal(missing)
+    assert "has no split 'absent', found train; nor is it a file" in refusal(missing)
     assert "no such file or folder" in refusal(missing.model_copy(update={"splits": {"test": "./absent.csv"}}))
 
 

@@ -151,9 +151,7 @@ def test_a_number_of_ten_thousand_digits_is_a_class_like_any_other(tmp_path: Pat
 def test_a_split_without_any_label_is_refused_with_another_one(tmp_path: Path) -> None:
     write(tmp_path, ["a", "b"] * 20, "train.csv")
     write(tmp_path, [""] * 20, "test.csv")
-    with pytest.raises(
-        FedeltaError, match="every row of test has an empty cell, the first in column 'label'"
-    ):
+    with pytest.raises(FedeltaError, match="every row of test has an empty cell, the first in column 'label'"):
         read_splits(DataSettings(source=str(tmp_path), missing="drop"), Classification())
 
 

@@ -99,7 +99,7 @@ def _file_loader(settings: DataSettings, columns: Columns, chosen: str, loaders:
         paths = chosen_files([chosen])
         return lambda: read_files(chosen, paths, settings, columns.uses)
     source = shorten(settings.title, 100, end=True)
-    raise FedeltaError(f"data.splits: {source} has no split or file {chosen!r}, found {listed(loaders)}")
+    raise FedeltaError(f"data.splits: {source} has no split {chosen!r}, found {listed(loaders)}; nor is it a file")
 
 
 def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
