@@ -124,8 +124,8 @@ def test_a_mistake_is_one_line_and_leaves_no_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides, expected = MISTAKES[mistake]
-    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.csv", "DAMAGED": tmp_path / "d", "FIVE": tmp_path / "f"}
-    places["NUMBERS"].write_text("label,author\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(40)))
+    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.jsonl", "DAMAGED": tmp_path / "d", "FIVE": tmp_path / "f"}
+    places["NUMBERS"].write_text("".join(f'{{"label": {i}, "author": "{"xy"[i % 2]}"}}\n' for i in range(40)))
     for folder in (places["DAMAGED"], places["FIVE"]):
         shutil.copytree(tiny_bert, folder)
     weights = places["DAMAGED"] / "model.safetensors"

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fedelta.errors import FedeltaError
@@ -83,7 +85,7 @@ def test_splits_may_be_files(tmp_path: Path) -> None:
     for settings in (in_folder, beside, elsewhere):
         assert texts(settings)["test"] == expected
     missing = DataSettings(source=str(tmp_path / "mine.csv"), splits={"test": "absent"})
-    assert "has no split or file 'absent', found train" in refusal(missing)
+    assert "has no split 'absent', found train; nor is it a file" in refusal(missing)
     assert "no such file or folder" in refusal(missing.model_copy(update={"splits": {"test": "./absent.csv"}}))
 
 
@@ -135,6 +137,22 @@ def test_a_copy_of_a_hub_repository_is_read_by_exact_names(tmp_path: Path) -> No
     assert "data/my-train-notes.csv: expected names train" in refusal(DataSettings(source=str(tmp_path)))
 
 
+def test_columns_of_parquet_that_are_not_used_may_have_any_type(tmp_path: Path) -> None:
+    cells = rows(0, 40)
+    maps = pa.array([[("k", 1)]] * 40, pa.map_(pa.string(), pa.int64()))
+    texts_view = pa.array(cells["text"][:], pa.string_view())
+    labels = pa.array(cells["label"][:]).dictionary_encode()
+    pq.write_table(pa.table({"text": texts_view, "label": labels, "more": maps}), tmp_path / "x.parquet")
+    splits, names = read_splits(DataSettings(source=str(tmp_path / "x.parquet")), Classification())
+    assert names == ["a", "b"]
+    assert "more" not in splits["train"].column_names
+
+
+def test_text_and_label_are_different_columns() -> None:
+    with pytest.raises(ValueError, match="text and label name the same column, 'x'"):
+        DataSettings(text=("a", "x"), label="x")
+
+
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "folder.csv").mkdir()
@@ -148,6 +166,8 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     }.items():
         assert reason in refusal(DataSettings(source=str(tmp_path / name)))
     assert "neither a file nor a folder" in refusal(DataSettings(source="/dev/zero"))
+    assert "no such file or folder" in refusal(DataSettings(source="/" + "z" * 200 + "/" + "x" * 200 + ".csv"))
+    assert "File name too long" in refusal(DataSettings(source="/" + "z" * 400 + "/x.csv"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

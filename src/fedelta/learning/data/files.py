@@ -17,7 +17,7 @@ from fedelta.learning.data.excel import read_excel
 from fedelta.learning.data.json_rows import read_json
 from fedelta.learning.data.settings import DataSettings, SplitName
 from fedelta.learning.data.streams import FORMATS, format_of, named, zip_format
-from fedelta.learning.data.table import FILE_COLUMN, Places, Table, as_dataset, join, listed, loaded_table
+from fedelta.learning.data.table import FILE_COLUMN, Places, Table, as_dataset, join, listed, loaded_table, shorten
 from fedelta.learning.data.tables import read_table
 
 Loader = Callable[[], Table]
@@ -132,10 +132,10 @@ def expand(source: str) -> list[Path]:
         paths = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         paths = [path for path in paths if path.is_file() and format_of(path)]
         if not paths:
-            raise FedeltaError(f"data source {source}: no data file matches this pattern")
+            raise FedeltaError(f"data source {shorten(source, 100, end=True)}: no data file matches this pattern")
         return paths
     if not path.exists():
-        raise FedeltaError(f"data source {source}: no such file or folder")
+        raise FedeltaError(f"data source {shorten(source, 100, end=True)}: no such file or folder")
     return [path]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedelta.settings import Settings
 
@@ -126,6 +126,12 @@ class DataSettings(Settings):
             except (LookupError, UnicodeError, ValueError) as error:
                 raise ValueError("not an encoding of texts, expected one such as utf-8, cp1252 or utf-16") from error
         return value
+
+    @model_validator(mode="after")
+    def _label_is_not_a_text(self) -> "DataSettings":
+        if self.label in self.text_columns:
+            raise ValueError(f"text and label name the same column, {self.label!r}")
+        return self
 
     @property
     def text_columns(self) -> tuple[str, ...]:

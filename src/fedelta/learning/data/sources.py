@@ -15,6 +15,7 @@ from fedelta.learning.data.labels import resolve_labels
 from fedelta.learning.data.pydoc import read_pydoc
 from fedelta.learning.data.settings import BUILT_IN, Columns, DataSettings, SplitName
 from fedelta.learning.data.splits import draw, hold_out
+from fedelta.learning.data.streams import named
 from fedelta.learning.data.table import Table, listed, loaded_table, shorten
 
 
@@ -99,7 +100,7 @@ def _file_loader(settings: DataSettings, columns: Columns, chosen: str, loaders:
         paths = chosen_files([chosen])
         return lambda: read_files(chosen, paths, settings, columns.uses)
     source = shorten(settings.title, 100, end=True)
-    raise FedeltaError(f"data.splits: {source} has no split or file {chosen!r}, found {listed(loaders)}")
+    raise FedeltaError(f"data.splits: {source} has no split {chosen!r}, found {listed(loaders)}; nor is it a file")
 
 
 def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
@@ -129,11 +130,11 @@ def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
             paths = expand(source)
             for file in paths:
                 if not file.is_file():
-                    raise FedeltaError(f"data source {source}: neither a file nor a folder")
+                    raise FedeltaError(f"data source {named(file)}: neither a file nor a folder")
             return {"train": lambda: read_files(source, paths, settings, columns.uses)}
         return load_hub(source, settings.configuration)
     except OSError as error:
-        raise FedeltaError(f"data source {source}: {error.strerror or in_one_line(error)}") from error
+        raise FedeltaError(f"data source {named(path)}: {error.strerror or in_one_line(error)}") from error
 
 
 def local_places(settings: DataSettings) -> Iterator[Path]:

@@ -14,6 +14,7 @@ import numpy as np
 from fedelta.errors import FedeltaError
 from fedelta.learning.data.examples import rows_by_value
 from fedelta.learning.data.settings import DataSettings
+from fedelta.learning.data.table import shorten
 from fedelta.seeds import derive_seed
 
 
@@ -49,7 +50,8 @@ def _held_out(
             train = result["train"]
             share, rows = getattr(settings, name), train.num_rows
             if not 0 < ceil(share * rows) < rows:
-                raise FedeltaError(f"data source {settings.title}: data.{name}={share} of {rows} rows leaves too few")
+                source = shorten(settings.title, 100, end=True)
+                raise FedeltaError(f"data source {source}: data.{name}={share} of {rows} rows leaves too few")
             seed = derive_seed(settings.split_seed, "split", name) % 2**32
             held = _rows_to_hold_out(train, ceil(share * rows), seed, settings, together, classes)
             if held is None:
@@ -70,7 +72,8 @@ def _rows_to_hold_out(
         cut = _whole_groups(train, together, order, number)
         if cut == train.num_rows:
             raise FedeltaError(
-                f"data source {settings.title}: all {cut} rows have the same {together!r}, so none can be held out"
+                f"data source {shorten(settings.title, 100, end=True)}: all {cut} rows have the same "
+                f"{shorten(together, 40)!r}, so none can be held out"
             )
         return order[:cut]
     return (draw_by_class(train[classes][:], number, seed, leave_one=True) or None) if classes is not None else None

@@ -94,13 +94,23 @@ class Table:
 
 
 def as_dataset(table: pa.Table) -> Any:
-    """Wrap an Arrow table as a `datasets.Dataset` in memory. Categories become their values."""
+    """Wrap an Arrow table as a `datasets.Dataset` in memory.
+
+    Categories become their values. Columns of types that a `Dataset` can't hold, such as maps, are left out.
+    """
     import datasets
 
-    for i, column in enumerate(table.schema):
+    for column in table.schema:
+        i = table.schema.get_field_index(column.name)
         if pa.types.is_dictionary(column.type):
-            plain = table.column(i).cast(column.type.value_type)
-            table = table.set_column(i, column.name, plain)
+            table = table.set_column(i, column.name, table.column(i).cast(column.type.value_type))
+        elif pa.types.is_string_view(column.type):
+            table = table.set_column(i, column.name, table.column(i).cast(pa.large_string()))
+        else:
+            try:
+                datasets.Features.from_arrow_schema(pa.schema([column]))
+            except (ValueError, NotImplementedError):
+                table = table.remove_column(i)
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 

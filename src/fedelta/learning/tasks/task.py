@@ -120,7 +120,7 @@ class Task(Settings, ABC):
 
 
 def labeled_texts(data: DataSettings, use: Use) -> Columns:
-    """The text columns and the label, none of which may be empty."""
+    """The text columns and the label. None of their cells may be empty."""
     uses: dict[str, Use] = dict.fromkeys(data.text_columns, "text")
     return Columns({**uses, data.label: use}, tuple((column,) for column in [*data.text_columns, data.label]))
 
