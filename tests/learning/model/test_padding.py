@@ -19,7 +19,13 @@ from fedelta.learning.model.token_check import check_tokens
 from fedelta.runs.export import export_run
 from fedelta.runs.runner import run
 
-TEXTS = ["<s> the color of ship", "<s> red", "<s> the <pad> color <pad>", "<s> a small old barn is brown . </s>", "blue </s> <pad>"]
+TEXTS = [
+    "<s> the color of ship",
+    "<s> red",
+    "<s> the <pad> color <pad>",
+    "<s> a small old barn is brown . </s>",
+    "blue </s> <pad>",
+]
 
 
 def classifier(folder: Path) -> tuple[Any, Any]:
@@ -41,7 +47,9 @@ PADDING = [0, 2, 5, None, 999, -1]
 
 @pytest.mark.parametrize("configured", PADDING)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "opt"])
-def test_the_logits_of_a_text_are_the_same_alone_and_in_any_batch(name: str, configured: int | None, copy_of: Any) -> None:
+def test_the_logits_of_a_text_are_the_same_alone_and_in_any_batch(
+    name: str, configured: int | None, copy_of: Any
+) -> None:
     model, tokenizer = classifier(copy_of(name, config={"pad_token_id": configured}))
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
     alone = torch.cat([logits(model, tokenizer, [text]) for text in TEXTS])
@@ -63,17 +71,15 @@ def test_a_nested_configuration_learns_the_padding_token(copy_of: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "expected"),
+    ("tokens", "expected"),
     [
-        ({"pad_token": "<pad>"}, 20, "<pad>"),
-        ({"pad_token": None, "eos_token": "</s>"}, 20, "</s>"),
-        ({"pad_token": None, "eos_token": None, "unk_token": "<unk>"}, 20, "<unk>"),
-        ({"pad_token": None, "eos_token": None, "unk_token": None, "bos_token": "<s>"}, 20, "<s>"),
+        ({"pad_token": "<pad>"}, "<pad>"),
+        ({"pad_token": None, "eos_token": "</s>"}, "</s>"),
+        ({"pad_token": None, "eos_token": None, "unk_token": "<unk>"}, "<unk>"),
+        ({"pad_token": None, "eos_token": None, "unk_token": None, "bos_token": "<s>"}, "<s>"),
     ],
 )
-def test_a_tokenizer_pads_with_a_token_that_the_model_has(
-    tokens: dict, rows: int, expected: str, architecture: Any
-) -> None:
+def test_a_tokenizer_pads_with_a_token_that_the_model_has(tokens: dict, expected: str, architecture: Any) -> None:
     from transformers import AutoConfig
 
     tokenizer = build_tokenizer()
@@ -114,7 +120,9 @@ def test_a_model_that_counts_positions_from_its_padding_keeps_it(copy_of: Any) -
     torch.testing.assert_close(logits(model, tokenizer, texts), alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "longest"), [("roberta", 62), ("bert", 64), ("bart", 64), ("opt", 64), ("gpt2", 64), ("gemma3", 64)])
+@pytest.mark.parametrize(
+    ("name", "longest"), [("roberta", 62), ("bert", 64), ("bart", 64), ("opt", 64), ("gpt2", 64), ("gemma3", 64)]
+)
 def test_the_longest_text_is_what_the_positions_of_the_model_allow(name: str, longest: int, architecture: Any) -> None:
     model, tokenizer = classifier(architecture(name))
     tokenizer.model_max_length = 10**30

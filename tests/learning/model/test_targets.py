@@ -27,8 +27,12 @@ def model_of(folder: Path, targets: Any) -> LoraModel:
 
 
 @pytest.mark.parametrize(("name", "share"), [("mixtral", 83), ("qwen3-moe", 54)])
-def test_all_linear_says_which_share_of_a_mixture_of_experts_it_leaves_out(name: str, share: int, architecture: Any) -> None:
-    said = rf"the routed experts \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\), {share}% of all weights, get no LoRA"
+def test_all_linear_says_which_share_of_a_mixture_of_experts_it_leaves_out(
+    name: str, share: int, architecture: Any
+) -> None:
+    said = (
+        rf"the routed experts \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\), {share}% of all weights, get no LoRA"
+    )
     with pytest.warns(UserWarning, match=said):
         model = model_of(architecture(name), "all-linear")
     assert {layer.rpartition(".")[2] for layer in model.shapes} == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -42,7 +46,14 @@ def test_all_linear_says_which_share_of_a_mixture_of_experts_it_leaves_out(name:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 @pytest.mark.parametrize(
     "targets",
-    [("q_proj", "gate_proj", "up_proj", "down_proj"), ("q_proj", "w1"), ("down_proj",), ("gate",), r".*experts.*", r".*_proj"],
+    [
+        ("q_proj", "gate_proj", "up_proj", "down_proj"),
+        ("q_proj", "w1"),
+        ("down_proj",),
+        ("gate",),
+        r".*experts.*",
+        r".*_proj",
+    ],
 )
 def test_names_of_routed_experts_are_refused(name: str, targets: Any, architecture: Any) -> None:
     with pytest.raises(FedeltaError, match=r"lora\.target_modules: \S+ names routed experts, one parameter per layer"):

@@ -117,7 +117,7 @@ def test_a_date_that_is_none_is_refused(value: Any) -> None:
         ("{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "TooMuch"),
         ("{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "TooMuch"),
         (
-            "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x|replace('a','aa') %}{% endfor %}",
+            "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x|replace('a','aa') %}{% endfor %}",
             "TooMuch",
         ),
         ("{% set x = 'ab' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60, "TooMuch"),
@@ -152,7 +152,10 @@ def test_a_row_that_a_template_refuses_is_named() -> None:
     with pytest.raises(FedeltaError, match=r"row 3: the tokenizer's chat template fails: TemplateError: odd"):
         examples(template, ["a", "b", "bad", "c"])
     with pytest.raises(FedeltaError, match="row 2: .*puts no end after the answer"):
-        examples(CHATML.replace("{{ m.content }}<end>", "{{ m.content }}{{ '' if 'bad' in m.content else '<end>' }}"), ["a", "bad"])
+        examples(
+            CHATML.replace("{{ m.content }}<end>", "{{ m.content }}{{ '' if 'bad' in m.content else '<end>' }}"),
+            ["a", "bad"],
+        )
 
 
 @pytest.mark.parametrize("answer", ["blue", "\nblue", "\n\nblue", " a", "a"])

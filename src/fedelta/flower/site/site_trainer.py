@@ -21,9 +21,9 @@ from fedelta.flower.site.trainer_process import TrainerProcess, serve
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.sources import load_rows
 from fedelta.learning.model.base_model import fingerprint, load_tokenizer
+from fedelta.learning.model.token_check import check_tokens
 from fedelta.learning.shards import build_shard
 from fedelta.protocol.messages import Broadcast
-from fedelta.learning.model.token_check import check_tokens
 from fedelta.runs.assemble import make_trainer
 from fedelta.runs.config import Config, load_config
 

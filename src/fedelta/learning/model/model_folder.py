@@ -120,7 +120,9 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(set(names.values()))
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise FedeltaError(f"{folder / INDEX} names {one_line(name)[:100]!r}, expected a safetensors file beside it")
+            raise FedeltaError(
+                f"{folder / INDEX} names {one_line(name)[:100]!r}, expected a safetensors file beside it"
+            )
         if not (folder / name).is_file():
             raise FedeltaError(f"model {folder}: {name} is missing, one of {len(files)} files of its weights")
     return [folder / name for name in files]

@@ -1,7 +1,7 @@
 """Weights of a model folder or hub, from safetensors alone, checked against what the model needs.
 
-transformers initializes what a file lacks and drops what a model does not use, and says so in a log. Here, every weight of
-the backbone must come from the files, and the head may be new.
+transformers initializes what a file lacks and drops what a model does not use, and says so in a log. Here, every weight
+of the backbone must come from the files, and the head may be new.
 """
 
 import re
@@ -42,7 +42,9 @@ def load_weights(name: str, auto_class: Any, outputs: dict[str, Any], options: d
     with library_errors(f"model {name}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **outputs)
         if config.is_encoder_decoder and not head:
-            raise FedeltaError(f"model {name}: {config.model_type} is an encoder with a decoder, expected a causal model")
+            raise FedeltaError(
+                f"model {name}: {config.model_type} is an encoder with a decoder, expected a causal model"
+            )
         text = config.get_text_config()
         padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
         if padding is not None and rows and not -rows <= padding < rows:
@@ -159,4 +161,6 @@ def _check_finite(name: str, model: Any) -> None:
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             wrong = int((~tensor.isfinite()).sum())
             if wrong:
-                raise FedeltaError(f"model {name}: weight {key} holds NaN or infinity in {wrong} of {tensor.numel()} numbers")
+                raise FedeltaError(
+                    f"model {name}: weight {key} holds NaN or infinity in {wrong} of {tensor.numel()} numbers"
+                )

@@ -1,8 +1,8 @@
 """A Jinja environment for chat templates, which are programs by strangers: bounded, and equal on every day and machine.
 
-It has what transformers gives to templates (`raise_exception`, `strftime_now`, `tojson`, loop controls and `generation` blocks).
-Loops, calls, sizes and time are bounded. Whatever differs from one rendering to the next is fixed or refused: the date, random
-choices, addresses of objects.
+It has what transformers gives to templates (`raise_exception`, `strftime_now`, `tojson`, loop controls and `generation`
+blocks). Loops, calls, sizes and time are bounded. Whatever differs from one rendering to the next is fixed or refused:
+the date, random choices, addresses of objects.
 """
 
 import functools
@@ -47,7 +47,7 @@ class _Limits(NodeTransformer):
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
 
-    def _filtered(self, node: nodes.Expr | None, name: str, line: int) -> nodes.Filter:
+    def _filtered(self, node: Any, name: str, line: int) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=line, environment=self._environment)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
@@ -75,7 +75,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self, date: datetime) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable
+        )
         self._date = date
         self.start()
         self.filters = {name: self._guard(function) for name, function in self.filters.items()}
@@ -179,7 +181,9 @@ def _tojson(
 ) -> str:
     """JSON without the escapes of HTML, as transformers defines it."""
     _check_numbers((indent,) if isinstance(indent, int) else ())
-    return sized(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
+    return sized(
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
 
 
 def _raise(message: str) -> None:
