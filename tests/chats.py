@@ -30,14 +30,15 @@ STRICT = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_excepti
 {%- for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}
 {{- '<turn>' + role + '\n' + m.content | trim + '<end>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{- '<turn>model\n' }}{% endif %}"""
-ENDLESS_TURN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+ENDLESS_TURN = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 OPEN_THOUGHT = CHATML.replace("<turn>assistant\n{% endif %}", "<turn>assistant\n<think>\n{% endif %}")
 
 WORKING = {"chatml": CHATML, "thinks": THINKS, "dated": DATED, "brackets": BRACKETS, "strict": STRICT}
 
 
 def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte, and one for two line breaks, for a line break after a colon, and for ` a`."""
+    """A tokenizer with a token per byte, and one each for two line breaks, a colon with a line break, and ` a`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), (":", "Ċ"), ("Ġ", "a")]
     vocabulary = [*SPECIAL, *alphabet, *(a + b for a, b in merges)]

@@ -1,7 +1,6 @@
 """A model's folder is checked before anything is built from it, and its weights must be those of the model."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,8 @@ def shard(folder: Path) -> None:
         ({"num_hidden_layers": "two"}, ""),
         ({"num_hidden_layers": -1}, "config.json sets num_hidden_layers to -1"),
         ({"hidden_size": 0}, ""),
+        ({"rms_norm_eps": float("nan")}, "it computes NaN or infinity"),
+        ({"hidden_act": "no-such-function"}, "KeyError: 'no-such-function'"),
         ({"num_attention_heads": 0}, ""),
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"model_type": None}, ""),
@@ -100,7 +101,8 @@ def test_pickled_weights_are_never_opened(copy_of: Any, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     torch.save({"x": Touch()}, folder / "pytorch_model.bin")
     assert refusal(folder) == (
-        "model FOLDER: it holds pytorch_model.bin, whose pickled weights can run code: convert them to model.safetensors"
+        "model FOLDER: it holds pytorch_model.bin, whose pickled weights can run code: "
+        "convert them to model.safetensors"
     )
     assert not (tmp_path / "opened").exists()
 
@@ -173,13 +175,13 @@ def test_a_damaged_folder_is_refused_in_one_line(how: str, reason: str, copy_of:
 
 def test_links_to_files_are_followed_as_in_the_cache_of_a_hub(copy_of: Any, tmp_path: Path) -> None:
     folder = copy_of("llama")
-    os.rename(folder / WEIGHTS, tmp_path / "blob")
+    (folder / WEIGHTS).rename(tmp_path / "blob")
     (folder / WEIGHTS).symlink_to(tmp_path / "blob")
     assert load(folder) is not None
 
 
 @pytest.mark.parametrize("classes", [3, 5])
-def test_a_base_that_classifies_into_other_classes_gets_a_new_head(classes: int, copy_of: Any, tmp_path: Path) -> None:
+def test_a_base_that_classifies_into_other_classes_gets_a_new_head(classes: int, copy_of: Any) -> None:
     folder = copy_of("bert")
     torch.manual_seed(1)
     trained = BertForSequenceClassification(AutoConfig.from_pretrained(folder, num_labels=3))

@@ -71,17 +71,15 @@ def test_a_nested_configuration_learns_the_padding_token(copy_of: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "expected"),
+    ("tokens", "expected"),
     [
-        ({"pad_token": "<pad>"}, 20, "<pad>"),
-        ({"pad_token": None, "eos_token": "</s>"}, 20, "</s>"),
-        ({"pad_token": None, "eos_token": None, "unk_token": "<unk>"}, 20, "<unk>"),
-        ({"pad_token": None, "eos_token": None, "unk_token": None, "bos_token": "<s>"}, 20, "<s>"),
+        ({"pad_token": "<pad>"}, "<pad>"),
+        ({"pad_token": None, "eos_token": "</s>"}, "</s>"),
+        ({"pad_token": None, "eos_token": None, "unk_token": "<unk>"}, "<unk>"),
+        ({"pad_token": None, "eos_token": None, "unk_token": None, "bos_token": "<s>"}, "<s>"),
     ],
 )
-def test_a_tokenizer_pads_with_a_token_that_the_model_has(
-    tokens: dict, rows: int, expected: str, architecture: Any
-) -> None:
+def test_a_tokenizer_pads_with_a_token_that_the_model_has(tokens: dict, expected: str, architecture: Any) -> None:
     from transformers import AutoConfig
 
     tokenizer = build_tokenizer()

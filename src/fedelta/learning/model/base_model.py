@@ -247,6 +247,8 @@ def _quantized(settings: ModelSettings, device: str) -> dict[str, Any]:
 def _looks_ahead(model: Any) -> bool:
     """Tell whether the logits at a token depend on later tokens, which makes the model not causal."""
     one, other = (model(input_ids=torch.tensor([[1, last]], device=model.device)).logits[0, 0] for last in (1, 2))
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise FedeltaError(f"model {model.config._name_or_path}: it computes NaN or infinity")
     return not torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 

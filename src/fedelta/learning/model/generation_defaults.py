@@ -1,7 +1,7 @@
-"""What a model itself says about generation: its end tokens are kept, everything else is left to the configuration of a run.
+"""What a model itself says about generation: its end tokens are kept, the configuration of a run decides all else.
 
-A `generation_config.json` may change answers (a temperature, forced or suppressed tokens, a minimal length) and differs from
-model to model.
+A `generation_config.json` may change answers (a temperature, forced or suppressed tokens, a minimal length) and
+differs from model to model.
 """
 
 import warnings
@@ -39,7 +39,8 @@ def forget_own_generation(model: Any, tokenizer: Any, name: str) -> None:
     rows = model.get_input_embeddings().num_embeddings
     ends: set[int] = set()
     for value in (tokenizer.eos_token_id, getattr(text, "eos_token_id", None), own.get("eos_token_id")):
-        ends |= {end for end in (value if isinstance(value, list | tuple) else [value]) if _is_token(end, rows)}
+        values: Any = value if isinstance(value, list | tuple) else [value]
+        ends |= {end for end in values if _is_token(end, rows)}
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted(ends) or None,

@@ -48,6 +48,8 @@ def find_heads(model: Any) -> list[str]:
     if model.config.is_encoder_decoder:
         tokens[:, -1] = text.eos_token_id  # Where the head reads.
     logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    if not logits.isfinite().all():
+        raise FedeltaError(f"model {model.config._name_or_path}: it computes NaN or infinity")
     used = []
     for name, child in candidates.items():
         gradients = torch.autograd.grad(logits.sum(), list(child.parameters()), retain_graph=True, allow_unused=True)

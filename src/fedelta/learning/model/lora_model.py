@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.model.base_patch import BasePatch
 from fedelta.learning.model.dropout import use_fast_dropout
 from fedelta.learning.model.heads import modules_to_train
@@ -86,7 +86,7 @@ class LoraModel:
                     f"lora.target_modules: PEFT has no default for a {base.config.model_type} model; "
                     "name its layers, or set all-linear"
                 ) from error
-            raise FedeltaError(f"lora.target_modules: {error}") from error
+            raise FedeltaError(f"lora.target_modules: {one_line(error)[:200]}") from error
         except re.error as error:
             raise FedeltaError(
                 f"lora.target_modules: {settings.target_modules!r} is not a valid pattern: {error}"

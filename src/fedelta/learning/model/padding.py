@@ -80,6 +80,6 @@ def longest_text(model: Any, tokenizer: Any) -> int:
 def _position_tables(model: Any) -> Iterator[nn.Embedding]:
     for name, module in model.named_modules():
         parts = name.split(".")
-        if isinstance(module, nn.Embedding) and any(part in _POSITIONS for part in parts):
-            if not any(sense in part for part in parts for sense in _OTHER_SENSES):
-                yield module
+        of_text = not any(sense in part for part in parts for sense in _OTHER_SENSES)
+        if of_text and isinstance(module, nn.Embedding) and any(part in _POSITIONS for part in parts):
+            yield module

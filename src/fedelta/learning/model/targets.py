@@ -1,8 +1,8 @@
 """The layers that get LoRA: what a configuration names, without the routed experts of a mixture of experts.
 
 The experts of a mixture are often one 3-D parameter per layer, which is not a layer. PEFT then turns names such as
-`gate_proj`, and `all-linear`, into targets inside these parameters, whose adapters are not a product B·A. They stay unadapted,
-which is said.
+`gate_proj`, and `all-linear`, into targets inside these parameters, whose adapters are not a product B·A. They stay
+unadapted, and a warning says so.
 """
 
 import re
@@ -17,7 +17,7 @@ from fedelta.learning.model.model_warning import ModelWarning
 ALL_LINEAR = "all-linear"
 
 _EXPERT_NAMES = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-"""Names that PEFT takes for parameters of experts in the models where earlier versions of transformers had such layers."""
+"""Names that PEFT takes for parameters of experts where earlier versions of transformers had such layers."""
 
 
 def lora_targets(base: Any, targets: tuple[str, ...] | str | None) -> list[str] | str | None:

@@ -8,7 +8,7 @@ from fedelta.learning.data.examples import Completions, Examples
 
 
 def check_tokens(model: Any, tokenizer: Any, splits: Mapping[str, Examples]) -> None:
-    """Raise if a text holds a token that the model does not have, or has no place where an encoder-decoder's head reads.
+    """Raise if a text holds a token that the model lacks, or has no place where the head of an encoder-decoder reads.
 
     A tokenizer may know more tokens than its model, as long as no text uses them.
 
@@ -29,14 +29,15 @@ def check_tokens(model: Any, tokenizer: Any, splits: Mapping[str, Examples]) -> 
             prompt = examples.prompts[i] if isinstance(examples, Completions) else []
             largest = max(*tokens, *prompt, 0, 0)
             if largest >= rows:
+                token = tokenizer.convert_ids_to_tokens(largest)
                 raise FedeltaError(
-                    f"{name} text {i + 1} holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
-                    f"model has {rows} tokens and its tokenizer {len(tokenizer)}; expected the model's own tokenizer"
+                    f"{name} text {i + 1} holds token {largest} ({token!r}), but the model has {rows} tokens "
+                    f"and its tokenizer {len(tokenizer)}; expected the model's own tokenizer"
                 )
             if end is not None:
                 ends = tokens.count(end) if ends is None else ends
                 if not tokens.count(end) or tokens.count(end) != ends:
                     raise FedeltaError(
-                        f"{name} text {i + 1} has {tokens.count(end)} end tokens (number {end}), of which a "
+                        f"{name} text {i + 1} has {tokens.count(end)} end tokens (number {end}); a "
                         f"{model.config.model_type} classifier expects the same number in all texts, at least one"
                     )

@@ -1,7 +1,7 @@
 """Weights of a model folder or hub, from safetensors alone, checked against what the model needs.
 
-transformers initializes what a file lacks and drops what a model does not use, and says so in a log. Here, every weight of
-the backbone must come from the files, and the head may be new.
+transformers initializes what a file lacks and drops what a model does not use, and says so in a log. Here, every weight
+of the backbone must come from the files, and the head may be new.
 """
 
 import re

@@ -11,9 +11,9 @@ Tokens = list[int]
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
     """Yield for each text the tokens that begin it, the prompt's tokens, and the completion's tokens with an end token.
 
-    Prompt and completion are tokenized as one text. A token that spans both belongs to the completion if the prompt's part of
-    it is white space, as in "Answer: " and "blue". Otherwise each is tokenized by itself, because generation begins after the
-    whole prompt.
+    Prompt and completion are tokenized as one text. A token that spans both belongs to the completion if the prompt's
+    part of it is white space, as in "Answer: " and "blue". Otherwise each is tokenized by itself, because generation
+    begins after the whole prompt.
 
     Raises:
         FedeltaError: if the tokenizer has no end-of-text token or is a slow one, or if a prompt is empty and the

@@ -1,8 +1,8 @@
 """A Jinja environment for chat templates, which are programs by strangers: bounded, and equal on every day and machine.
 
-It has what transformers gives to templates (`raise_exception`, `strftime_now`, `tojson`, loop controls and `generation` blocks).
-Loops, calls, sizes and time are bounded. Whatever differs from one rendering to the next is fixed or refused: the date, random
-choices, addresses of objects.
+It has what transformers gives to templates (`raise_exception`, `strftime_now`, `tojson`, loop controls and `generation`
+blocks). Loops, calls, sizes and time are bounded. Whatever differs from one rendering to the next is fixed or refused:
+the date, random choices, addresses of objects.
 """
 
 import functools
@@ -47,7 +47,7 @@ class _Limits(NodeTransformer):
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
 
-    def _filtered(self, node: nodes.Expr | None, name: str, line: int) -> nodes.Filter:
+    def _filtered(self, node: Any, name: str, line: int) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=line, environment=self._environment)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:

@@ -1,11 +1,10 @@
 """Tokens of a prompt and its completion as turns of a chat, and the text of an answer, by the tokenizer's own template.
 
-What a template puts between the begin of an answer's turn and the answer, such as an empty block of thoughts, is part of what is
-taught. It is removed both from the answers that are compared and from those that they are compared with.
+What a template puts between the begin of an answer's turn and the answer, such as an empty block of thoughts, is part
+of what is taught. It is removed from generated answers and from references alike before they are compared.
 """
 
 from collections.abc import Iterator, Sequence
-from os.path import commonprefix
 from typing import Any
 
 from fedelta.errors import FedeltaError, one_line
@@ -34,8 +33,8 @@ class Turns:
         self._template = ChatTemplate(tokenizer, date)
         one, other = ("".join(self._texts("a", answer)[1:]) for answer in ("b", "c"))
         # The common end of both chats follows the answer, and their common begin precedes it.
-        after = commonprefix([one[::-1], other[::-1]])[::-1]
-        before = self._encode([commonprefix([one, other])])[0]
+        after = _common_begin(one[::-1], other[::-1])[::-1]
+        before = self._encode([_common_begin(one, other)])[0]
         self._before = tokenizer.decode(before, skip_special_tokens=True).strip()
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [token for token in self._encode([after])[0] if token in special]
@@ -46,7 +45,7 @@ class Turns:
         self.end = ends[0]
 
     def read(self, prompts: Sequence[str], completions: Sequence[str]) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
-        """Yield for each text the tokens before the prompt, those from the prompt to the answer, and those of the answer.
+        """Yield for each text the tokens before the prompt, those from there to the answer, and those of the answer.
 
         The tokens up to the answer are those from which an answer is generated. The answer includes its end token.
 
@@ -64,8 +63,8 @@ class Turns:
             questions = self._encode([question for question, _ in texts])
             wholes = self._encode([question + answer for question, answer in texts])
             for row, (text, question, whole) in enumerate(zip(texts, questions, wholes, strict=True), start + 1):
-                # A token may span the end of the prompt and the begin of the answer. The prompt alone is what generation
-                # sees, so the answer then has tokens of its own.
+                # A token may span the end of the prompt and the begin of the answer. Generation sees the prompt alone,
+                # so the answer then has tokens of its own.
                 joint = whole[: len(question)] == question
                 answer = whole[len(question) :] if joint else self._encode([text[1]])[0]
                 if self.end not in answer:
@@ -84,7 +83,7 @@ class Turns:
         question = self._template.render([user], True)
         whole = self._template.render([user, {"role": "assistant", "content": completion}], False)
         if not whole.startswith(question):
-            common = len(commonprefix([question, whole]))
+            common = len(_common_begin(question, whole))
             raise FedeltaError(
                 "the tokenizer's chat template changes the prompt's turn when an answer follows it: "
                 f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}{_NO_CHAT}"
@@ -99,3 +98,9 @@ class Turns:
     def _encode(self, texts: list[str]) -> list[Tokens]:
         encoded: list[Tokens] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return encoded
+
+
+def _common_begin(one: str, other: str) -> str:
+    return one[
+        : next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+    ]
