@@ -401,7 +401,8 @@ def test_every_field_of_peft_has_a_class() -> None:
     from fedelta.lora.files.adapter_config import KEPT, REFUSED, RESET
 
     classified = [*KEPT, *RESET, *REFUSED]
-    assert sorted(classified) == sorted({field.name for field in fields(peft.LoraConfig)})
+    assert len(classified) == len(set(classified))
+    assert {field.name for field in fields(peft.LoraConfig)} <= set(classified)
 
 
 @pytest.mark.parametrize("name", ["owner/no-such-adapter", "owner/no-such-adapter@v1", "a/b/c", "data/x"])

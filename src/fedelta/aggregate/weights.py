@@ -13,7 +13,7 @@ class Weights:
 
     Args:
         values: w_i as given.
-        scaled: w_i·2⁻ᵏ, the largest of which lies between 1/2 and 1, so that sums neither overflow nor underflow.
+        scaled: w_i·2⁻ᵏ. The largest one lies between 1/2 and 1, so that sums neither overflow nor underflow.
             A power of two changes no digit.
         exponent: k.
         as_sum: whether the result is Σ w_i ΔW_i (`--sum`), and not Σ w_i ΔW_i / Σ w_i.
