@@ -45,7 +45,11 @@ def test_yaml_that_is_too_deep_too_large_or_broken_is_one_line(text: Any, reason
 
 
 def test_aliases_and_merge_keys_of_ordinary_size_are_read() -> None:
-    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}\ne: *x", "x") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}, "e": {"b": 1}}
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}\ne: *x", "x") == {
+        "a": {"b": 1},
+        "c": {"b": 1, "d": 2},
+        "e": {"b": 1},
+    }
     assert parse_yaml("", "x") is None
     assert parse_yaml(b"\xef\xbb\xbfa: 1", "x") == {"a": 1}
 
