@@ -165,3 +165,22 @@ def test_the_digests_do_not_depend_on_where_the_files_lie(own: Callable[..., Con
         data={"source": str(tmp_path / "moved"), "max_length": 16}, model={"name": str(tmp_path / "moved-model")}
     )
     assert identify(config) == before
+
+
+def test_a_folder_that_is_removed_in_mid_run_ends_the_run_with_one_line(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedelta.cli.progress import TerminalProgress
+
+    folder = tmp_path / "runs" / "removed"
+    done = TerminalProgress.round_done
+
+    def remove(self: Any, record: Any) -> None:
+        done(self, record)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(TerminalProgress, "round_done", remove)
+    assert fedelta("run", str(file), "name=removed") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"error: {folder}/rounds.jsonl was removed while the run wrote it; the run has stopped"
+    assert not folder.exists()

@@ -54,7 +54,7 @@ def test_a_sweep_with_other_rows_is_refused_and_continues_if_that_is_accepted(
     one, two = sorted(read_rows(folder).values(), key=lambda row: row["method"] == "fedex")
     assert one["accepted"][0] == "training rows changed: 187 rows, were 172"
     assert two["accepted"] == []
-    assert "differ in their training rows, validation rows, test rows" in provenance({"1": one, "2": two})
+    assert "differ in their test rows, training rows, validation rows." in provenance({"1": one, "2": two})
     capsys.readouterr()
     name = next(key for key, row in read_rows(folder).items() if row["method"] != "fedex")
     assert "gave a different result" in refusal(capsys, "sweep", str(grid), "--check", name)

@@ -215,7 +215,7 @@ def main() -> None:
     except FedeltaError as error:
         code = _fail(str(error))
     except OSError as error:
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        code = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except click.ClickException as error:
         # Typer's own usage errors, such as an unknown option or a missing argument, are one line too.
         code = _fail(error.format_message()) if error.format_message() else 2

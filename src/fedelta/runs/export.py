@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedelta.errors import FedeltaError
 from fedelta.federation.round_lines import DamagedFileWarning
 from fedelta.federation.run_folder import RunFolder
@@ -124,7 +126,11 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
 
     merged = peft.PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
     with new_folder(folder) as temporary:
-        merged.save_pretrained(temporary)
+        try:
+            merged.save_pretrained(temporary)
+        except SafetensorError as error:
+            # A full disk, for example, is not an OSError here.
+            raise FedeltaError(f"{folder}: {error}") from error
         tokenizer.save_pretrained(temporary)
 
 
