@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedelta.errors import FedeltaError
+from fedelta.federation.checkpoint import Checkpoint
 from fedelta.federation.round_lines import DamagedFileWarning
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
@@ -147,6 +148,15 @@ def _outputs(adapter: str | Path | None, merged: str | Path | None) -> tuple[Pat
     return adapter, merged
 
 
+def _checkpoint(folder: Path) -> Checkpoint:
+    """Load the newest checkpoint of a run that can be used; warn if it is not the newest one."""
+    run_folder = RunFolder(folder, {})
+    checkpoint = run_folder.saved(lambda line: warnings.warn(line, DamagedFileWarning, stacklevel=4))
+    if checkpoint is None:
+        raise FedeltaError(f"no checkpoint at {run_folder.checkpoint_file}")
+    return checkpoint
+
+
 def export_run(
     folder: Path, adapter: str | Path | None, merged: str | Path | None, rank: int | None = None
 ) -> list[str]:
@@ -166,12 +176,8 @@ def export_run(
             cut.
     """
     adapter, merged = _outputs(adapter, merged)
-    run_folder = RunFolder(folder, {})
-    checkpoint = run_folder.saved(lambda line: warnings.warn(line, DamagedFileWarning, stacklevel=3))
-    if checkpoint is None:
-        raise FedeltaError(f"no checkpoint at {run_folder.checkpoint_file}")
-    state, kept = checkpoint.state, checkpoint.kept
-    config = parse_config(checkpoint.config, str(folder))
+    state, data, kept, *_ = _checkpoint(folder)
+    config = parse_config(data, str(folder))
     server = make_server(config)
     if merged and server.method.personal:
         raise FedeltaError(
