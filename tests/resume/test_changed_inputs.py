@@ -135,7 +135,7 @@ def test_a_file_that_changes_within_one_process_is_read_again(own: Callable[...,
     assert input_changes(before, identify(own())) == []
     train = tmp_path / "rows/train.csv"
     grow(train)
-    assert input_changes(before, identify(own())) == ["training rows changed: 120 rows, were 100"]
+    assert "training rows changed: 120 rows, were 100" in input_changes(before, identify(own()))
     assert run(own()).result["inputs"]["training rows"]["rows"] == 120
 
 
@@ -165,3 +165,22 @@ def test_the_digests_do_not_depend_on_where_the_files_lie(own: Callable[..., Con
         data={"source": str(tmp_path / "moved"), "max_length": 16}, model={"name": str(tmp_path / "moved-model")}
     )
     assert identify(config) == before
+
+
+def test_a_folder_that_is_removed_in_mid_run_ends_the_run_with_one_line(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedelta.cli.progress import TerminalProgress
+
+    folder = tmp_path / "runs" / "removed"
+    done = TerminalProgress.round_done
+
+    def remove(self: Any, record: Any) -> None:
+        done(self, record)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(TerminalProgress, "round_done", remove)
+    assert fedelta("run", str(file), "name=removed") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"error: {folder}/rounds.jsonl was removed while the run wrote it; the run has stopped"
+    assert not folder.exists()

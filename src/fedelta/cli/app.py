@@ -224,7 +224,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, FedeltaError):
         return _fail(str(error))
     if isinstance(error, OSError):
-        return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     if isinstance(error, _UsageError):
         # Typer's own usage errors, such as an unknown option or a missing argument, are one line too. Typer and click
         # both add a suggestion.

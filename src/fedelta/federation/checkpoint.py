@@ -18,6 +18,7 @@ from fedelta.lora.patch_log import PatchLog
 from fedelta.methods.method import MethodState
 from fedelta.protocol.compression import ErrorFeedback
 from fedelta.protocol.serialization import (
+    SEAL,
     adapter_tensors,
     error_feedback_tensors,
     pack_sealed,
@@ -135,7 +136,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors, facts = unpack_sealed(blob, required=False)
         found = facts.get("format")
         if found not in (FORMAT, WITHOUT_DIGESTS):
-            raise FedeltaError(f"its format is {found!r}, expected {FORMAT}")
+            raise FedeltaError(f"its format is {str(found)[:20]}, expected {FORMAT}")
+        if found == FORMAT and SEAL not in facts:
+            raise FedeltaError("damaged: it has no digest")
         checkpoint = _checkpoint(facts, tensors)
     except FedeltaError as error:
         raise FedeltaError(f"checkpoint {path}: {error}") from error

@@ -28,7 +28,8 @@ def read_result(path: Path) -> Result | None:
         result: Result = check(read_json(path), Result, str(path))
         content = {key: value for key, value in result.items() if key != "digest"}
         if result.get("digest", whole := digest_of(content)) != whole:
-            raise FedeltaError(f"{path} does not have the digest that was written with it")
+            raise FedeltaError("it does not have the digest that was written with it")
     except FedeltaError as error:
-        raise FedeltaError(f"{error}; the file is damaged: remove it and rerun with --resume") from error
+        reason = str(error).removeprefix(str(path)).lstrip(": ")
+        raise FedeltaError(f"{path} is damaged ({reason}); remove it and rerun with --resume") from error
     return result

@@ -137,7 +137,8 @@ def unpack_sealed(blob: bytes, required: bool = True) -> tuple[dict[str, Tensor]
         required: refuse a blob without a digest, as earlier versions wrote it.
 
     Raises:
-        FedeltaError: if any bit of the blob has changed.
+        FedeltaError: if any bit of the blob has changed. If no digest is required, the caller checks that the facts
+            have one (`SEAL`) where there must be one.
     """
     digest = _facts(blob).get(SEAL)
     if digest is not None:
@@ -150,9 +151,7 @@ def unpack_sealed(blob: bytes, required: bool = True) -> tuple[dict[str, Tensor]
             raise FedeltaError("damaged: its content does not have the digest that was written with it")
     elif required:
         raise FedeltaError("damaged: it has no digest")
-    tensors, facts = unpack(blob)
-    facts.pop(SEAL, None)
-    return tensors, facts
+    return unpack(blob)
 
 
 def _place_of_digest(blob: bytes | bytearray) -> int:

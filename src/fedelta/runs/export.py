@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedelta.errors import FedeltaError
+from fedelta.federation.checkpoint import Checkpoint
 from fedelta.federation.round_lines import DamagedFileWarning
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
@@ -154,7 +157,11 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
 
     merged = peft.PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
     with new_folder(folder) as temporary:
-        merged.save_pretrained(temporary)
+        try:
+            merged.save_pretrained(temporary)
+        except SafetensorError as error:
+            # A full disk, for example, is not an OSError here.
+            raise FedeltaError(f"{folder}: {error}") from error
         tokenizer.save_pretrained(temporary)
 
 
@@ -169,6 +176,15 @@ def _outputs(adapter: str | Path | None, merged: str | Path | None) -> tuple[Pat
         if output is not None and output.exists():
             raise FedeltaError(f"{output} already exists")
     return adapter, merged
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    """Load the newest checkpoint of a run that can be used; warn if it is not the newest one."""
+    run_folder = RunFolder(folder, {})
+    checkpoint = run_folder.saved(lambda line: warnings.warn(line, DamagedFileWarning, stacklevel=4))
+    if checkpoint is None:
+        raise FedeltaError(f"no checkpoint at {run_folder.checkpoint_file}")
+    return checkpoint
 
 
 def export_run(
@@ -190,12 +206,8 @@ def export_run(
             cut.
     """
     adapter, merged = _outputs(adapter, merged)
-    run_folder = RunFolder(folder, {})
-    checkpoint = run_folder.saved(lambda line: warnings.warn(line, DamagedFileWarning, stacklevel=3))
-    if checkpoint is None:
-        raise FedeltaError(f"no checkpoint at {run_folder.checkpoint_file}")
-    state, kept = checkpoint.state, checkpoint.kept
-    config = parse_config(checkpoint.config, str(folder))
+    state, data, kept, *_ = _checkpoint(folder)
+    config = parse_config(data, str(folder))
     server = make_server(config)
     if merged and server.method.personal:
         raise FedeltaError(

@@ -172,9 +172,9 @@ class Sweep:
 
     def _run_all(self, what: str, plan: Plan) -> None:
         left = {key: config for key, config in plan.cells.items() if not self._is_done(key, config)}
-        self.observer.planned(what, plan.cells, list(left), self.running)
         names = {place.key: describe(place) for place in reversed(plan.places)}
         self._check_inputs({key: config for key, config in plan.cells.items() if key not in left}, names)
+        self.observer.planned(what, plan.cells, list(left), self.running)
         if not left:
             return
         # Load all data before the first cell runs, so that bad input does not surface after an hour.

@@ -64,8 +64,7 @@ def join(
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         socket_path = str(scratch / "trainer" / "socket")
-        site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
-        site["accept_changed_data"] = accept_changed_data
+        site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept"), "accept": accept_changed_data}
         trainer = stack.enter_context(_trainer(config, site, scratch, socket_path, folder))
         trainer_log = Tail(trainer.log)
         _wait_for_trainer(trainer, socket_path, trainer_log, observer)

@@ -232,7 +232,7 @@ def main() -> None:
             site["name"],
             identity_file,
             Path(site["memory"]),
-            site["accept_changed_data"],
+            site["accept"],
         )
     except FedeltaError as error:
         sys.exit(str(error))

@@ -23,6 +23,8 @@ from fedelta.protocol.messages import Broadcast
 from fedelta.runs.assemble import prepare
 from fedelta.runs.config import load_config
 
+PREVIOUS = ".previous"
+"""Ending of the file that holds what a client had kept one update earlier."""
 SILENCE_S = 60.0
 """Seconds after which a connection that neither sends nor reads is closed."""
 
@@ -104,13 +106,38 @@ class TrainerProcess:
             return {"behind": self.trainer.base.version}, b""
         client = broadcast.client
         file = self.memory / f"{client}.safetensors"
-        if client not in self.trainer.error_feedback and file.exists():
-            self.trainer.take_kept(client, file.read_bytes())
+        self._recall(client, file, broadcast.round)
         update = self.trainer.reply(blob, self.shards[client])
         if client_state := self.trainer.kept_bytes(client):
             # Store the error feedback before the update is sent, so that it cannot be lost.
-            write_file(file, client_state)
+            write_file(file, client_state, previous=file.with_suffix(PREVIOUS))
         return {}, update
+
+    def _recall(self, client: str, file: Path, round: int) -> None:
+        """Load what a client has kept, as it was before a round, unless this process holds it.
+
+        A server that has lost its newest checkpoint repeats a round that the client may have left behind already.
+
+        Raises:
+            FedeltaError: if the file is damaged, and so is the one before it.
+        """
+        held = self.trainer.error_feedback.get(client)
+        if held is not None and held.round <= round:
+            return
+        damaged = False
+        for candidate in (file, file.with_suffix(PREVIOUS)):
+            if not candidate.exists():
+                continue
+            try:
+                self.trainer.take_kept(client, candidate.read_bytes())
+            except FedeltaError:
+                damaged = True
+                continue
+            held = self.trainer.error_feedback.get(client)
+            if held is None or held.round <= round:
+                return
+        if damaged:
+            raise FedeltaError(f"what {client} has kept from earlier rounds is damaged on its disk")
 
     def _clients_of(self, facts: Mapping[str, Any]) -> list[str]:
         """Return the names of the clients that the node with these `facts` serves."""
