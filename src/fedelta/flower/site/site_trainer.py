@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedelta.errors import BadBroadcast, FedeltaError, quantity
+from fedelta.errors import BadBroadcast, FedeltaError, in_one_line, quantity
 from fedelta.files import new_folder, write_file
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.certificates import SITE_NAME
@@ -235,7 +235,7 @@ def main() -> None:
             site["accept"],
         )
     except FedeltaError as error:
-        sys.exit(str(error))
+        sys.exit(in_one_line(error))
     serve(listen(path), trainer)
 
 

@@ -160,7 +160,7 @@ def serve(server: socket.socket, trainer: TrainerProcess) -> None:
         connection, _ = server.accept()
         # A peer that is silent or stops reading delays the others for `SILENCE_S` at most, and does not end the loop.
         connection.settimeout(SILENCE_S)
-        with connection, suppress(OSError, ValueError, KeyError, TypeError):
+        with connection, suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             facts, blob = receive(connection)
             send(connection, *trainer.handle(facts, blob))
 
@@ -170,7 +170,7 @@ def main() -> None:
     try:
         trainer, data = prepare(config)
     except FedeltaError as error:
-        sys.exit(str(error))
+        sys.exit(in_one_line(error))
     serve(listen(path), TrainerProcess(trainer, data.shards, Path(sys.argv[3])))
 
 
