@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.files import write_file
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.certificates import SITE_NAME
@@ -56,7 +56,8 @@ class SiteTrainer(TrainerProcess):
         self.tokenizer = load_tokenizer(config.model)
         self._identity_file = identity_file
         # Read the rows now, so that missing rows are reported as soon as the site starts.
-        log(f"{load_rows(self.settings, config.task.columns(self.settings)).num_rows} rows in {data}, rank {rank}")
+        rows = load_rows(self.settings, config.task.columns(self.settings)).num_rows
+        log(f"{quantity(rows, 'row')} in {data}, rank {rank}")
         if identity_file.exists():
             self._load(**json.loads(identity_file.read_text()))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings, quota
 
@@ -66,7 +66,10 @@ def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: i
     import datasets
 
     if settings.kind != "natural" and (settings.clients or 0) > len(labels):
-        raise FedeltaError(f"partition {settings.kind}: {settings.clients} clients, but only {len(labels)} rows")
+        raise FedeltaError(
+            f"partition {settings.kind}: {quantity(settings.clients or 0, 'client')}, "
+            f"but only {quantity(len(labels), 'row')}"
+        )
     draw = derive_seed(seed, "partition") % 2**32
     # A source may be sorted by label, and the IID partitioner cuts rows in order, so shuffle them first.
     order = np.random.default_rng(draw).permutation(len(labels)).tolist()
@@ -129,7 +132,9 @@ def _groups(values: list[Any], clients: int | None) -> list[int]:
         client_of[names[i]] = lightest
         load[lightest] += sizes[i]
     if clients is not None and clients > len(names):
-        raise FedeltaError(f"partition natural: {clients} clients, but only {len(names)} different values")
+        raise FedeltaError(
+            f"partition natural: {quantity(clients, 'client')}, but only {quantity(len(names), 'different value')}"
+        )
     return [client_of[str(value)] for value in values]
 
 
