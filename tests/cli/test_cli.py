@@ -15,6 +15,7 @@ import yaml
 from transformers import BertForSequenceClassification
 
 from command import fedelta, refusal
+from fedelta import __version__
 
 
 @pytest.fixture
@@ -279,6 +280,40 @@ def test_the_installed_command_exits_with_code_2(config: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_progress_is_silent_without_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fedelta("run", str(config)) == 0
-    assert capsys.readouterr().err == ""
+def test_without_a_terminal_a_run_prints_a_line_for_each_round(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedelta("run", str(config), "rounds=2") == 0
+    begin, *rounds = capsys.readouterr().err.splitlines()
+    assert begin.endswith(" replication, seed 0: 2 rounds")
+    assert len(rounds) == 2
+    for number, line in enumerate(rounds, 1):
+        assert f" round {number} of 2: validation accuracy " in line
+
+
+def test_help_says_what_positional_arguments_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, expected in (("run", "settings; without a"), ("export", "Folder of a run."), ("sweep", "the grid")):
+        assert fedelta(command, "--help") == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_the_version_is_an_option_and_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("--version", "version"):
+        assert fedelta(argument) == 0
+        assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_an_unknown_command_has_one_suggestion_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "rnu").count("'run'") == 1
+    assert refusal(capsys, "bogus") == "error: No such command 'bogus'."
+
+
+def test_config_lists_keys_sections_and_options_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedelta("config") == 0
+    assert "training.learning_rate = 0.001" in capsys.readouterr().out
+    assert fedelta("config", "training.steps") == 0
+    assert capsys.readouterr().out.startswith("training.steps = null\n    whole number ≥ 1 or null: number of")
+    assert fedelta("config", "fedex") == 0
+    assert "method.residual = exact" in capsys.readouterr().out
+    assert fedelta("config", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["rounds"]["minimum"] == 1

@@ -43,6 +43,7 @@ def test_a_dumped_configuration_reads_back_equal() -> None:
         ("method=fedx", "unknown method 'fedx'; did you mean 'fedex'"),
         ("method.tau=1", "method replication has no option 'tau'"),
         ("name=../escape", "name: string should match pattern"),
+        ("lora.target_modules=(a", r"lora.target_modules: '\(a' is not a valid pattern: missing \)"),
         ("rounds", "override 'rounds': expected key=value"),
         ("rounds=[", "override 'rounds=\\['"),
     ],

@@ -35,6 +35,12 @@ _LOADERS = {
 _TAGS = {"classification": "text-classification", "regression": "text-classification", "completion": "text-generation"}
 
 
+def class_names(classes: Sequence[str]) -> dict[str, Any]:
+    """Return the names of the classes as a model's configuration has them; nothing without classes."""
+    names = dict(enumerate(classes))
+    return {"id2label": names, "label2id": {name: i for i, name in names.items()}} if classes else {}
+
+
 class Attachments(NamedTuple):
     """Files that are written next to an adapter.
 
@@ -49,8 +55,9 @@ class Attachments(NamedTuple):
     def write(self, folder: Path) -> None:
         """Write the names of the classes as a model's `config.json` has them, and the tokenizer's files."""
         if self.classes:
-            names = {"id2label": dict(enumerate(self.classes)), "label2id": {n: i for i, n in enumerate(self.classes)}}
-            (folder / LABELS).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / LABELS).write_text(
+                json.dumps(class_names(self.classes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         if self.tokenizer is not None:
             tokenizer = copy.deepcopy(self.tokenizer)
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:

@@ -1,5 +1,6 @@
 """Configuration of a run: all its settings with their rules. `config_file.py` reads them from a file."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from fedelta.learning.tasks.lm_harness import HarnessSettings
 from fedelta.learning.training import TrainingSettings
 from fedelta.methods import Method, make_method, resolve
 from fedelta.runs.config_file import method_settings, read_configuration, spell_task
-from fedelta.settings import MAX_COUNT, Settings, explain
+from fedelta.settings import MAX_COUNT, Settings, explain, short
 
 
 class EvaluationSettings(Settings):
@@ -174,6 +175,15 @@ class Config(Settings):
     def _check_threads(self) -> "Config":
         if self.threads > 1 and self.workers != 1:
             raise ValueError(f"threads: {self.threads} needs workers: 1, found workers: {self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> "Config":
+        targets = self.lora.target_modules
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"lora.target_modules: {short(targets)} is not a valid pattern: {error}") from error
         return self
 
     @property

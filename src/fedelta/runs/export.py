@@ -24,7 +24,7 @@ from fedelta.lora.files.vllm import vllm_line
 from fedelta.lora.lowrank import add
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.runs.assemble import make_model, make_server
-from fedelta.runs.card import CARD, Attachments, adapter_card
+from fedelta.runs.card import CARD, Attachments, adapter_card, class_names
 from fedelta.runs.config import Config, parse_config
 
 
@@ -136,9 +136,10 @@ def write_cards(folder: Path, config: Config, state: ServerState, result: Mappin
         folder: folder that `export_state` has written.
         config: configuration of the run.
         state: the state that was exported.
-        result: scores of the final model (`result.json`); None if the run has not ended.
+        result: `result.json`, which has scores if it is about this state; None leaves them out.
     """
-    scores = {split: result[split] for split in ("test", "validation")} if result else {}
+    known = result is not None and result["rounds"] == state.round
+    scores = {split: result[split] for split in ("test", "validation")} if result and known else {}
     for each in sorted({file.parent for file in folder.glob(f"**/{CONFIG}")}):
         rank = json.loads((each / CONFIG).read_text())["r"]
         write_file(each / CARD, adapter_card(config, state, rank, each, scores))
@@ -232,19 +233,16 @@ def export_run(
             write_global(target, exported, state, model, tokenizer)
             lost = f", which lacks {share:.2%} of the update's norm"
         if adapter:
-            result = RunFolder(folder, {}).result() if rank is None else None
-            write_cards(adapter, config, state, result if result and result["rounds"] == state.round else None)
-            parameters = f"{exported.parameters:,} LoRA parameters"
-            lines.append(f"adapter   {adapter}: rank {exported.rank}, {parameters}{lost}")
+            write_cards(adapter, config, state, RunFolder(folder, {}).result() if rank is None else None)
+            lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters{lost}")
             if not server.method.personal:
                 lines.append(f"vLLM      {vllm_line(adapter)}")
         if merged:
             # Merge in fp32 for every training dtype: rounding to bf16 would lose most of a small update.
             full_precision = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
             base = load_base(full_precision, len(state.classes), tokenizer, 0, config.task.kind)
-            if state.classes:
-                base.config.id2label = dict(enumerate(state.classes))
-                base.config.label2id = {label: i for i, label in enumerate(state.classes)}
+            for name, value in class_names(state.classes).items():
+                setattr(base.config, name, value)
             export_merged(merged, target, base, tokenizer)
             bits = config.model.quantization
             note = "" if bits == "none" else f": into the base in full precision; the run used {bits} weights"
