@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fedelta.errors import FedeltaError
-from fedelta.files import new_folder, parse_json, parse_yaml, read_bytes, read_yaml, write_file
+from fedelta.files import new_folder, write_file
+from fedelta.reading import parse_json, parse_yaml, read_bytes, read_yaml
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]\n" for i in range(1, 30))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))

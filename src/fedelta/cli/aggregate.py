@@ -74,8 +74,8 @@ def aggregate(
 
 
 def _method(name: str, options: list[str]) -> Any:
-    from fedelta.files import parse_yaml
     from fedelta.methods import make_method
+    from fedelta.reading import parse_yaml
 
     values = {}
     for option in options:

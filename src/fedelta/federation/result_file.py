@@ -7,7 +7,8 @@ from typing import Any
 from fedelta.errors import FedeltaError
 from fedelta.federation.records import Result
 from fedelta.federation.schema import check, digest_of
-from fedelta.files import read_json, write_file
+from fedelta.files import write_file
+from fedelta.reading import read_json
 
 
 def write_result(path: Path, result: Result) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from fedelta.errors import Diverged, FedeltaError, quantity
 from fedelta.federation.schema import check
-from fedelta.files import named_errors, parse_json, write_file
+from fedelta.files import named_errors, write_file
+from fedelta.reading import parse_json
 
 MAX_LINE_BYTES = 32_000_000
 """Limit for one line. A round of ten thousand clients has less than 2 MB."""

@@ -25,9 +25,10 @@ from fedelta.federation.result_file import read_result, write_result
 from fedelta.federation.round_lines import RoundLines
 from fedelta.federation.schema import digest_of
 from fedelta.federation.server import ServerState
-from fedelta.files import read_yaml, write_file
+from fedelta.files import write_file
 from fedelta.lora.adapter import Adapter
 from fedelta.protocol.compression import ErrorFeedback
+from fedelta.reading import read_yaml
 
 
 class RunFolder:

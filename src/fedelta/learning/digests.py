@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fedelta.errors import FedeltaError
-from fedelta.files import read_json
 from fedelta.learning.in_memory import PREFIX
 from fedelta.learning.model.base_model import locate_model
+from fedelta.reading import read_json
 
 BLOCK_ROWS = 10_000
 BLOCK_BYTES = 1 << 24

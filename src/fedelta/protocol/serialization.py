@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fedelta.errors import FedeltaError, listed
-from fedelta.files import parse_json
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.lowrank import Product, from_tensors
 from fedelta.lora.patch_log import Patch
 from fedelta.protocol.compression import Basis, ErrorFeedback
+from fedelta.reading import parse_json
 
 METADATA_KEY = "fedelta"
 """Key of the JSON facts in the metadata of a blob."""

@@ -13,8 +13,8 @@ from typing import Any
 from fedelta.errors import FedeltaError
 from fedelta.federation.records import InputPart, Inputs
 from fedelta.federation.schema import check
-from fedelta.files import read_json
 from fedelta.learning.digests import base_digests, rows_digest, template_digest, tokenizer_digest
+from fedelta.reading import read_json
 from fedelta.runs.assemble import read_inputs, splits_key
 from fedelta.runs.config import Config, parse_config
 

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from fedelta.errors import FedeltaError
 from fedelta.federation.records import Inputs
 from fedelta.federation.schema import digest_of
-from fedelta.files import parse_json, write_file
+from fedelta.files import write_file
 from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.protocol.serialization import ByteCount
+from fedelta.reading import parse_json
 from fedelta.runs.config import Config, parse_config
 from fedelta.runs.identity import input_changes
 from fedelta.runs.runner import Run

@@ -15,7 +15,8 @@ from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
 from fedelta.federation.engines import Observer
 from fedelta.federation.engines.workers import Result, Workers, can_fork
 from fedelta.federation.run_folder import RunFolder
-from fedelta.files import read_yaml, write_file
+from fedelta.files import write_file
+from fedelta.reading import read_yaml
 from fedelta.runs.assemble import splits_key, warm
 from fedelta.runs.config import Config
 from fedelta.runs.identity import check_changes, identify, input_changes
