@@ -70,9 +70,10 @@ class RoundLines:
             stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
+            stat = os.fstat(stream.fileno())
         self._sha.update(line)
-        inode, size = self._known or (self.path.stat().st_ino, 0)
-        self._known = inode, size + len(line)
+        # Some file systems, such as the layers of a container, give a file a new number at its first change.
+        self._known = stat.st_ino, (self._known[1] if self._known else stat.st_size - len(line)) + len(line)
 
     def check_unchanged(self) -> None:
         """Raise if the file is not the one that this process has written.
