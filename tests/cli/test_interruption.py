@@ -140,6 +140,7 @@ def test_no_process_of_a_command_survives_a_signal(
     while child.poll() is None and not any(file.stat().st_size for file in tmp_path.rglob("rounds.jsonl")):
         assert time.monotonic() < until
         time.sleep(0.05)
+    assert child.poll() is None, child.communicate()[1]
     descendants = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(number)
     _, printed = child.communicate(timeout=30)
