@@ -113,6 +113,14 @@ with scratch_folder() as folder:
     assert [path.name for path in tmp_path.iterdir()] == ["fedelta-of-another-program"]
 
 
+def has_rounds(folder: Path) -> bool:
+    """Return whether a run below this folder has finished a round."""
+    try:
+        return any(file.stat().st_size for part in ("runs", "grid") for file in (folder / part).rglob("rounds.jsonl"))
+    except OSError:
+        return False  # a file was replaced meanwhile
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["run", "compare", "sweep", "run --engine flower"])
@@ -125,7 +133,14 @@ def test_no_process_of_a_command_survives_a_signal(
         config = {key: settings[key] for key in ("model", "data", "partition", "training", "ranks", "lora")}
         axes = {"method": {"FedEx": {"method": "fedex"}, "zero padding": {"method": "zero-padding"}}}
         config |= {"rounds": 500}
-        settings = {"name": "grid", "output": str(tmp_path / "grid"), "seeds": [0], "config": config, "axes": axes}
+        settings = {
+            "name": "grid",
+            "output": str(tmp_path / "grid"),
+            "seeds": [0],
+            "config": config,
+            "axes": axes,
+            "experiments": {"main": {"axes": {"method": "all"}, "rows": "method"}},
+        }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     name, *options = command.split()
     child = subprocess.Popen(
@@ -137,9 +152,10 @@ def test_no_process_of_a_command_survives_a_signal(
         cwd=tmp_path,
     )
     until = time.monotonic() + 200
-    while child.poll() is None and not any(file.stat().st_size for file in tmp_path.rglob("rounds.jsonl")):
+    while child.poll() is None and not has_rounds(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.05)
+    assert child.poll() is None, child.communicate()[1]
     descendants = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(number)
     _, printed = child.communicate(timeout=30)

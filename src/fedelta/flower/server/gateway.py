@@ -158,7 +158,8 @@ class Gateway:
             except (ClientDisconnect, TimeoutError):
                 raise Refused(408, "the request is incomplete", "it did not finish a request in time") from None
             headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1") not in HOP_HEADERS]
-            headers.append((b"content-length", str(len(body)).encode()))
+            # The response is passed on as it is, so it must not be compressed for the gateway.
+            headers += [(b"content-length", str(len(body)).encode()), (b"accept-encoding", b"identity")]
             outgoing = self.client.build_request("POST", f"/v1/fleet/{name}", content=_pieces(body), headers=headers)
             try:
                 response = await self.client.send(outgoing, stream=True)

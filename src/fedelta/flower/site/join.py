@@ -24,6 +24,8 @@ TRAINER = ("-m", "fedelta.flower.site.site_trainer")
 """Python's arguments that start the trainer."""
 REFUSAL = "Failed to initialize the connection"
 """Text in the log of a node that the server refuses."""
+FORGOTTEN = "forgotten"
+"""The refusal of a node that the server had accepted before."""
 SHUTDOWN_S = 5.0
 """Seconds that the node has to send the trainer's last reply."""
 
@@ -79,15 +81,12 @@ def join(
             _report(trainer_log, observer)
             for process in supervised:
                 process.restart_if_ended(observer)
-            if node.exit_code is not None:
-                was_refused = any(REFUSAL in line for line in node_log.new_lines())
-                # A node that the server no longer knows ends as if it had been asked to, with exit code 0.
-                if was_refused or node.exit_code == 0:
-                    check_admitted(server, keys)
-                    refusals.add(observer, forgotten=not was_refused)
-                    node.restart()
-                else:
-                    node.restart_if_ended(observer)
+            if (refusal := _refusal(node, node_log)) is not None:
+                check_admitted(server, keys)
+                refusals.add(observer, forgotten=refusal == FORGOTTEN)
+                node.restart()
+            else:
+                node.restart_if_ended(observer)
             server_watch.check(observer)
             time.sleep(0.2)
         _report(trainer_log, observer)
@@ -99,6 +98,16 @@ def _node_environment(scratch: Path) -> dict[str, str]:
     flower_home = scratch / "flwr"
     flower_home.mkdir()
     return child_environment(FLWR_HOME=str(flower_home))
+
+
+def _refusal(node: Supervised, log: Tail) -> str | None:
+    """Return how the server has refused a node that has ended, or None if it has not."""
+    if node.exit_code is None:
+        return None
+    if any(REFUSAL in line for line in log.new_lines()):
+        return REFUSAL
+    # A node that the server no longer knows ends as if it had been asked to, with exit code 0.
+    return FORGOTTEN if node.exit_code == 0 else None
 
 
 def _trainer(config: Config, site: Mapping[str, Any], scratch: Path, socket_path: str, logs: Path) -> Supervised:

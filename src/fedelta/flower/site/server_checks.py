@@ -115,6 +115,7 @@ def check_admitted(server: str, keys: Path | None) -> None:
     """
     if keys is None:
         return
+    sent = datetime.now(UTC)
     try:
         # The request has no signature, so the server refuses it. The response says whether it admits the site.
         response = httpx.get(
@@ -131,14 +132,27 @@ def check_admitted(server: str, keys: Path | None) -> None:
             "its public key must be in the server's folder, as sites/NAME.pub"
         )
     with suppress(KeyError, ValueError, TypeError):
-        ahead = (datetime.now(UTC) - parsedate_to_datetime(response.headers["date"])).total_seconds()
-        # The server's time has whole seconds, and the response took a moment.
-        if ahead > MAX_CLOCK_AHEAD_S + 1 or -ahead > MAX_AGE_S:
-            direction = "ahead of" if ahead > 0 else "behind"
-            raise FedeltaError(
-                f"the clock of this machine is {abs(ahead):.0f} s {direction} that of server {server}; "
-                f"expected at most {MAX_CLOCK_AHEAD_S:.0f} s ahead and {MAX_AGE_S:.0f} s behind"
-            )
+        check_clock(parsedate_to_datetime(response.headers["date"]), sent, datetime.now(UTC), server)
+
+
+def check_clock(stamp: datetime, sent: datetime, received: datetime, server: str) -> None:
+    """Check that a server will accept the time stamps of this machine's clock.
+
+    Args:
+        stamp: the server's time when it responded, without fractions of a second.
+        sent, received: this machine's time before the request and after the response, which may have taken long.
+        server: address of the server.
+
+    Raises:
+        FedeltaError: if the clocks certainly differ by more than Flower accepts.
+    """
+    ahead, behind = (sent - stamp).total_seconds() - 1, (stamp - received).total_seconds()
+    if ahead > MAX_CLOCK_AHEAD_S or behind > MAX_AGE_S:
+        difference = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{behind:.0f} s behind"
+        raise FedeltaError(
+            f"the clock of this machine is {difference} that of server {server}; "
+            f"expected at most {MAX_CLOCK_AHEAD_S:.0f} s ahead and {MAX_AGE_S:.0f} s behind"
+        )
 
 
 def reachable(server: str, keys: Path | None, is_retry: bool = False) -> bool:
