@@ -11,8 +11,7 @@ import psutil
 import torch
 import yaml
 
-from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
-from fedelta.federation.engines import Observer
+from fedelta.errors import FedeltaError
 from fedelta.federation.engines.workers import Result, Workers, can_fork
 from fedelta.federation.run_folder import RunFolder
 from fedelta.files import write_file
@@ -20,7 +19,7 @@ from fedelta.reading import read_yaml
 from fedelta.runs.assemble import splits_key, warm
 from fedelta.runs.config import Config
 from fedelta.runs.identity import check_changes, identify, input_changes
-from fedelta.runs.runner import run
+from fedelta.sweep.cell_run import run_cell
 from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, Tuned, chosen_by, describe
 from fedelta.sweep.grid import Grid
 from fedelta.sweep.observer import SweepObserver
@@ -31,7 +30,6 @@ from fedelta.sweep.results import (
     first_difference,
     is_result_of,
     read_rows,
-    row_of,
     stored_inputs,
     write_rows,
 )
@@ -132,7 +130,7 @@ class Sweep:
         with tempfile.TemporaryDirectory() as scratch:
             self.running = Path(scratch)
             self.observer.planned(key, {key: cells[key]}, [key], self.running)
-            result = _run_cell(key, self._placed(key, cells[key], 1), self.versions)
+            result = run_cell(key, self._placed(key, cells[key], 1), self.versions)
         return first_difference(self.rows[key], as_stored(result.facts["row"]))
 
     def _keep_grid(self) -> None:
@@ -223,7 +221,7 @@ class Sweep:
 
         def work(i: int) -> Result:
             try:
-                return _run_cell(keys[i], configs[keys[i]], self.versions, self.accept_changed_data)
+                return run_cell(keys[i], configs[keys[i]], self.versions, self.accept_changed_data)
             except FedeltaError as error:
                 raise FedeltaError(f"{names[keys[i]]}: {error}") from error
 
@@ -277,27 +275,3 @@ class Sweep:
 
 def _overrides(overrides: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "no overrides"
-
-
-class _Warnings(Observer):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.messages.append(message)
-
-
-def _run_cell(key: str, config: Config, made_with: Mapping[str, str], accept_changed_data: bool = False) -> Result:
-    """Run a cell to its end, in any process; an interrupted cell resumes."""
-    warnings = _Warnings()
-    try:
-        finished = run(config, resume=True, observer=warnings, accept_changed_data=accept_changed_data)
-        row = row_of(key, config, made_with, finished)
-    except Diverged as error:
-        row = row_of(key, config, made_with, None, str(error), identify(config))
-    except TooFewUpdates as error:
-        # Divergence is a result of these settings. Any other failure needs attention and ends the grid.
-        if not error.diverged:
-            raise
-        row = row_of(key, config, made_with, None, str(error), identify(config))
-    return Result({"row": row, "warnings": warnings.messages})
