@@ -106,7 +106,8 @@ def outcome(area: str, *arguments: str, output: Path | None = None) -> str | Non
     assert lines[-1] == refusals[0], lines
     check_line(refusals[0])
     if output:
-        assert set(output.parent.iterdir()) == beside, "half-written"
+        left = sorted(str(path) for path in set(output.parent.iterdir()) ^ beside)
+        assert not left, f"half-written: {left}"
     return refusals[0]
 
 

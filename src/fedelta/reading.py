@@ -47,18 +47,19 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     return parse_json(read_bytes(path, max_bytes), str(path))
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
-    """Parse JSON. NaN and Infinity, which Python's own reader accepts, are not JSON.
+def parse_json(text: str | bytes, name: str, finite: bool = True) -> Any:
+    """Parse JSON.
 
     Args:
         text: the text, or its bytes in UTF-8.
         name: name of the source in errors.
+        finite: refuse NaN and Infinity, which Python's own reader accepts, although they are not JSON.
 
     Raises:
         FedeltaError: if the text is nested too deeply or not JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant if finite else None)
     except RecursionError as error:
         raise FedeltaError(f"{name} is not valid JSON: nested too deeply") from error
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, one_line
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -102,7 +102,10 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     # Of the types that a value can have, the one that fits best has the error farthest inside it.
     top = located[0][0]
     path, sections, first = max((one for one in located if one[0][: len(top)] == top), key=lambda one: len(one[0]))
-    where = ".".join(path)
+    if first["type"] == "extra_forbidden" and path[-1:] != [str(first["loc"][-1])]:
+        # A key that looks like the name of an alternative.
+        path = [*path, str(first["loc"][-1])]
+    where = one_line(".".join(path), 100)
     others = len({tuple(other) for other, _, _ in located if other != path[: len(other)]})
     more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
@@ -112,7 +115,7 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     message = " or ".join([wanted[0], *(text.removeprefix("input should be ") for text in wanted[1:])])
     value = first.get("input")
     found = "" if isinstance(value, dict) else f", found {short(value)}"
-    return f"{where + ': ' if where else ''}{message}{found}{more}"
+    return f"{where + ': ' if path else ''}{message}{found}{more}"
 
 
 _EXPECTED = {

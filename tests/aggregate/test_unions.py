@@ -217,3 +217,15 @@ def test_heads_that_do_not_fit_into_their_dtype_are_refused(tiny_bert: Path, tmp
     with pytest.raises(FedeltaError, match="head classifier.bias: the result does not fit into torch.float16"):
         aggregate_folders(paths, tmp_path / "out", weights=[1.5, -0.5], as_sum=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "default.", "base_model.model."])
+def test_a_wrapper_inside_of_names_is_not_taken_for_another_module(
+    wrapper: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    plain, wrapped = (save(tmp_path / name, tiny_bert, seed) for seed, name in enumerate(("plain", "wrapped")))
+    rename = "attention.", f"attention.{wrapper}"
+    rewrite(wrapped, lambda tensors: {key.replace(*rename): tensor for key, tensor in tensors.items()})
+    with pytest.raises(FedeltaError, match=r"inside of a wrapper|looks like"):
+        aggregate_folders([str(plain), str(wrapped)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import BertForSequenceClassification
 
 from command import fedelta, refusal
 from fedelta import __version__
@@ -110,8 +109,7 @@ MISTAKES = {
     "output is a file": (["output=TEXTS"], "texts.csv"),
     "output cannot be made": (["output=/proc/nowhere"], "/proc/nowhere"),
     "text of numbers": (["data.text=label", "data.label=author", "data.source=NUMBERS"], "holds int64, expected text"),
-    "damaged weights": (["model.name=DAMAGED"], "DAMAGED: "),
-    "head of another task": (["model.name=FIVE"], "FIVE: "),
+    "damaged weights": (["model.name=DAMAGED"], "DAMAGED/model.safetensors"),
 }
 
 
@@ -125,13 +123,11 @@ def test_a_mistake_is_one_line_and_leaves_no_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides, expected = MISTAKES[mistake]
-    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.jsonl", "DAMAGED": tmp_path / "d", "FIVE": tmp_path / "f"}
+    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.jsonl", "DAMAGED": tmp_path / "d"}
     places["NUMBERS"].write_text("".join(f'{{"label": {i}, "author": "{"xy"[i % 2]}"}}\n' for i in range(40)))
-    for folder in (places["DAMAGED"], places["FIVE"]):
-        shutil.copytree(tiny_bert, folder)
+    shutil.copytree(tiny_bert, places["DAMAGED"])
     weights = places["DAMAGED"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=5).save_pretrained(places["FIVE"])
     capsys.readouterr()
     for name, place in places.items():
         overrides = [override.replace(name, str(place)) for override in overrides]

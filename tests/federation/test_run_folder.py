@@ -178,7 +178,7 @@ LINES: dict[str, tuple[Callable[[list[bytes]], bytes], str]] = {
     "a missing key": (lambda lines: lines[0] + b'{"round": 1}\n' + lines[2], "line 2: key 'clients' is missing"),
     "another type": (
         lambda lines: lines[0] + lines[1].replace(b'"patch_width": 0', b'"patch_width": "0"') + lines[2],
-        "line 2: key 'patch_width' is not valid: input should be a valid integer, found '0'",
+        "line 2: key 'patch_width' is not valid: input should be a whole number, found '0'",
     ),
     "a nested type": (
         lambda lines: lines[0].replace(b'"total": 2', b'"total": {}') + lines[1],

@@ -26,7 +26,7 @@ def site(tiny_config: Any, texts: Path, tmp_path: Path) -> Callable[..., SiteTra
 
 
 def question(site: SiteTrainer, run: str = "1") -> dict[str, Any]:
-    return {"settings": shared_settings(site.config), "classes": ["land", "sea", "sky"], "run": run}
+    return {"settings": shared_settings(site.config), "classes": ["land", "sea", "sky"], "run": run, "client": "north"}
 
 
 def test_a_site_with_other_rows_is_refused_in_the_same_run_only(

@@ -88,7 +88,8 @@ def test_numbers_of_any_size_in_an_update_do_not_end_the_round(value: Any, examp
     others = honest(SERVER, STATE)
     update = reply(SERVER, STATE, "d", 10, 0.4)
     tensors = {
-        name: {m: torch.full_like(t, float(value)) for m, t in part.items()} for name, part in update.factors.items()
+        name: {m: torch.full_like(t, float(value), dtype=torch.float64).float() for m, t in part.items()}
+        for name, part in update.factors.items()
     }
     try:
         hostile = replace(update, examples=examples, factors=tensors, metrics={"train_loss": loss})

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.data.sources import DataSettings, load_rows
+from fedelta.learning.data.settings import Columns, DataSettings
+from fedelta.learning.data.sources import load_rows
 from fuzzing import damaged_bytes, fuzz, refused
 
 COLUMNS = ["text", "label", "site"]
@@ -77,7 +78,8 @@ def as_json(rows: list[list[str]]) -> bytes:
 
 
 def read(file: Path, **settings: Any) -> list[list[str]]:
-    rows = load_rows(DataSettings(source=str(file), **settings), dict.fromkeys(COLUMNS, True))
+    columns = Columns(dict.fromkeys(COLUMNS, "text"), tuple((column,) for column in COLUMNS))
+    rows = load_rows(DataSettings(source=str(file), **settings), columns)
     return [list(row) for row in zip(*(rows[column][:] for column in COLUMNS), strict=True)]
 
 

@@ -226,7 +226,7 @@ def test_an_update_that_does_not_fit_its_broadcast_is_refused_with_the_reason(
         receive(update, broadcast(), SHAPES)
 
 
-INTEGER, NUMBER = "of its update: input should be a valid integer", "of its update: input should be a valid number"
+INTEGER, NUMBER = "of its update: input should be a whole number", "of its update: input should be a number"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ INTEGER, NUMBER = "of its update: input should be a valid integer", "of its upda
         ("examples", 2.5, f"examples {INTEGER}, found 2.5"),
         ("client", None, "client of its update: input should be a valid string, found None"),
         ("precision", "int4", "precision of its update: input should be 'float32', .* found 'int4'"),
-        ("metrics", [1], r"metrics of its update: input should be a valid dictionary, found \[1\]"),
+        ("metrics", [1], r"metrics of its update: input should be keys and values, found \[1\]"),
         ("metrics", {"train_loss": "low"}, f"metrics.train_loss {NUMBER}, found 'low'"),
         ("metrics", {"train_loss": 10**400}, f"metrics.train_loss {NUMBER}, found 1000"),
         ("rounds", 1, "rounds of its update: unexpected keyword argument, found 1"),

@@ -12,6 +12,8 @@ BASE = "base_model_name_or_path"
 _NO_NAME = re.compile(r"checkpoint[-_]?\d+|models?|base|final|merged|outputs?|best|latest")
 _QUANTIZED = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.])?([48]bit|int[48]|gptq|awq|fp8|nf4)\b.*$")
 _CONTAINERS = {"model", "language_model", "transformer", "base_model"}
+_WRAPPERS = {"module", "default", "_orig_mod"}
+"""Parts that tools add to names. Inside a name they may also be those of the model, so they are not removed there."""
 
 
 class Base(NamedTuple):
@@ -103,6 +105,7 @@ def all_layers(folders: Sequence[PeftFolder]) -> dict[str, Layer]:
                 mine, theirs = (sorted(parameters_of(module, each.config)) for each in (folder, first))
                 if mine != theirs:
                     raise _mismatch(folder, f"module {module} adapts the parameters", mine, first, theirs)
+    _check_wrappers(owners)
     _check_names(folders)
     return {name: owners[name].layers[name] for name in sorted(owners)}
 
@@ -110,6 +113,18 @@ def all_layers(folders: Sequence[PeftFolder]) -> dict[str, Layer]:
 def _described(layer: Layer) -> str:
     layout = layer.layout
     return f"{layout.kind} of {layout.experts} experts" if layout.experts > 1 else layout.kind
+
+
+def _check_wrappers(owners: dict[str, PeftFolder]) -> None:
+    """Raise if two layers have the same name but for a wrapper's: PEFT would load only one of them."""
+    plain: dict[tuple[str, ...], str] = {}
+    for name, folder in owners.items():
+        parts = tuple(part for part in name.replace("base_model.model.", "").split(".") if part not in _WRAPPERS)
+        if (other := plain.setdefault(parts, name)) != name:
+            raise FedeltaError(
+                f"{folder.name}: module {name[:80]} is {other[:80]} of {owners[other].name} inside of a wrapper; "
+                "expected the names of the base model"
+            )
 
 
 def _check_names(folders: Sequence[PeftFolder]) -> None:

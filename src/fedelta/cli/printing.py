@@ -23,9 +23,11 @@ def print_text(console: Console, text: object, label: str = "", style: str = "",
         style: style of the label.
         limit: maximum number of characters of the text; a longer one loses its middle.
     """
-    line = Text(f"{label} " if label else "", style)
+    line = Text()
+    if label:
+        line.append(f"{label} ", style)
     # soft_wrap: a path that is broken over two lines cannot be copied.
-    console.print(line.append(printable(text, limit), "default"), highlight=False, soft_wrap=True)
+    console.print(line.append(printable(text, limit)), highlight=False, soft_wrap=True)
 
 
 def print_error(console: Console, text: object) -> None:

@@ -115,7 +115,8 @@ def _facts(blob: bytes) -> dict[str, Any]:
     text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise FedeltaError("not a fedelta message: its metadata lacks the key 'fedelta'")
-    facts = parse_json(text, "damaged message: its metadata")
+    # A client whose training diverged reports a loss that is not finite, which the validation names.
+    facts = parse_json(text, "damaged message: its metadata", finite=False)
     if not isinstance(facts, dict):
         raise FedeltaError(f"damaged message: its metadata is a {type(facts).__name__}, expected keys and values")
     return facts

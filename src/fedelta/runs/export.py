@@ -208,6 +208,7 @@ def export_run(
     """
     adapter, merged = _outputs(adapter, merged)
     state, data, kept, *_ = _checkpoint(folder)
+    result = RunFolder(folder, {}).result()  # Read before anything is written, because it may be damaged.
     config = parse_config(data, str(folder))
     server = make_server(config)
     if merged and server.method.personal:
@@ -218,8 +219,7 @@ def export_run(
         raise FedeltaError(
             "--rank cuts the adapter of a global model: expected --adapter alone, and a method with a global model"
         )
-    tokenizer = load_tokenizer(config.model)
-    lines = []
+    tokenizer, lines = load_tokenizer(config.model), []
     with tempfile.TemporaryDirectory() as scratch:
         target = adapter or Path(scratch) / "adapter"
         # Only the names and shapes of the model are used here, so a quantized base does not need to be quantized.
@@ -233,7 +233,7 @@ def export_run(
             write_global(target, exported, state, model, tokenizer)
             lost = f", which lacks {share:.2%} of the update's norm"
         if adapter:
-            write_cards(adapter, config, state, RunFolder(folder, {}).result() if rank is None else None)
+            write_cards(adapter, config, state, result if rank is None else None)
             lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters{lost}")
             if not server.method.personal:
                 lines.append(f"vLLM      {vllm_line(adapter)}")

@@ -149,9 +149,9 @@ def damage(folder: Path, how: str) -> None:
     ("how", "reason"),
     [
         ("no weights", "model FOLDER: it holds no weights, expected model.safetensors"),
-        ("pointer", "FOLDER/model.safetensors is a Git LFS pointer, not weights: git lfs pull"),
-        ("cut", "FOLDER/model.safetensors "),
-        ("empty", "FOLDER/model.safetensors "),
+        ("pointer", "FOLDER/model.safetensors: it is a Git LFS pointer, not weights: git lfs pull"),
+        ("cut", "FOLDER/model.safetensors: "),
+        ("empty", "FOLDER/model.safetensors: "),
         ("deep", "FOLDER/config.json is not JSON: "),
         ("list", "FOLDER/config.json holds a list, expected a JSON object"),
         ("large", "FOLDER/config.json has more than 64 MB"),

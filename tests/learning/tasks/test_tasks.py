@@ -345,11 +345,11 @@ def test_the_weight_of_a_part_is_its_number_of_texts_or_predicted_tokens() -> No
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ({"kind": "completion", "prompt": "no column"}, "task.completion.prompt: expected a column in braces"),
+        ({"kind": "completion", "prompt": "no column"}, "task.prompt: expected a column in braces"),
         ({"kind": "completion", "metric": "bleu"}, "metric bleu is not computed, found loss, perplexity"),
         ({"kind": "completion", "answer": "number"}, "scores and answer need generated text"),
-        ({"metric": "pearson"}, "task.classification.metric: input should be 'accuracy'"),
-        ({"kind": "summary"}, "task: input tag 'summary'"),
+        ({"metric": "pearson"}, "task.metric: input should be 'accuracy'"),
+        ({"kind": "summary"}, "task: 'kind' should be one of .* found 'summary'"),
     ],
 )
 def test_invalid_settings_of_a_task_are_refused(task: dict, reason: str, tiny_config: Any) -> None:

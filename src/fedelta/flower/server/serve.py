@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
@@ -74,15 +75,14 @@ def serve(
         if keys and certificate:
             command = _gateway_command(host, port, keys, link.address, certificate / "ca.crt")
             supervised.append(stack.enter_context(Supervised("gateway", lambda: command, child_environment(), logs)))
-        plan = {
+        plan: dict[str, Any] = {
             "resume": resume,
             "accept_changed_data": accept_changed_data,
-            "sites": True,
-            "run": _run_identifier(logs / "run", resume),
-            "clients": names,
-            "numbers": str(site_list.file) if site_list else None,
             "patience": patience,
+            "sites": True,
         }
+        plan |= {"run": _run_identifier(logs / "run", resume), "clients": names}
+        plan["numbers"] = str(site_list.file) if site_list else None
         events = link.submit(plan, observer)
         link.follow(events, _make_check(supervised, site_list, observer))
     return open_run(config.folder)

@@ -59,9 +59,7 @@ def join(
     Raises:
         FedeltaError: if the rows or the model are missing, the server cannot be trusted, or it refuses this site.
     """
-    if (keys is None) == (name is None):
-        raise FedeltaError("join: pass --keys FOLDER, or --insecure with --name NAME for a trial on loopback")
-    security = _security_options(server, keys)
+    security = _security_options(server, keys, name)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
@@ -158,12 +156,14 @@ def _report(log: Tail, observer: Observer) -> None:
         observer.say(line)
 
 
-def _security_options(server: str, keys: Path | None) -> list[str]:
+def _security_options(server: str, keys: Path | None, name: str | None) -> list[str]:
     """Return the node's command-line options for certificates and keys.
 
     Raises:
         FedeltaError: if the address is not valid, a file is missing or damaged, or plain text would leave loopback.
     """
+    if (keys is None) == (name is None):
+        raise FedeltaError("join: pass --keys FOLDER, or --insecure with --name NAME for a trial on loopback")
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise FedeltaError(f"--server {server}: expected HOST:PORT")

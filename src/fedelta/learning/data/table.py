@@ -136,8 +136,8 @@ def join(name: str, tables: Sequence[Table]) -> Table:
             column = sorted(own ^ other)[0]
             has, lacks = (first, table) if column in own else (table, first)
             raise FedeltaError(
-                f"data source {shorten(name, 80)}: {has.places.files[0]} has a column {shorten(column, 40)!r} and "
-                f"{lacks.places.files[0]} has not, expected the same columns in all files"
+                f"data source {shorten(name, 60)}: {shorten(has.places.files[0], 70, end=True)} has a column {shorten(column, 40)!r} and "
+                f"{shorten(lacks.places.files[0], 70, end=True)} has not, expected the same columns in all files"
             )
     try:
         rows = datasets.concatenate_datasets([table.rows for table in tables])

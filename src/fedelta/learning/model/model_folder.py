@@ -101,8 +101,8 @@ def _count(folder: Path) -> Weights:
         except (OSError, safetensors.SafetensorError) as error:
             with file.open("rb") as stream:
                 pointer = stream.read(len(_GIT_LFS)) == _GIT_LFS
-            reason = "is a Git LFS pointer, not weights: git lfs pull" if pointer else one_line(error)[:150]
-            raise FedeltaError(f"{file} {reason}") from error
+            reason = "it is a Git LFS pointer, not weights: git lfs pull" if pointer else one_line(error)[:150]
+            raise FedeltaError(f"{file}: {reason}") from error
     return Weights(tensors, elements)
 
 
