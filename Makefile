@@ -4,7 +4,7 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 # Where uv takes torch from in `make test-lowest`: PyPI's own build for Linux brings gigabytes of CUDA libraries.
 LOWEST_TORCH ?= --torch-backend cpu
-EXTRAS = demo,dev,flower,generation,harness,quantization
+EXTRAS = demo,dev,excel,flower,generation,harness,quantization
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 FUZZ_MINUTES ?= 60
