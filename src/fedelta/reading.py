@@ -79,7 +79,7 @@ _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without the surprises of its first edition: a key counts once, 010 is not 8, and 1:30 is not 90."""
+    """YAML without surprises: a key counts once, 010 is not 8, 1:30 is not 90, and a date is text."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -96,7 +96,11 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, _DECIMAL if tag.endswith(":int") else pattern) for tag, pattern in resolvers]
+    letter: [
+        (tag, _DECIMAL if tag.endswith(":int") else pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith(":timestamp")
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

@@ -248,3 +248,10 @@ def test_too_few_updates_give_the_reasons() -> None:
     server, state = make(min_clients=2)
     with pytest.raises(FedeltaError, match=r"1 usable update, expected at least 2 \(b: RuntimeError: broken\)"):
         step(server, state, {"a": reply(server, state, "a", 1, 1.0), "b": RuntimeError("broken")})
+
+
+def test_a_large_loss_of_the_only_client_of_a_round_is_no_outlier() -> None:
+    server, state = make(sample=1)
+    after, outcome = step(server, state, {"a": reply(server, state, "a", 10, 0.1, train_loss=4.1e6)})
+    assert outcome.skipped == {}
+    assert after.round == 1

@@ -421,6 +421,11 @@ def test_a_site_of_a_deployment_states_its_rows_and_cannot_train_on_more() -> No
             registry.accept(received)
         assert "a" not in registry
         assert "it does not state its number of rows" in warnings[0]
+    registry = NodeRegistry(grid_client, ["a"], {1: "a"}, {}, warnings.append, max_rank=16)  # type: ignore[arg-type]
+    for rows in (100, 100, 10**12, 90):
+        registry.accept(Incoming(NodeKey(1), {"clients": ["a"], "rank": 4, "base": "w", "rows": rows}, b""))
+    assert "it states 1000000000000 rows and stated 100 before" in warnings[-1]
+    assert registry.rows == {"a": 100}
     world = World()
     world.engine._rows = {"a": 9, "b": 10}
     replies = world.round()

@@ -86,7 +86,7 @@ def check_mean(output: Path, folders: list[Path], weights: list[float]) -> None:
     if any(one is None for one in inputs):
         return
     for module in {name for one in inputs for name in one or {}}:
-        terms = [w * one[module] for w, one in zip(weights, inputs, strict=True) if one and module in one]
+        terms = [w * one[module] for w, one in zip(weights, inputs, strict=True) if w and one and module in one]
         mean = sum(terms, torch.zeros(())) / sum(weights)
         size = max(1.0, *(float(term.abs().max()) for term in terms))
         assert torch.allclose(found[module], mean, rtol=0, atol=1e-5 * size), module

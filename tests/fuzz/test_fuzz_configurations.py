@@ -51,7 +51,10 @@ def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
 
 
 @fuzz(examples=15)
-@given(key=st.sampled_from(KEYS), value=st.sampled_from(["nonsense", "-1", "[1, 2", "{a: 1}", ".nan", "", "é\x1b[31m"]))
+@given(
+    key=st.sampled_from([key for key in KEYS if key != "output"]),
+    value=st.sampled_from(["nonsense", "-1", "[1, 2", "{a: 1}", ".nan", "", "é\x1b[31m"]),
+)
 def test_the_command_line_refuses_in_one_line(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
     folder = tmp_path_factory.mktemp("runs")
     loaded = refused("configurations", lambda: load_config(None, [f"{key}={value}"]), FedeltaError)

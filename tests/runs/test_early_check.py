@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,3 +233,18 @@ def test_a_setting_keeps_the_kind_of_a_task_and_the_name_of_a_method() -> None:
     assert load_config(None, ["task=completion", *small]).task.kind == "completion"
     assert load_config(None, ["method=fedex", "method.residual=rank=2"]).method.options == {"residual": "rank=2"}
     assert load_config(None, ["method.refresh=2"]).method.name == "replication"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"data": {"unlabeled": [-1]}},
+        {"data": {"unlabeled": [-1.0, "-"]}},
+        {"task": {"kind": "completion", "date": "2024-01-01"}},
+        {"data": {"source": ["a.csv", "b.csv"]}},
+        {"data": {"text": ["a", "b"]}},
+    ],
+)
+def test_what_a_configuration_accepts_passes_the_early_check(data: dict[str, Any]) -> None:
+    check_early(data)
+    parse_config(data)

@@ -50,7 +50,13 @@ def outlier_reason(client: str, round_growth: Mapping[str, Growth], max_growth: 
         if own <= max_growth * max(1.0, median):
             continue
         if name not in Norms._fields:
-            return f"its {name} is {own * UNIT_LOSS:.1e}, the median of the others is {median * UNIT_LOSS:.1e}"
+            if not others:
+                # A loss alone in its round distorts no mean. It is large for numbers such as years.
+                continue
+            return (
+                f"its {name} is {own * UNIT_LOSS:.1e}, the median of the others is {median * UNIT_LOSS:.1e}; "
+                f"expected at most {max_growth:g} times that (federation.max_growth)"
+            )
         part = {"adapter": "the norm of its adapter", "heads": "the norm of its heads"}[name]
         return (
             f"{part} grew to {own:.1e} times what it was sent, the median of the others is {median:.1e} times; "

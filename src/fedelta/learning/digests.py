@@ -26,6 +26,7 @@ NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 """Keys of a model's `config.json` that say where it comes from, not what it computes."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files with weights, in the order in which transformers looks for them. An index names further files."""
+GENERATION = "generation_config.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter beside the weights, which transformers loads as well."""
 
@@ -128,18 +129,22 @@ def base_digests(name: str) -> dict[str, str]:
     config = read_json(files.pop("config.json"))
     if isinstance(config, dict):
         config = {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
+    # A model's own end tokens end its answers.
+    generation = read_json(files.pop(GENERATION)) if GENERATION in files else None
     states = {file: file_state(path) for file, path in sorted(files.items())}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # Hashing releases Python's lock, so the files of a large model are read in parallel.
         digests = list(pool.map(_file_digest, states.values()))
+    ends = generation.get("eos_token_id") if isinstance(generation, dict) else None
+    own = config if ends is None else [config, ends]
     weights = hashlib.sha256(_canonical(list(zip(states, digests, strict=True))))
-    return {"weights": weights.hexdigest(), "configuration": hashlib.sha256(_canonical(config)).hexdigest()}
+    return {"weights": weights.hexdigest(), "configuration": hashlib.sha256(_canonical(own)).hexdigest()}
 
 
 def _model_files(name: str) -> dict[str, Path]:
     """File name → path of the configuration and the weights of a model, as far as they are on this machine."""
     found = {}
-    for file in ("config.json", *ADAPTER_FILES):
+    for file in ("config.json", GENERATION, *ADAPTER_FILES):
         if path := _local_file(name, file):
             found[file] = path
     for file in WEIGHTS:

@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
-from fedelta.errors import BadBroadcast, BadUpdate, FedeltaError, in_one_line
+from fedelta.errors import BadBroadcast, BadUpdate, FedeltaError, in_one_line, one_line
 from fedelta.lora.adapter import Adapter, LoraPair, Shapes, draw_A, draw_basis
 from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchDelta
@@ -268,6 +268,8 @@ class ClientUpdate:
             return cls(factors=factors, heads=heads, **facts)
         except ValidationError as error:
             name, expected, value = first_error(error)
-            raise BadUpdate(sender, f"field {name[:80]} of its update: {expected}, found {show(value)}") from error
+            raise BadUpdate(
+                sender, f"field {one_line(name, 80)} of its update: {expected}, found {show(value)}"
+            ) from error
         except (FedeltaError, TypeError, KeyError, AttributeError) as error:
             raise BadUpdate(sender, str(error)) from error

@@ -137,6 +137,7 @@ def _settings(config: Config) -> dict[str, Any]:
     data["model"]["name"] = _name(config.model.name)
     source = config.data.source
     data["data"]["source"] = _name(source) if isinstance(source, str) else [_name(file) for file in source]
+    data["data"]["splits"] = {split: place and _name(place) for split, place in config.data.splits.items()}
     harness = data["evaluation"]["harness"]
     if harness and harness["include"]:
         harness["include"] = _name(harness["include"])

@@ -1,8 +1,9 @@
 """Run one configuration from start to end and write its folder."""
 
+import math
 from collections.abc import Callable, Mapping
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import Diverged, FedeltaError, listed
 from fedelta.federation.checkpoint import Checkpoint
 from fedelta.federation.client import Trainer
 from fedelta.federation.engines import Observer
@@ -216,7 +217,8 @@ class _RunSteps:
             "seed": self.config.seed,
             "rounds": state.round,
             "classes": self.data.classes,
-            "clients": dict(self.clients),
+            # The clients of the last round: sites may have joined and left since the first one.
+            "clients": {client: self.clients.get(client, 0) for client in sorted(state.ranks)},
             "constant_score": self.config.task.constant_score(self.tokenized.train, self.tokenized.test),
             "validation": validation,
             "test": self._test_scores(state, evaluator),
@@ -229,13 +231,22 @@ class _RunSteps:
 
     def _test_scores(self, state: ServerState, evaluator: Evaluator) -> dict[str, float]:
         scores = evaluator.evaluate(state, self.data.test, "test")
-        if self.config.evaluation.harness is None:
-            return scores
-        assert isinstance(self.config.task, Completion)
-        task = self.config.task
+        if self.config.evaluation.harness is not None:
+            scores |= self._harness_scores()
+        bad = [name for name, score in scores.items() if not math.isfinite(score)]
+        if self.config.task.metric in bad:
+            raise Diverged(f"the test score {self.config.task.metric} is not finite because the model diverged")
+        if bad:
+            self.observer.warn(f"test scores that are not finite are left out: {listed(bad)}")
+        return {name: score for name, score in scores.items() if name not in bad}
+
+    def _harness_scores(self) -> dict[str, float]:
+        task, settings = self.config.task, self.config.evaluation.harness
+        assert isinstance(task, Completion)
+        assert settings is not None
         makes_turns = task.makes_turns(self.trainer.tokenizer)
         chat = ChatTemplate(self.trainer.tokenizer, task.date) if makes_turns else None
-        return scores | harness_scores(self.trainer.model, self.trainer.tokenizer, self.config.evaluation.harness, chat)
+        return harness_scores(self.trainer.model, self.trainer.tokenizer, settings, chat)
 
     def _profile(self, caches: ActivationCaches) -> Profile:
         profile = read_profile(self.folder, _limit(self.trainer, caches))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.data import DataSettings
+from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.files import read_file
+from fedelta.learning.data.sources import load_rows
 from fedelta.learning.data.table import DataWarning, Table
 
 
@@ -190,3 +191,15 @@ def test_an_excel_sheet_is_read_or_refused_for_a_reason(tmp_path: Path) -> None:
     book.save(file)
     with pytest.raises(FedeltaError, match="2 sheets have rows, expected one"):
         read(file)
+
+
+def test_a_no_break_space_and_a_line_separator_end_no_word_and_no_line(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes(b"text,label\nhello\xa0world 0,a\nhello 1,b\n")
+    with pytest.warns(DataWarning, match="was read as cp1252"):
+        rows = load_rows(DataSettings(source=str(latin)), Columns({"text": "text"}, (("text",),)))
+    assert rows["text"][0] == "hello\xa0world 0"
+    lines = tmp_path / "lines.json"
+    lines.write_text('{"text": "a\u2028b"}\n{"text": "c\x85d"}\r\n', encoding="utf-8")
+    rows = load_rows(DataSettings(source=str(lines)), Columns({"text": "text"}, (("text",),)))
+    assert rows["text"][:] == ["a\u2028b", "c\x85d"]

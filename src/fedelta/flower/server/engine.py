@@ -10,7 +10,7 @@ from fedelta.federation.records import Events
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import ServerState
 from fedelta.flower.server.grid_client import Incoming
-from fedelta.flower.server.node_registry import POLL_S, REMOVED, NodeRegistry
+from fedelta.flower.server.node_registry import POLL_S, REMOVED, NodeRegistry, dominant_site
 from fedelta.flower.server.round_exchange import RoundExchange, RoundKey
 from fedelta.learning.model.base_model import fingerprint
 from fedelta.learning.training.stopwatch import Stopwatch
@@ -74,6 +74,10 @@ class FlowerEngine(Engine):
         for client, rank in joined.items():
             rows = self.nodes.capabilities[client].rows
             self.observer.say(f"round {state.round}: {client} joins with {rows} rows at rank {rank}")
+        if joined and self.server.settings.weighting == "examples":
+            present = {client: rows for client, rows in self.nodes.rows.items() if client not in left}
+            if (line := dominant_site(present)) is not None:
+                self.observer.warn(line)
         for client in left:
             self.nodes.ranks.pop(client, None)
             self.observer.say(f"round {state.round}: {client} is removed")
@@ -90,8 +94,8 @@ class FlowerEngine(Engine):
         # Wait until enough clients are online. The round does not wait for the others.
         self.nodes.wait(draw.clients, settings.min_clients, settings.deadline, self._count_late_reply)
         watch.lap("waiting")
-        stated = {client: site.rows for client, site in self.nodes.capabilities.items() if site.rows is not None}
-        exchange = RoundExchange(self.server, state, draw, self.nodes, self.grid_client, {**stated, **self._rows})
+        rows = {**self.nodes.rows, **self._rows}
+        exchange = RoundExchange(self.server, state, draw, self.nodes, self.grid_client, rows)
         watch.lap("messages")
         until = time.monotonic() + settings.deadline
         for client in draw.clients:

@@ -65,6 +65,7 @@ class NodeRegistry:
 
     Attributes:
         capabilities: client → what its site states about itself.
+        rows: client → the number of rows that its site stated first.
         ranks: client → the rank that it must have, once that is known.
         base: fingerprint that each site's base model must have, once that is known.
     """
@@ -94,6 +95,7 @@ class NodeRegistry:
         self.base: str | None = None
         self.ranks: dict[str, int | None] = {}
         self.capabilities: dict[str, Capabilities] = {}
+        self.rows: dict[str, int] = {}
 
     def __getitem__(self, client: str) -> int:
         return self._nodes[client]
@@ -164,6 +166,8 @@ class NodeRegistry:
                 site = Capabilities.read(reply.facts)
                 if (reason := self._mismatch(client, site)) is None:
                     self._nodes[client], self.capabilities[client] = node, site
+                    if site.rows is not None:
+                        self.rows.setdefault(client, site.rows)
                 else:
                     self._warn(f"{client} can't take part: {reason}")
 
@@ -179,6 +183,9 @@ class NodeRegistry:
 
     def _mismatch(self, client: str, site: Capabilities) -> str | None:
         """Return why a site cannot take part, or None if it can."""
+        before = self.rows.get(client)
+        if site.rows is not None and before is not None and site.rows > before:
+            return f"it states {site.rows} rows and stated {before} before; a server started with --resume asks anew"
         if self.base is not None and site.base != self.base:
             return "the weights of its base model are not the server's"
         if self._max_rank is not None and (site.rank is None or site.rank > self._max_rank):
@@ -238,3 +245,19 @@ class NodeRegistry:
                     dict.fromkeys(missing, AWAY),
                 )
             time.sleep(POLL_S)
+
+
+def dominant_site(rows: Mapping[str, int]) -> str | None:
+    """Return a line about the site whose rows outweigh those of all others together, or None if there is none.
+
+    Of two sites one always has the larger half, so there the line begins at nine tenths.
+    """
+    total = sum(rows.values())
+    client = max(rows, key=lambda client: rows[client], default="")
+    share = rows[client] / total if total else 0.0
+    if len(rows) < 2 or share <= (0.5 if len(rows) > 2 else 0.9):
+        return None
+    return (
+        f"{client} states {rows[client]} rows, {share:.1%} of all, so it outweighs the other sites together; "
+        "federation.weighting: uniform gives all sites the same weight"
+    )

@@ -1,6 +1,7 @@
 """The ServerApp that Flower runs: a run whose rounds are exchanged over Flower's grid."""
 
 import json
+from collections import ChainMap
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedelta.flower.agreement import shared_settings
 from fedelta.flower.server.engine import FlowerEngine, check_config
 from fedelta.flower.server.farewell import AWAY_S, dismiss, read_farewell
 from fedelta.flower.server.grid_client import GridClient
-from fedelta.flower.server.node_registry import NodeRegistry
+from fedelta.flower.server.node_registry import NodeRegistry, dominant_site
 from fedelta.flower.server.progress_file import ProgressWriter
 from fedelta.flower.server.site_list import read_site_list
 from fedelta.learning.shards import Shard, read_splits
@@ -84,40 +85,26 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
         if saved_ranks is None:
             raise
         events.warn(str(error))
-    ranks = saved_ranks or {client: nodes.capabilities[client].rank or 0 for client in clients}
-    per_client = tuple(ranks[client] for client in clients)
+    if checkpoint is None:
+        per_client = tuple(nodes.capabilities[client].rank or 0 for client in clients)
+    else:
+        # Those of the first round: sites that joined, left or pruned since are in the state, not in the configuration.
+        per_client = tuple(checkpoint.config["ranks"]["per_client"])
     changes = {"allocation": "fixed", "per_client": per_client, "low": min(per_client), "high": config.ranks.largest}
-    rows = {client: nodes.capabilities[client].rows or 0 for client in clients if client in nodes.capabilities}
-    if config.federation.weighting == "examples" and (line := dominant_site(rows)) is not None:
+    if config.federation.weighting == "examples" and (line := dominant_site(nodes.rows)) is not None:
         events.warn(line)
     finished = run(
         config.model_copy(update={"ranks": config.ranks.model_copy(update=changes)}),
         resume=plan["resume"],
         observer=events,
         engine=engine_factory(nodes),
-        sites={client: rows.get(client, 0) for client in clients},
+        sites=ChainMap(nodes.rows, dict.fromkeys(clients, 0)),
         accept_changed_data=plan["accept_changed_data"],
     )
     events.say("the run has ended; its adapter goes to the sites")
     farewell = read_farewell(finished.adapter, finished.result["rounds"])
     if missing := dismiss(nodes, farewell, max(AWAY_S, min(config.federation.deadline, DISMISS_S))):
         events.warn(f"not told that the run has ended: {listed(missing)}; give them {finished.adapter}")
-
-
-def dominant_site(rows: Mapping[str, int]) -> str | None:
-    """Return a line about the site whose rows outweigh those of all others together, or None if there is none.
-
-    Of two sites one always has the larger half, so there the line begins at nine tenths.
-    """
-    total = sum(rows.values())
-    client = max(rows, key=lambda client: rows[client], default="")
-    share = rows[client] / total if total else 0.0
-    if len(rows) < 2 or share <= (0.5 if len(rows) > 2 else 0.9):
-        return None
-    return (
-        f"{client} states {rows[client]} rows, {share:.1%} of all, so it outweighs the other sites together; "
-        "federation.weighting: uniform gives all sites the same weight"
-    )
 
 
 def engine_factory(nodes: NodeRegistry) -> MakeEngine:

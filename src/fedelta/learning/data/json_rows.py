@@ -38,7 +38,7 @@ def read_json(path: Path, kind: str, encoding: str | None) -> Table:
         content = _parse(document)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return _from_lines(path, document.splitlines(keepends=True))
+            return _from_lines(path, document.split("\n"))
         raise FedeltaError(f"data file {named(path)}, line {error.lineno}: not JSON ({error.msg})") from error
     except (RecursionError, ValueError) as error:
         raise FedeltaError(f"data file {named(path)}: not JSON ({shorten(error, 80)})") from error

@@ -19,6 +19,8 @@ WHOLE = re.compile(r"[+-]?[0-9]{1,300}")
 WHOLE_FLOAT = re.compile(r"([+-]?[0-9]{1,300})(?:\.0*)?")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+MAX_UNLABELED = 0.2
+"""Share of the training rows above which a doubtful label is never dropped without `data.unlabeled`."""
 INFERENCE = {"entailment", "contradiction", "neutral"}
 """Classes of SNLI, which writes `-` for a pair without one."""
 
@@ -164,8 +166,12 @@ def _unlabeled_classes(labels: Labels, tables: Mapping[str, Table], settings: Da
         else:
             # A class must occur in the training rows. {−1, 1} is a usual way to write two classes.
             certain = all(WHOLE.fullmatch(n) for n in others) and "-1" not in labels["train"]
-            doubtful = all(WHOLE.fullmatch(n) and int(n) >= 0 for n in others) and others != {"1"}
-        if not certain and doubtful and settings.missing == "refuse":
+            doubtful = all(WHOLE.fullmatch(n) and int(n) >= 0 for n in others)
+            doubtful = doubtful and {int(n) for n in others} != {1}
+        train = labels["train"]
+        # A sign that many training rows have is probably a class, so `missing: drop` does not decide about it.
+        often = train.count(sign) > MAX_UNLABELED * len(train)
+        if not certain and doubtful and (settings.missing == "refuse" or often):
             _refuse_doubtful(sign, sign, labels, tables)
         if certain or doubtful:
             unlabeled.add(sign)

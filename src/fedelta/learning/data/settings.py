@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from fedelta.settings import Settings
 
@@ -42,6 +42,16 @@ class Columns:
     def inputs(self) -> tuple[str, ...]:
         """The columns other than the label."""
         return tuple(column for column in self.uses if column != self.label)
+
+
+_TEXTS_OR_NUMBERS = {"type": "array", "items": {"anyOf": [{"type": kind} for kind in ("string", "integer", "number")]}}
+
+
+def _as_text(value: object) -> object:
+    """Return a number as a label is written: −1 for −1.0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(int(value)) if float(value).is_integer() else str(value)
 
 
 class DataSettings(Settings):
@@ -94,7 +104,7 @@ class DataSettings(Settings):
     split_seed: int = Field(default=0, ge=0)
     splits: dict[SplitName, str | None] = Field(default_factory=dict)
     missing: Literal["refuse", "drop"] = "refuse"
-    unlabeled: tuple[str, ...] | None = None
+    unlabeled: Annotated[tuple[str, ...], WithJsonSchema(_TEXTS_OR_NUMBERS)] | None = None
     deduplicate: bool = False
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     delimiter: str | None = None
@@ -107,7 +117,7 @@ class DataSettings(Settings):
     def _as_texts(cls, value: object) -> object:
         """Accept `[-1]`, which YAML reads as a number."""
         if isinstance(value, list | tuple):
-            return tuple(str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
+            return tuple(_as_text(one) for one in value)
         return value
 
     @field_validator("delimiter")

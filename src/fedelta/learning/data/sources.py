@@ -1,6 +1,7 @@
 """Sources of texts and labels: the built-in data set, local files and folders, rows in memory, or a hub."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -150,3 +151,6 @@ def local_places(settings: DataSettings) -> Iterator[Path]:
         for chosen in settings.splits.values():
             if chosen is not None:
                 yield from (folder / chosen for folder in (path, path.parent))
+                # A missing file is reported when it is read.
+                with suppress(FedeltaError):
+                    yield from expand(chosen) if is_path(expand_variables(chosen)) else ()

@@ -4,6 +4,7 @@ import bz2
 import codecs
 import gzip
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -190,7 +191,7 @@ def _western(path: Path, data: bytes, line: int) -> str:
     foreign = sum(c.isalpha() for c in signs)
     if sum(c in WESTERN for c in signs) < 0.95 * len(signs) or foreign > 0.3 * max(letters, 4):
         raise refusal
-    word = next(word for word in text.split() if any(ord(c) > 127 for c in word))
+    word = next(word for word in re.split(r"[ \t\r\n]+", text) if any(ord(c) > 127 for c in word))
     say(
         f"{named(path)} is not UTF-8 and was read as cp1252 (line {line}: {shorten(word, 40)!r}); "
         "set data.encoding if wrong"

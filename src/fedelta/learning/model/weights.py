@@ -134,8 +134,8 @@ def _report_head(name: str, model: Any, mismatched: Sequence[Any], missing: Any,
             stacklevel=2,
         )
         return
-    kept = [key for key, _ in model.named_parameters() if not key.startswith(backbone) and key not in missing]
-    if kept:
+    head = [key for key, _ in model.named_parameters() if not key.startswith(backbone)]
+    if head and not set(head) & set(missing):
         labels = ", ".join(map(str, (getattr(model.config, "id2label", None) or {}).values()))
         order = "" if not labels or _NAMELESS_LABEL.match(labels) else f", trained for {one_line(labels)[:100]}"
         warnings.warn(
