@@ -71,8 +71,12 @@ def test_an_uncertain_label_is_refused_with_the_settings_that_decide(tmp_path: P
     labels = ["0", "1", "-1"] * 20
     with pytest.raises(FedeltaError, match="x.csv, line 4: label -1 in 20 rows: no label, or a label.*data.unlabeled"):
         class_names(tmp_path, labels)
-    with pytest.warns(DataWarning, match="20 rows of train without a label left out"):
-        assert class_names(tmp_path, labels, missing="drop") == ["0", "1"]
+    # A third of the rows is too many to be dropped without a decision about the label.
+    with pytest.raises(FedeltaError, match="label -1 in 20 rows"):
+        class_names(tmp_path, labels, missing="drop")
+    with pytest.warns(DataWarning, match="5 rows of train without a label left out"):
+        assert class_names(tmp_path, ["0", "1"] * 20 + ["-1"] * 5, missing="drop") == ["0", "1"]
+    assert class_names(tmp_path, ["+1", "-1"] * 20) == ["-1", "+1"]
     assert class_names(tmp_path, labels, unlabeled=()) == ["-1", "0", "1"]
     assert class_names(tmp_path, labels, unlabeled=[-1]) == ["0", "1"]
     with pytest.raises(FedeltaError, match="line 4: label - in 20 rows: no label, or a label"):

@@ -205,7 +205,7 @@ def _refuse_doubtful(sign: str, value: Any, labels: Labels, tables: Mapping[str,
     number = sum(values.count(value) for values in labels.values())
     raise FedeltaError(
         f"{tables[split].places.name(labels[split].index(value))}: label {sign} in {quantity(number, 'row')}: no "
-        f"label, or a label? data.missing: drop leaves out such rows, data.unlabeled: [] takes {sign} as a label"
+        f"label, or a label? data.unlabeled: ['{sign}'] leaves out such rows, data.unlabeled: [] takes it as a label"
     )
 
 
