@@ -79,8 +79,8 @@ def read_pydoc(library: Path | None = None) -> list[dict[str, str]]:
     return rows
 
 
-SENTENCE_END = re.compile(r"(?<=[a-z0-9)'\"`\]])[.!?](?=\s|$)")
-"""End of a sentence: not the dots of `e.g.` within a word, of an ellipsis or of a version number."""
+SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<=[a-z0-9)'\"`\]])[.!?](?=\s+[^a-z0-9\s]|$)")
+"""End of a sentence, but not the dots of `e.g.`, of an ellipsis or of a version number."""
 MIN_SUMMARY, MAX_SUMMARY, MAX_SIGNATURE = 15, 160, 160
 """Characters of a first sentence and of a signature. Longer ones are lists of options, not sentences."""
 
