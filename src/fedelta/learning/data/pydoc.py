@@ -88,8 +88,8 @@ MIN_SUMMARY, MAX_SUMMARY, MAX_SIGNATURE = 15, 160, 160
 def read_functions(library: Path | None = None) -> list[dict[str, str]]:
     """Read functions of the standard library: rows with `signature`, `summary`, `module` and `chapter`, by module.
 
-    The signature is that of a `def` statement, with the class of a method in front of its name. The summary is the first
-    sentence of the docstring. A summary that occurs twice is kept once, so that a test row is never a training row.
+    The signature is that of a `def` statement, with the class of a method in front of its name. The summary is the
+    first sentence of the docstring. A summary that occurs twice is kept once, so that a test row is never a training row.
 
     Args:
         library: folder of the standard library. None means that of the running Python.
@@ -119,7 +119,7 @@ def _first_sentence(docstring: str) -> str:
     """Return the first sentence in one line, without its quotes and with one period; empty if there is none."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     end = SENTENCE_END.search(paragraph)
-    sentence = (paragraph[: end.start()] if end else paragraph).strip()
+    sentence = (paragraph[: end.start()] if end else paragraph).rstrip(" :")
     # Some docstrings begin with the signature itself: `name(arguments) -> result`.
     is_sentence = sentence[:1].isupper() and " " in sentence and "->" not in sentence and sentence.isprintable()
     return f"{sentence}." if is_sentence else ""

@@ -50,9 +50,8 @@ def smollm2_folder() -> Path:
             if not _is_whole(folder):
                 _convert(_gguf_file(), folder)
     except OSError as error:
-        raise FedeltaError(
-            f"model 'smollm2': {error.filename or folder}: {error.strerror or error}; FEDELTA_CACHE=FOLDER uses another folder"
-        ) from error
+        place = f"{error.filename or folder}: {error.strerror or error}"
+        raise FedeltaError(f"model 'smollm2': {place}; FEDELTA_CACHE=FOLDER uses another folder") from error
     return folder
 
 
