@@ -89,7 +89,7 @@ def read_functions(library: Path | None = None) -> list[dict[str, str]]:
     """Read functions of the standard library: rows with `signature`, `summary`, `module` and `chapter`, by module.
 
     The signature is that of a `def` statement, with the class of a method in front of its name. The summary is the
-    first sentence of the docstring. A summary that occurs twice is kept once, so that a test row is never a training row.
+    first sentence of the docstring. A summary that occurs twice is kept once, so no test row is a training row.
 
     Args:
         library: folder of the standard library. None means that of the running Python.
