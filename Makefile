@@ -4,10 +4,12 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 # Where uv takes torch from in `make test-lowest`: PyPI's own build for Linux brings gigabytes of CUDA libraries.
 LOWEST_TORCH ?= --torch-backend cpu
-EXTRAS = demo,dev,flower,generation,harness,quantization
+EXTRAS = demo,dev,excel,flower,generation,harness,quantization
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-gpu test-lowest lint types clean help
+FUZZ_MINUTES ?= 60
+
+.PHONY: demo test test-slow test-gpu test-fuzz test-lowest lint types clean help
 
 demo: $(VENV)/.demo  ## Train and compare three methods on the built-in example
 	$(VENV)/bin/fedelta compare --resume
@@ -20,6 +22,9 @@ test-slow: $(VENV)/.dev  ## The slow tests alone
 
 test-gpu: $(VENV)/.dev  ## The tests that need a CUDA device; FEDELTA_TEST_DEVICE=cpu runs them on the CPU instead
 	$(VENV)/bin/python -m pytest -m gpu tests/gpu
+
+test-fuzz: $(VENV)/.dev  ## Damaged and hostile inputs for an hour; FUZZ_MINUTES=5 for less
+	FEDELTA_FUZZ_MINUTES=$(FUZZ_MINUTES) $(VENV)/bin/python -m pytest tests/fuzz
 
 test-lowest: $(LOWEST)/.dev  ## The ordinary tests with the lowest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -20,7 +20,8 @@ from fedelta.federation.engines.local import LocalEngine
 from fedelta.federation.engines.rounds import EngineContext
 from fedelta.federation.engines.workers import Workers
 from fedelta.federation.run_folder import RunFolder
-from fedelta.learning.shards import Shard, client_names
+from fedelta.learning.data.partition import client_names
+from fedelta.learning.shards import Shard
 from fedelta.lora.adapter import LoraPair
 from fedelta.runs.assemble import make_server
 from fedelta.runs.config import Config, parse_config

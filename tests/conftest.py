@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from architectures import build
 from causal import TASK, build_model, write_rows
 from encoder import build_bert, build_gpt2, write_texts
 from fedelta.runs.config import Config, parse_config
@@ -107,3 +108,25 @@ def causal_config(causal: Any, things: Path, tmp_path: Path) -> Any:
         return parse_config(data | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function: name in `architectures.py` → folder of a small model, built on its first call."""
+    return functools.cache(lambda name: build(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture
+def copy_of(architecture: Any, tmp_path: Path) -> Any:
+    """A function that copies a small model to a folder of the test and changes JSON files: `config={...}`."""
+
+    def copy(name: str, folder: str = "model", **changes: dict[str, Any]) -> Path:
+        target = tmp_path / folder
+        shutil.copytree(architecture(name), target)
+        for file, fields in changes.items():
+            path = target / f"{file}.json"
+            content = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(content | fields))
+        return target
+
+    return copy

@@ -47,7 +47,7 @@ class Federation:
         rows = load_splits(config.data, config.task.columns(config.data))["train"]
         names = sorted(set(rows.unique(config.data.label)))
         labels = [names.index(label) for label in rows[config.data.label]]
-        parts = partition(rows, labels, config.partition, config.seed)
+        parts = partition(rows, labels, config.partition, config.seed).values()
         self.names = [f"client-{i:03d}" for i in range(len(parts))]
         for name, part in zip(self.names, parts, strict=True):
             (folder / name).mkdir()

@@ -10,6 +10,7 @@ Names are imported when they are first used: `import fedelta` itself is fast.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ _HOMES = {
 """Public name → the module that defines it, with the name there if it differs."""
 
 __all__ = [*sorted(_HOMES), "__version__"]
+
+
+# PEFT imports bitsandbytes wherever it is installed, which on some CPUs warns that an optional kernel is not.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def __getattr__(name: str) -> Any:

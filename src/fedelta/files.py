@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: write under a temporary name in the same folder, then rename."""
+"""Atomic writes of files and folders: under a temporary name in the same folder, which is then renamed."""
 
 import os
 import re
@@ -45,21 +45,59 @@ def expand_variables(text: str) -> str:
     return str(path) if path.is_absolute() or path.parts[:1] == ("..",) else f"./{path}"
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file atomically: after a crash it has either its old or its new content."""
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, which outlives its replacement. Where links do not exist, it is renamed."""
+    link = previous.with_name(f".{previous.name}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        path.replace(previous)
+    else:
+        link.replace(previous)
+        # Nothing is renamed if both are names of one file, as after a process that was killed here.
+        link.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Put the name of a file into each `OSError` of the block. The system leaves it out when a write fails."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_file(path: Path, content: bytes | str, *, previous: Path | None = None, make_folder: bool = True) -> None:
+    """Write a file atomically: after a crash it has either its old or its new content.
+
+    Args:
+        path: the file.
+        content: its new content.
+        previous: name under which the old content is kept, in the same folder. None keeps nothing.
+        make_folder: create the file's folder if it is missing. Without it, a missing folder is an error.
+
+    Raises:
+        OSError: naming the file.
+    """
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary name depends only on the path, so the next write overwrites the leftover of a killed process.
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with named_errors(path):
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                _keep(path, previous)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -75,17 +113,23 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder. It is renamed to `path` if the block succeeds and deleted if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with named_errors(path):
+            if path.exists():
+                path.replace(replaced)
+            temporary.replace(path)
+            _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

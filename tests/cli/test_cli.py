@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import BertForSequenceClassification
 
 from command import fedelta, refusal
+from fedelta import __version__
 
 
 @pytest.fixture
@@ -92,7 +92,6 @@ MISTAKES = {
     "missing data file": (["data.source=nowhere.csv"], "data source nowhere.csv: no such file"),
     "missing model": (["model.name=./nowhere"], "model ./nowhere: no config.json in that folder"),
     "empty shard": (["partition.kind=iid", "partition.clients=400"], "400 clients, but only 172 rows"),
-    "one row for a client": (["partition.kind=iid", "partition.clients=172"], "client-000 has 1 row, too few to hold"),
     "weights": (["federation.weighting=[1, 2]"], "has 2 weights, expected one for each of 4 clients"),
     "negative weight": (["federation.weighting=[1, 2, 3, -1]"], "must be ≥ 0"),
     "ranks": (["ranks.per_client=[1, 2]"], "has 2 ranks, expected one for each of 4 clients"),
@@ -110,8 +109,7 @@ MISTAKES = {
     "output is a file": (["output=TEXTS"], "texts.csv"),
     "output cannot be made": (["output=/proc/nowhere"], "/proc/nowhere"),
     "text of numbers": (["data.text=label", "data.label=author", "data.source=NUMBERS"], "holds int64, expected text"),
-    "damaged weights": (["model.name=DAMAGED"], "DAMAGED: "),
-    "head of another task": (["model.name=FIVE"], "FIVE: "),
+    "damaged weights": (["model.name=DAMAGED"], "DAMAGED/model.safetensors"),
 }
 
 
@@ -125,13 +123,11 @@ def test_a_mistake_is_one_line_and_leaves_no_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides, expected = MISTAKES[mistake]
-    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.csv", "DAMAGED": tmp_path / "d", "FIVE": tmp_path / "f"}
-    places["NUMBERS"].write_text("label,author\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(40)))
-    for folder in (places["DAMAGED"], places["FIVE"]):
-        shutil.copytree(tiny_bert, folder)
+    places = {"TEXTS": texts, "NUMBERS": tmp_path / "n.jsonl", "DAMAGED": tmp_path / "d"}
+    places["NUMBERS"].write_text("".join(f'{{"label": {i}, "author": "{"xy"[i % 2]}"}}\n' for i in range(40)))
+    shutil.copytree(tiny_bert, places["DAMAGED"])
     weights = places["DAMAGED"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=5).save_pretrained(places["FIVE"])
     capsys.readouterr()
     for name, place in places.items():
         overrides = [override.replace(name, str(place)) for override in overrides]
@@ -143,7 +139,7 @@ def test_a_mistake_is_one_line_and_leaves_no_files(
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"\x7fELF\x00\xff\xfe", "not a text file"), (b"a: [1", "while parsing"), (b"[]", "holds a list")],
+    [(b"\x7fELF\x00\xff\xfe", "not a text file"), (b"a: [1", "line 1, column 6"), (b"[]", "holds a list")],
 )
 def test_a_broken_configuration_is_one_line(
     content: bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -206,7 +202,10 @@ def test_two_exports_into_one_folder_are_refused(
     )
 
 
-def test_ctrl_c_says_that_finished_rounds_are_kept_and_fails(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_that_finished_rounds_are_kept_and_fails(
+    number: signal.Signals, config: Path, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fedelta.cli", "run", str(config), "rounds=500"],
         stderr=subprocess.PIPE,
@@ -216,9 +215,9 @@ def test_ctrl_c_says_that_finished_rounds_are_kept_and_fails(config: Path, tmp_p
     rounds = tmp_path / "runs" / "tiny" / "rounds.jsonl"
     while process.poll() is None and not (rounds.exists() and rounds.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "--resume continues from them" in printed
 
 
@@ -249,8 +248,8 @@ def test_a_checkpoint_of_another_config_is_refused(config: Path, capsys: pytest.
 def test_a_truncated_checkpoint_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fedelta("run", str(config))
     capsys.readouterr()
-    file = tmp_path / "runs" / "tiny" / "checkpoint" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-7])
+    for file in (tmp_path / "runs" / "tiny" / "checkpoint").iterdir():
+        file.write_bytes(file.read_bytes()[:-7])
     assert "state.safetensors" in refusal(capsys, "run", str(config), "--resume")
     assert "state.safetensors" in refusal(
         capsys, "export", str(tmp_path / "runs" / "tiny"), "--adapter", str(tmp_path / "a")
@@ -277,6 +276,40 @@ def test_the_installed_command_exits_with_code_2(config: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_progress_is_silent_without_a_terminal(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fedelta("run", str(config)) == 0
-    assert capsys.readouterr().err == ""
+def test_without_a_terminal_a_run_prints_a_line_for_each_round(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedelta("run", str(config), "rounds=2") == 0
+    begin, *rounds = capsys.readouterr().err.splitlines()
+    assert begin.endswith(" replication, seed 0: 2 rounds")
+    assert len(rounds) == 2
+    for number, line in enumerate(rounds, 1):
+        assert f" round {number} of 2: validation accuracy " in line
+
+
+def test_help_says_what_positional_arguments_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, expected in (("run", "settings; without a"), ("export", "Folder of a run."), ("sweep", "the grid")):
+        assert fedelta(command, "--help") == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_the_version_is_an_option_and_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("--version", "version"):
+        assert fedelta(argument) == 0
+        assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_an_unknown_command_has_one_suggestion_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "rnu").count("'run'") == 1
+    assert refusal(capsys, "bogus") == "error: No such command 'bogus'."
+
+
+def test_config_lists_keys_sections_and_options_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedelta("config") == 0
+    assert "training.learning_rate = 0.001" in capsys.readouterr().out
+    assert fedelta("config", "training.steps") == 0
+    assert capsys.readouterr().out.startswith("training.steps = null\n    whole number ≥ 1 or null: number of")
+    assert fedelta("config", "fedex") == 0
+    assert "method.residual = exact" in capsys.readouterr().out
+    assert fedelta("config", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["rounds"]["minimum"] == 1

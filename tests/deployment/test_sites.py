@@ -2,13 +2,15 @@
 
 import base64
 import datetime
+import json
 import os
 import shutil
+import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedelta.flower.certificates import make_certificates
+from fedelta.flower.site.tls import site_context
 from fedelta.runs.runner import open_run, run
 from site_processes import MIXED, NAMES, Federation
 
@@ -122,7 +125,7 @@ def signed(key: Path, moment: datetime.datetime, spoiled: bool = False) -> dict[
 def request_statuses(federation: Federation) -> dict[str, int]:
     """Return the HTTP status of requests that are sent directly to the gateway."""
     keys = federation.folder / "keys"
-    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    context = site_context(keys / "sites" / NAMES[0])
     key = keys / "sites" / NAMES[0] / "site.key"
     public = public_key_to_bytes(load_ssh_private_key(key.read_bytes(), None).public_key())  # type: ignore[arg-type]
     body = ActivateNodeRequest(public_key=public, heartbeat_interval=30).SerializeToString()
@@ -182,7 +185,7 @@ class Interceptor:
 def check_connection_is_tamperproof(federation: Federation) -> None:
     """Check that a program between a site and its server can neither replay nor change a request."""
     keys = federation.folder / "keys"
-    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    context = site_context(keys / "sites" / NAMES[0])
     headers = signed(keys / "sites" / NAMES[0] / "site.key", datetime.datetime.now(datetime.UTC))
 
     def ask(port: int) -> int:
@@ -219,7 +222,7 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
         statuses = request_statuses(federation)
         check_connection_is_tamperproof(federation)
         for name, reason in {
-            "unknown": "does not know the key",
+            "unknown": "has not signed it",
             "misled": "could not be verified with",
             "plain": "does not speak plain HTTP",
         }.items():
@@ -228,7 +231,7 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
             assert lines[-1].startswith("error: ")
             assert reason in lines[-1]
         assert federation.wait("server") == 0, federation.output("server")
-        assert "refused a node at 127.0.0.1" in federation.output("server")
+        assert "refused a connection from 127.0.0.1" in federation.output("server")
     # A key that is in use is not admitted twice. Requests to other services than the nodes' are not forwarded.
     assert statuses.pop("good") == 412
     assert statuses.pop("huge") == 413
@@ -237,6 +240,61 @@ def test_nodes_without_a_registered_key_are_refused_and_the_rounds_continue(tiny
     records = open_run(config.folder).records
     assert len(records) == 20
     assert not any(record["skipped"] for record in records)
+
+
+@pytest.mark.slow
+def test_a_site_joins_and_another_is_removed_between_rounds(
+    tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scratch := tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    changes = {**MIXED, "federation": {"deadline": 300.0}}
+    config = tiny_config(name="apart", rounds=1000, **changes)
+    with Federation(config, tmp_path / "sites") as federation:
+        admitted = federation.folder / "keys" / "server" / "sites"
+        late = admitted / f"{NAMES[2]}.pub"
+        key = late.read_bytes()
+        late.unlink()
+        federation.serve()
+        for name, rank in ((NAMES[0], 2), (NAMES[1], 4)):
+            federation.join(name, rank)
+        federation.wait_for_rounds(2)
+        late.write_bytes(key)
+        federation.join(NAMES[2], 3)
+        until = time.monotonic() + 300
+        while f"{NAMES[2]} joins with" not in federation.output("server"):
+            assert time.monotonic() < until, federation.output("server")
+            time.sleep(0.1)
+        federation.wait_for_rounds(done(config) + 2)
+        (admitted / f"{NAMES[0]}.pub").unlink()
+        removed = done(config)
+        assert federation.wait(NAMES[0], 120) == 2
+        assert "does not know the key" in federation.output(NAMES[0])
+        federation.wait_for_rounds(removed + 6)
+        assert list(scratch.glob("fedelta-*"))
+        for name, number, line in (
+            ("server", signal.SIGTERM, "--resume continues from them"),
+            (NAMES[1], signal.SIGHUP, "the same command takes part again"),
+            (NAMES[2], signal.SIGTERM, "the same command takes part again"),
+        ):
+            federation.processes[name].send_signal(number)
+            assert federation.wait(name, 30) == 128 + number
+            assert line in federation.output(name).splitlines()[-1]
+        assert not list(scratch.glob("fedelta-*"))
+    records = [json.loads(line) for line in (config.folder / "rounds.jsonl").read_text().splitlines()]
+    clients = [set(record["clients"]) for record in records]
+    assert clients[0] == {NAMES[0], NAMES[1]}
+    assert set(NAMES) in clients
+    assert clients[-1] == {NAMES[1], NAMES[2]}
+    first = next(record for record in records if NAMES[2] in record["clients"])
+    # The first message to the new site holds all base patches so far.
+    assert first["bytes_by_client"][NAMES[2]][0] > first["bytes_by_client"][NAMES[1]][0]
+    assert {reason for record in records for reason in record["skipped"].values()} <= {"its site was removed"}
+
+
+def done(config: Any) -> int:
+    """Return the number of finished rounds."""
+    return int((config.folder / "rounds.jsonl").read_bytes().count(b"\n"))
 
 
 @pytest.mark.slow
@@ -261,6 +319,9 @@ def test_a_killed_server_resumes_with_sites_that_stayed_up_and_one_that_was_rest
         assert federation.wait("server") == 0, federation.output("server")
         for name in NAMES:
             assert federation.wait(name, 60) == 0, federation.output(name)
+            assert "clock" not in federation.output(name)
+        assert "refused" not in federation.output("server")
+        assert "clock" not in federation.output("server")
     apart = open_run(config.folder)
     assert len(apart.records) == 8
     assert [r["train_loss"] for r in apart.records] == [r["train_loss"] for r in whole.records]
@@ -328,9 +389,12 @@ def test_a_site_with_other_settings_or_labels_is_told_why(tiny_config: Any, tmp_
         assert federation.wait("server") == 2
         output = federation.output("server")
         assert "client-000, client-001 (0 of 2 are there, expected 2)" in " ".join(output.split())
-        assert "training.steps is 9 here and 2 at the server" in output
+        # The server learns what kind of problem it is. The values and the label stay at the sites.
+        assert "its training.steps is not the server's" in output
         assert "training.steps is 9 here and 2 at the server" in federation.output(NAMES[0])
-        assert "label 'lake' is not one of the server's" in output
+        assert "its rows can't be used" in output
+        assert "label 'lake' is not one of the server's" in federation.output(NAMES[1])
+        assert "lake" not in output
         assert not (config.folder / "rounds.jsonl").exists()
 
 

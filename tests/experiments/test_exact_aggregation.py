@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from fedelta.learning.tasks.completion import Completion
-from fedelta.runs.config import Config, parse_config, set_key
+from fedelta.runs.config import Config, parse_config
+from fedelta.runs.config_file import set_key
 from fedelta.runs.runner import run
 from fedelta.settings import quota
 from fedelta.sweep.cells import Expansion

@@ -1,14 +1,17 @@
 """One server step on handwritten messages."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.errors import BadUpdate, FedeltaError, TooFewUpdates
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import Server, ServerState
+from fedelta.methods import methods
+from fedelta.protocol.validation import MAX_NORM
 from tiny_server import CLIENTS, SHAPES, make, reply
 
 
@@ -104,11 +107,141 @@ def test_sampling_is_without_replacement_and_depends_on_the_round() -> None:
     assert drawn[0] == tuple(server.sample(state))
 
 
-def test_updates_whose_mean_overflows_stop_the_run() -> None:
+def test_a_client_whose_numbers_are_too_large_is_skipped_and_named_and_the_round_continues() -> None:
     server, state = make()
-    replies = {c: reply(server, state, c, 10, 3e38) for c in "ab"}
-    with pytest.raises(FedeltaError, match="round 0: the mean of module x is not finite"):
-        step(server, state, replies)
+    good = {c: reply(server, state, c, 10, 1.0) for c in "ac"}
+    expected, _ = step(server, state, good)
+    for value in (3e38, 1e30, 1e8):
+        after, outcome = step(server, state, {"b": reply(server, state, "b", 10, value), **good})
+        assert outcome.contributors == ["a", "c"]
+        assert list(outcome.skipped) == ["b"]
+        assert "A of module x has the norm" in outcome.skipped["b"]
+        assert torch.equal(after.method.adapter["x"].B, expected.method.adapter["x"].B)
+
+
+def test_factors_whose_product_is_too_large_are_refused_although_each_is_small_enough() -> None:
+    server, state = make()
+    bad = replace(
+        reply(server, state, "b", 10, 1.0),
+        factors={"A": {"x": torch.full((2, 4), 1e6)}, "B": {"x": torch.full((5, 2), 1e6)}},
+    )
+    _, outcome = step(server, state, {"a": reply(server, state, "a", 10, 1.0), "b": bad})
+    assert "B·A of module x may have the norm" in outcome.skipped["b"]
+
+
+def test_a_run_whose_clients_all_diverge_is_told_apart_from_one_with_bad_clients() -> None:
+    server, state = make()
+    with pytest.raises(TooFewUpdates) as error:
+        step(server, state, {c: reply(server, state, c, 10, 1e30) for c in "ab"})
+    assert error.value.diverged
+
+
+def scaled(server: Server, state: ServerState, client: str, size: float, head: float = 0.0, **metrics: float) -> Any:
+    """An update whose A is `size` times what was sent, and whose head is `head`."""
+    update = reply(server, state, client, 10, 0.0, **metrics)
+    A = {"x": server.broadcast(state, client).adapter(SHAPES)["x"].A * size}
+    return replace(update, factors={**update.factors, "A": A}, heads={"head": torch.full((3,), head)})
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"size": 1e6}, "the norm of its adapter grew to .* the median of the others is .* (federation.max_growth)"),
+        ({"size": 1.0, "head": 1e6}, "the norm of its heads grew to"),
+        ({"size": 1.0, "train_loss": 1e20}, "its train_loss is 1.0e+20, the median of the others is 1.0e+00"),
+    ],
+)
+@pytest.mark.parametrize("method", ["replication", "fedex", "hetlora"])
+def test_one_client_far_beyond_the_round_is_skipped_whatever_the_order_of_replies(
+    bad: Any, reason: str, method: str
+) -> None:
+    server, state = make(method)
+    good = {c: scaled(server, state, c, 1.5, 1.0, train_loss=1.0) for c in "acd"}
+    expected, outcome = step(server, state, good)
+    assert outcome.train_loss == 1.0
+    far = scaled(server, state, "b", **bad)
+    for replies in ({"b": far, **good}, {**good, "b": far}):
+        after, outcome = step(server, state, replies)
+        assert outcome.contributors == ["a", "c", "d"]
+        assert all(part in outcome.skipped["b"] for part in reason.split(" .* "))
+        assert len(outcome.skipped["b"]) < 250
+        assert outcome.train_loss == 1.0
+        assert torch.equal(after.method.adapter["x"].A, expected.method.adapter["x"].A)
+        assert torch.equal(after.heads["head"], expected.heads["head"])
+    strict, state = make(method, on_bad_update="refuse")
+    with pytest.raises(BadUpdate, match="client b: "):
+        step(strict, state, {"b": far, **good})
+
+
+def test_clients_that_all_move_far_are_all_used_and_the_limit_is_a_setting() -> None:
+    server, state = make()
+    far = {c: scaled(server, state, c, size) for c, size in zip("abc", (1e4, 3e4, 5e3), strict=True)}
+    assert step(server, state, far)[1].contributors == ["a", "b", "c"]
+    server, state = make(max_growth=2.0)
+    replies = {c: scaled(server, state, c, size, 0.1) for c, size in zip("abc", (1.9, 1.0, 9.0), strict=True)}
+    assert step(server, state, replies)[1].contributors == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_updates_at_the_largest_norm_give_a_finite_state_under_every_method(name: str) -> None:
+    limit = MAX_NORM * 0.99
+    for balance in (1.0, limit**0.5, limit):
+        server, state = make(name, weighting="examples")
+        for round_ in range(2):
+            replies = {}
+            for i, client in enumerate(CLIENTS):
+                sent = server.broadcast(state, client)
+                generator = torch.Generator().manual_seed(4 * round_ + i)
+                # A frozen A has a norm of its own, at most √2.
+                other = limit / (balance if "A" in sent.plan.up else 1.5) / sent.scale
+                sizes = {"A": balance, "B": other, "core": other}
+                factors = {}
+                for factor in sent.plan.up:
+                    shape = {"A": (sent.rank, 4), "B": (5, sent.rank), "core": (sent.rank, sent.rank)}[factor]
+                    tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+                    factors[factor] = {"x": (tensor / tensor.norm() * sizes[factor]).float()}
+                update = reply(server, state, client, 10**12 if i else 1, 0.0, train_loss=1e30)
+                heads = {"head": torch.full((3,), limit / 2 * (-1) ** i)}
+                replies[client] = replace(update, factors=factors, heads=heads)
+            try:
+                state, outcome = step(server, state, replies)
+            except TooFewUpdates:
+                # With a frozen factor of this size, all products are too large.
+                assert name == "rolora"
+                break
+            assert len(outcome.contributors) + len(outcome.skipped) == 4
+            assert all("norm" in reason for reason in outcome.skipped.values())
+            patches = state.log.since(0)
+            tensors = [t for pair in state.method.adapter.values() for t in (pair.A, pair.B)]
+            tensors += [*state.heads.values(), *state.method.memory.values()]
+            tensors += [t for patch in patches.entries.values() for p in patch.values() for t in p.tensors.values()]
+            assert all(torch.isfinite(tensor).all() for tensor in tensors)
+            numbers = [d for each in outcome.deviation.values() for d in each]
+            assert all(map(math.isfinite, [*numbers, *outcome.energy, outcome.train_loss or 0.0]))
+
+
+def test_a_client_cannot_report_more_examples_than_it_has_rows() -> None:
+    server, state = make()
+    good = reply(server, state, "a", 10, 1.0)
+    replies = [
+        ClientReply(server.broadcast(state, "a"), good, rows=10),
+        ClientReply(server.broadcast(state, "b"), reply(server, state, "b", 10**12, 1.0), rows=10),
+    ]
+    _, outcome = server.step(state, replies)
+    assert outcome.shares == {"a": 1.0}
+    assert outcome.skipped["b"] == (
+        "it reports 1000000000000 training examples, expected 1 to 10, the rows that it stated"
+    )
+
+
+def test_the_share_and_the_norms_of_each_client_are_recorded() -> None:
+    server, state = make()
+    _, outcome = step(server, state, {c: reply(server, state, c, n, 1.0) for c, n in (("a", 30), ("b", 10))})
+    assert outcome.shares == {"a": 0.75, "b": 0.25}
+    adapter = server.broadcast(state, "a").adapter(SHAPES)["x"]
+    factors = torch.cat([(adapter.A + 1).flatten(), 4 * (adapter.B + 1).flatten()])
+    assert outcome.norms["a"].adapter == pytest.approx(float(factors.norm()))
+    assert outcome.norms["a"].heads == pytest.approx(3**0.5)
 
 
 def test_too_few_updates_give_the_reasons() -> None:

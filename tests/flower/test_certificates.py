@@ -63,7 +63,11 @@ def test_only_the_owner_can_read_private_keys(tmp_path: Path) -> None:
     assert [file.parent.name for file in private] == ["authority", "server", "north"]
     assert all(file.stat().st_mode & 0o077 == 0 for file in private)
     # The folder of a site holds no key of the authority or of another site.
-    assert sorted(file.name for file in (tmp_path / "keys" / "sites" / "north").iterdir()) == ["ca.crt", "site.key"]
+    assert sorted(file.name for file in (tmp_path / "keys" / "sites" / "north").iterdir()) == [
+        "ca.crt",
+        "site.crt",
+        "site.key",
+    ]
 
 
 @pytest.mark.parametrize(

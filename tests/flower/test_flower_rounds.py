@@ -18,13 +18,17 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates
 from fedelta.federation.engines.rounds import Draw
 from fedelta.federation.reply import ClientReply
 from fedelta.flower.server import engine as engine_module
+from fedelta.flower.server import farewell as farewell_module
 from fedelta.flower.server import node_registry as registry_module
 from fedelta.flower.server.engine import FlowerEngine
+from fedelta.flower.server.farewell import dismiss
 from fedelta.flower.server.grid_client import GridClient as RealGridClient
 from fedelta.flower.server.grid_client import Incoming, Outgoing
 from fedelta.flower.server.node_registry import NodeKey, NodeRegistry
 from fedelta.flower.server.round_exchange import MAX_RESENDS, RoundKey
+from fedelta.flower.server.server_app import dominant_site
 from fedelta.learning.training.stopwatch import Stopwatch
+from fedelta.protocol.farewell import Farewell
 from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import pack, unpack
 from tiny_server import CLIENTS, make, reply
@@ -89,6 +93,7 @@ class World:
         self.engine = FlowerEngine.__new__(FlowerEngine)
         self.engine.server, self.engine.nodes = self.server, self.nodes
         self.engine.grid_client = self.grid_client  # type: ignore[assignment]
+        self.engine._rows = {}
         self.engine._late, self.engine._bytes_late, self.engine._caught_up = {}, 0, {}
 
     def respond(self, message: Outgoing) -> Incoming | None:
@@ -223,11 +228,15 @@ def test_with_registered_keys_the_clients_that_nodes_name_are_ignored() -> None:
 
 
 def test_a_site_that_refuses_or_has_changed_is_reported_once() -> None:
-    replies: dict[int, Any] = {1: ({"refused": "training.steps is 9 here"}, b""), 2: ({"rank": 4, "base": "w"}, b"")}
+    replies: dict[int, Any] = {
+        1: ({"failure": "settings", "setting": "training.steps"}, b""),
+        2: ({"rank": 4, "base": "w"}, b""),
+    }
     registry, warnings = make_registry(replies, {1: "a", 2: "b"})
+    registry._question = {"settings": {"training.steps": 2}}
     with pytest.raises(FedeltaError, match=r"no node serves client a \(1 of 2"):
         registry.wait(["a", "b"], 2, 0.05)
-    assert warnings == ["a can't take part: training.steps is 9 here"]
+    assert warnings == ["a can't take part: its training.steps is not the server's; its own log says why"]
     assert registry.capabilities["b"].rank == 4
     registry.require_base("w")
     with pytest.raises(FedeltaError, match="client b: the weights of its base model"):
@@ -253,7 +262,7 @@ def test_a_site_that_refuses_or_has_changed_is_reported_once() -> None:
 
 
 def test_a_node_that_is_still_starting_is_asked_again() -> None:
-    replies: dict[int, Any] = {1: ({"failed": "not yet"}, b""), 2: ({"clients": ["b"]}, b"")}
+    replies: dict[int, Any] = {1: ({"failure": "starting"}, b""), 2: ({"clients": ["b"]}, b"")}
     registry, _ = make_registry(replies)
     registry.refresh()
     registry.accept(next(iter(registry.grid_client.receive())))
@@ -342,7 +351,131 @@ def test_a_malformed_blob_is_a_bad_update_and_raises_nothing() -> None:
     odd = pack({"zzz/x": torch.ones(2)}, {**facts, "factors": ["zzz"], "changed": {}})
     deep = json.dumps({"__metadata__": {"fedelta": "[" * 100_000}}).encode()
     nested = b"[" * 200_000
-    for blob in (odd, struct.pack("<Q", len(deep)) + deep, struct.pack("<Q", len(nested)) + nested, b"", b"\0" * 8):
+    long = good.blob + bytes(2**21)
+    for blob in (
+        long,
+        odd,
+        struct.pack("<Q", len(deep)) + deep,
+        struct.pack("<Q", len(nested)) + nested,
+        b"",
+        b"\0" * 8,
+    ):
         world = World()
         world.behave["a"] = lambda message, blob=blob: Incoming(message.key, {}, blob)  # type: ignore[misc]
         assert isinstance(world.round()["a"].update, BadUpdate)
+
+
+def test_every_site_is_told_the_end_once_it_can_listen_and_those_that_are_away_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(farewell_module, "AWAY_S", 0.1)
+    monkeypatch.setattr(farewell_module, "POLL_S", 0.0)
+    told: list[int] = []
+
+    def respond(message: Outgoing) -> Incoming:
+        told.append(message.node)
+        if message.node == 2 and told.count(2) < 3:
+            return Incoming(message.key, {"failure": "starting"}, b"")
+        if message.node == 3 and told.count(3) < 2:
+            return Incoming(message.key, {}, b"", "its node failed")
+        if 4 not in grid_client.nodes and told.count(2) == 2:
+            grid_client.nodes.append(4)  # a site comes back
+        return Incoming(message.key, {}, b"")
+
+    grid_client = GridClient(respond, [1, 2, 3])
+    clients = {1: "a", 2: "b", 3: "c", 4: "d", 5: "e"}
+    registry = NodeRegistry(grid_client, list(clients.values()), clients, {}, print)  # type: ignore[arg-type]
+    assert dismiss(registry, Farewell(2), timeout=5.0) == ["e"]
+    assert {node: told.count(node) for node in clients} == {1: 1, 2: 3, 3: 2, 4: 1, 5: 0}
+
+
+def test_the_text_of_a_node_error_is_not_shown() -> None:
+    error = SimpleNamespace(code=2, reason="\x1b[2Ja row of the site")
+    failed = SimpleNamespace(
+        metadata=SimpleNamespace(reply_to_message_id="1"), has_error=lambda: True, error=error, content=RecordDict({})
+    )
+    grid_client = RealGridClient(Grid({"1": failed}), trusted=False)  # type: ignore[arg-type]
+    grid_client._pending = {"1": "a"}
+    assert [each.error for each in grid_client.receive()] == ["its node failed: its program raised an error"]
+
+
+def test_a_site_whose_rows_outweigh_all_others_is_named() -> None:
+    line = dominant_site({"a": 10, "b": 10**12, "c": 20})
+    assert line is not None
+    assert line.startswith("b states 1000000000000 rows, 100.0% of all")
+    assert len(line) < 250
+    assert dominant_site({"a": 10, "b": 12, "c": 11}) is None
+    assert dominant_site({"a": 10, "b": 60}) is None
+    assert dominant_site({"a": 10}) is None
+    assert dominant_site({}) is None
+
+
+def test_a_site_of_a_deployment_states_its_rows_and_cannot_train_on_more() -> None:
+    for rows in (0, -1, "9", None, True, 10**13):
+        warnings: list[str] = []
+        facts = {"rank": 4, "base": "w", "rows": rows}
+        grid_client = GridClient(lambda message, facts=facts: Incoming(message.key, facts, b""), [1])  # type: ignore[misc]
+        registry = NodeRegistry(grid_client, ["a"], {1: "a"}, {}, warnings.append, max_rank=16)  # type: ignore[arg-type]
+        registry.refresh()
+        for received in grid_client.receive():
+            registry.accept(received)
+        assert "a" not in registry
+        assert "it does not state its number of rows" in warnings[0]
+    world = World()
+    world.engine._rows = {"a": 9, "b": 10}
+    replies = world.round()
+    assert isinstance(replies["a"].update, BadUpdate)
+    assert "it reports 10 training examples, expected 1 to 9" in replies["a"].update.reason
+    assert replies["b"].rows == 10
+
+
+def test_an_outlier_does_not_use_up_a_place_in_the_round_and_is_skipped() -> None:
+    world = World(sample=4, keep=3)
+
+    def huge(message: Outgoing) -> Incoming:
+        update = ClientUpdate.from_bytes(world.good(message).blob, "a")
+        factors = {name: {m: t * 1e3 for m, t in tensors.items()} for name, tensors in update.factors.items()}
+        return Incoming(message.key, {}, replace(update, factors=factors).to_bytes())
+
+    world.behave["a"] = huge
+    _, outcome = world.server.step(world.state, world.round().values())
+    assert outcome.contributors == ["b", "c", "d"]
+    assert "the norm of its adapter grew to" in outcome.skipped["a"]
+
+
+def test_a_client_joins_once_its_node_has_answered_and_leaves_with_its_key() -> None:
+    registered = {1: "a", 2: "b"}
+    grid_client, messages = GridClient(lambda _: None, [1, 2, 9]), []
+    registry = NodeRegistry(grid_client, ["a", "b"], registered, {}, print, 2, lambda: registered)  # type: ignore[arg-type]
+    registry.refresh()
+    # Node 9 is online before its name is known here, so it is not asked yet.
+    assert [message.node for message in grid_client.sent] == [1, 2]
+    registered = {1: "a", 2: "b", 9: "late"}
+    registry.refresh()
+    assert [json.loads(message.blob)["client"] for message in grid_client.sent] == ["a", "b", "late"]
+    assert "late" not in registry
+    registry.accept(Incoming(NodeKey(9), {"clients": ["b"], "base": "w", "rank": 2, "rows": 7}, b""))
+    assert registry["late"] == 9
+    world = World("fedex", deadline=0.05)
+    engine, state = world.engine, world.state
+    engine.nodes, engine.observer, engine._declined = registry, SimpleNamespace(say=messages.append), {}  # type: ignore[assignment]
+    registered = {1: "a", 9: "late"}
+    state = engine.update_clients(state)
+    assert sorted(state.ranks) == ["a", "late"]
+    assert messages[0] == "round 0: late joins with 7 rows at rank 2"
+    assert engine.update_clients(state) is state
+
+
+def test_a_round_does_not_wait_for_a_site_that_was_removed() -> None:
+    world = World(deadline=60.0)
+    world.behave["b"] = lambda _: None
+    registered = {number: client for client, number in NODES.items()}
+
+    def follow() -> dict[int, str]:
+        # The site is removed after its message was sent.
+        if any(isinstance(message.key, RoundKey) for message in world.grid_client.sent):
+            registered.pop(NODES["b"], None)
+        return registered
+
+    world.nodes._registered, world.nodes._follow = registered, follow
+    assert reason(world.round()["b"]) == "its site was removed"

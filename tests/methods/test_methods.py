@@ -763,7 +763,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_name() -> None:
         ("fedex-keep", {"refresh": 2}, "method fedex-keep can't have refresh: clients would continue from the factors"),
         ("fedex-keep", {"residual_step": 0.5}, "method fedex-keep can't have residual_step"),
         ("fedit", {"name": "x"}, "method fedit has no option 'name'"),
-        ("ffa", {"refresh": "often"}, "method ffa: refresh: input should be a valid integer"),
+        ("ffa", {"refresh": "often"}, "method ffa: refresh: input should be a whole number"),
     ],
 )
 def test_a_wrong_option_is_refused(name: str, options: dict[str, Any], message: str) -> None:

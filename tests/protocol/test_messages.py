@@ -10,7 +10,8 @@ from fedelta.errors import BadUpdate, FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair, draw_basis, initial_adapter
 from fedelta.lora.lowrank import Dense, LowRank
 from fedelta.lora.patch_log import PatchLog
-from fedelta.protocol.messages import Broadcast, ClientUpdate, FactorPlan, select_factors
+from fedelta.protocol.factor_plan import FactorPlan, select_factors
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import count_bytes, pack, show, unpack
 from fedelta.protocol.validation import receive
 
@@ -210,6 +211,9 @@ nan = torch.full((6, 2), float("nan"))
         (bad(A={**good.factors["A"], "z": good.factors["A"]["x"]}), "A of module z was not requested"),
         (bad(metrics={"train_loss": float("nan")}), "reports train_loss nan, expected a finite number"),
         (bad(metrics={"train_loss": 1e308}), "reports train_loss 1e"),
+        (bad(metrics={"train_loss": -1.0}), "reports train_loss -1.0, expected a finite number from 0 to 1e"),
+        (bad(metrics={"accuracy": 1.0}), "reports 'accuracy', expected only train_loss and validation_loss"),
+        (bad(heads={"head.weight": torch.full((3, 5), 1e30)}), "head head.weight has the norm 3.9e\\+30"),
         (bad(heads={}), "head head.weight is missing"),
         (bad(heads={"head.weight": nan}), r"head head.weight is .* \(6, 2\), expected .* \(3, 5\)"),
         (bad(A={m: t.half() for m, t in good.factors["A"].items()}), "torch.float16"),
@@ -222,7 +226,7 @@ def test_an_update_that_does_not_fit_its_broadcast_is_refused_with_the_reason(
         receive(update, broadcast(), SHAPES)
 
 
-INTEGER, NUMBER = "of its update: input should be a valid integer", "of its update: input should be a valid number"
+INTEGER, NUMBER = "of its update: input should be a whole number", "of its update: input should be a number"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +237,7 @@ INTEGER, NUMBER = "of its update: input should be a valid integer", "of its upda
         ("examples", 2.5, f"examples {INTEGER}, found 2.5"),
         ("client", None, "client of its update: input should be a valid string, found None"),
         ("precision", "int4", "precision of its update: input should be 'float32', .* found 'int4'"),
-        ("metrics", [1], r"metrics of its update: input should be a valid dictionary, found \[1\]"),
+        ("metrics", [1], r"metrics of its update: input should be keys and values, found \[1\]"),
         ("metrics", {"train_loss": "low"}, f"metrics.train_loss {NUMBER}, found 'low'"),
         ("metrics", {"train_loss": 10**400}, f"metrics.train_loss {NUMBER}, found 1000"),
         ("rounds", 1, "rounds of its update: unexpected keyword argument, found 1"),
@@ -259,9 +263,10 @@ def test_a_factor_that_was_frozen_is_refused() -> None:
         receive(replace(update_for(sent), factors=good.factors), sent, SHAPES)
 
 
-def test_a_large_sum_that_overflows_is_not_taken_for_infinity() -> None:
+def test_a_tensor_whose_norm_overflows_is_not_taken_for_infinite() -> None:
     huge = {**good.factors["B"], "x": torch.full((6, 2), 3e38)}
-    assert receive(bad(B=huge), broadcast(), SHAPES).weight == 10
+    with pytest.raises(BadUpdate, match=r"B of module x has the norm 1.0e\+39, expected at most 1e\+08"):
+        receive(bad(B=huge), broadcast(), SHAPES)
 
 
 def test_a_broadcast_that_does_not_fit_the_model_is_refused() -> None:

@@ -15,6 +15,7 @@ import yaml
 from fedelta.errors import FedeltaError
 from fedelta.federation import checkpoint, run_folder
 from fedelta.federation.checkpoint import load_checkpoint
+from fedelta.federation.round_lines import RoundLines
 from fedelta.federation.run_folder import RunFolder
 from fedelta.runs.runner import Run, run
 
@@ -80,17 +81,17 @@ def test_a_crash_at_each_step_of_finishing_a_round_loses_nothing(
     calls = [0]
 
     def crash_on_third(original: Any) -> Any:
-        def wrapper(*arguments: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
             calls[0] += 1
             if calls[0] == 3:
                 raise KeyboardInterrupt
-            return original(*arguments)
+            return original(*arguments, **options)
 
         return wrapper
 
     with monkeypatch.context() as patched:
         if moment == "before the line":
-            patched.setattr(run_folder, "_append", crash_on_third(run_folder._append))
+            patched.setattr(RoundLines, "append", crash_on_third(RoundLines.append))
         elif moment == "between line and checkpoint":
             patched.setattr(run_folder, "save_checkpoint", crash_on_third(run_folder.save_checkpoint))
         else:

@@ -108,7 +108,7 @@ def test_objects_of_another_process_must_be_passed_again(tiny_config: Any) -> No
 @pytest.mark.parametrize(
     ("objects", "words"),
     [
-        ({"data": []}, "split train is a list, expected a datasets.Dataset or a list of dicts, with rows"),
+        ({"data": []}, "split train is a list, expected a datasets.Dataset, a DataFrame or a list"),
         ({"data": {"train": 3}}, "split train is a int"),
         ({"tokenizer": object()}, "without its model"),
         ({"model": object()}, "needs its tokenizer"),

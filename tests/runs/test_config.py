@@ -43,6 +43,7 @@ def test_a_dumped_configuration_reads_back_equal() -> None:
         ("method=fedx", "unknown method 'fedx'; did you mean 'fedex'"),
         ("method.tau=1", "method replication has no option 'tau'"),
         ("name=../escape", "name: string should match pattern"),
+        ("lora.target_modules=(a", r"lora.target_modules: '\(a' is not a valid pattern: missing \)"),
         ("rounds", "override 'rounds': expected key=value"),
         ("rounds=[", "override 'rounds=\\['"),
     ],
@@ -55,7 +56,7 @@ def test_invalid_keys_and_values_raise_one_line_with_the_key(override: str, reas
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("- a\n- b\n", "holds a list, expected keys"), ("a: [1", "while parsing"), ("a: b: c", "x.yaml")],
+    [("- a\n- b\n", "holds a list, expected keys"), ("a: [1", "line 1, column 6"), ("a: b: c", "x.yaml")],
 )
 def test_broken_files_raise_one_line(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)

@@ -233,9 +233,9 @@ def test_results_outlive_a_new_setting_but_not_a_changed_one() -> None:
             {"tuning": TUNING | {"search": {"lora.alpha": []}}},
             "tuning.search.lora.alpha: tuple should have at least 1 item",
         ),
-        ({"axes": {"method": None}}, "axes.method: input should be a valid dictionary"),
-        ({"axes": ["method"]}, "axes: input should be a valid dictionary"),
-        ({"experiments": {"e": None}}, "experiments.e: input should be a valid dictionary"),
+        ({"axes": {"method": None}}, "axes.method: input should be keys and values"),
+        ({"axes": ["method"]}, "axes: input should be keys and values"),
+        ({"experiments": {"e": None}}, "experiments.e: input should be keys and values"),
         ({"experiments": {"../e": {"axes": {"method": "all"}, "rows": "method"}}}, "should match pattern"),
         (
             {"experiments": {"e": {"axes": {"method": ["mean", "mean"]}, "rows": "method"}}},
@@ -285,7 +285,7 @@ def test_files_that_are_not_grids_are_refused(tmp_path: Path) -> None:
         load_grid(tmp_path / "nothing.yaml")
     for text, complaint in (
         ("- a", "holds a list"),
-        ("a: [", "grid .*while parsing"),
+        ("a: [", "grid .*line 1, column 5"),
         ("name: x", "axes: field required"),
     ):
         (tmp_path / "bad.yaml").write_text(text)

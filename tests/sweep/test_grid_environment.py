@@ -74,9 +74,9 @@ def test_a_variable_without_a_default_that_is_not_set_is_named_before_the_first_
 
 def test_a_folder_that_is_not_there_is_no_question_to_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = write_grid(tmp_path).model_copy(update={"overrides": {"data.max_length": 17}})
+    monkeypatch.setenv("MODELS_OF_THIS_TEST", "models")
     with pytest.raises(FedeltaError, match=r"data source \./nowhere/texts.csv: no such file"):
         Sweep(grid, Expansion(grid), grid.folder, parallel=1).run()
-    monkeypatch.setenv("MODELS_OF_THIS_TEST", "models")
     with pytest.raises(FedeltaError, match=r"model \./models/bert: no config\.json in that folder"):
         locate_model(parse_config(GRID["config"]).model.name)
 

@@ -1,6 +1,7 @@
 """PEFT folders that are aggregated together: checks that they match, and their contributions one at a time."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedelta.errors import FedeltaError, quantity
+from fedelta.aggregate.matching import BASE, all_layers, check_heads, check_transposed, common_base, missing_layers
+from fedelta.aggregate.weights import Weights, check_weights, scaled_weights
+from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.contribution import Contribution
 from fedelta.lora.files.peft_read import PeftFolder, open_adapter
 from fedelta.lora.running_sum import CHUNK
 from fedelta.methods import Method
-
-BASE = "base_model_name_or_path"
 
 
 class Folders:
@@ -24,60 +25,73 @@ class Folders:
     Args:
         folders: the opened folders, each of them valid.
         weights: w_i, in the order of the folders.
+        base: name of the base model, over those in the folders.
 
     Raises:
-        FedeltaError: if a folder does not match the first one, naming the folder and the difference.
+        FedeltaError: if a folder does not match the others, naming the folder and the difference.
     """
 
-    def __init__(self, folders: Sequence[PeftFolder], weights: Sequence[float]) -> None:
+    def __init__(self, folders: Sequence[PeftFolder], weights: Weights, base: str | None = None) -> None:
         self.folders = folders
         self.weights = weights
-        first = folders[0]
-        named = next((f for f in folders if f.config.get(BASE)), first)
-        for folder in folders[1:]:
-            if (base := folder.config.get(BASE)) and base != (expected := named.config[BASE]):
-                raise _mismatch(folder, "base model", base, named, expected)
-            _check_match(first, folder)
-        self.layers = first.layers
+        self._override = base
+        self.base = common_base(folders, base)
+        all_layers(folders)
+        # A weight of 0 leaves a folder out: it adds nothing, and has no say in what the output adapts.
+        self.active = [f for f, weight in zip(folders, weights.values, strict=True) if weight]
+        self.layers = all_layers(self.active)
+        check_heads(self.active)
+        self._transposed = check_transposed(folders)
+        if weights.as_sum and self.active[0].heads and abs(math.fsum(weights.values) - 1) > 1e-9:
+            raise FedeltaError(
+                f"{self.active[0].name}: head {next(iter(self.active[0].heads))[:80]} is saved whole: its change needs "
+                "the base's own head, which is not in the folder; expected --sum with weights that sum to 1"
+            )
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], weights: Sequence[float] | None) -> "Folders":
+    def open(
+        cls,
+        paths: Sequence[str | Path],
+        weights: Sequence[float] | None,
+        *,
+        as_sum: bool = False,
+        base: str | None = None,
+    ) -> "Folders":
         """Open folders, reading configurations and headers only; tensors stay on disk.
 
         Args:
             paths: the folders.
-            weights: w_i ≥ 0; None weighs all folders equally.
+            weights: w_i; None weighs all folders by 1.
+            as_sum: whether the result is a sum, which may have negative weights.
+            base: name of the base model, over those in the folders.
 
         Raises:
             FedeltaError: for a folder or weight that is not valid.
         """
         if not paths:
             raise FedeltaError("no adapter folders, expected at least one")
-        weights = [1.0] * len(paths) if weights is None else list(weights)
-        if len(weights) != len(paths):
-            raise FedeltaError(
-                f"{quantity(len(weights), 'weight')}, expected one for each of {quantity(len(paths), 'folder')}"
-            )
-        for weight, path in zip(weights, paths, strict=True):
-            if not math.isfinite(weight) or weight < 0:
-                raise FedeltaError(f"weight {weight} of {path}: expected a number ≥ 0")
-        if sum(weights) <= 0:
-            raise FedeltaError("all weights are 0, expected a positive sum")
-        return cls([open_adapter(path) for path in paths], weights)
+        checked = check_weights([str(path) for path in paths], weights, as_sum)
+        return cls([open_adapter(path) for path in paths], checked, base)
+
+    def notes(self) -> list[str]:
+        """What was repaired, taken as equal or is missing, a line each."""
+        notes = [note for folder in self.folders for note in folder.notes]
+        times = Counter(folder.path.resolve() for folder in self.folders)
+        notes += [f"{path}: given and counted {number} times" for path, number in times.items() if number > 1]
+        return notes + self.base.notes + missing_layers(self.active, self.layers)
 
     def shares(self) -> list[tuple[str, float]]:
-        """(folder, p_i) in the order of the folders, with p_i = w_i / Σ w."""
-        total = sum(self.weights)
-        return [(str(f.path), w / total) for f, w in zip(self.folders, self.weights, strict=True)]
+        """(folder, factor) in the order of the folders: w_i / Σ w of a mean, w_i of a sum."""
+        return [(f.name, share) for f, share in zip(self.folders, self.weights.shares(), strict=True)]
 
     def ranks(self, module: str) -> list[int]:
-        """Rank of a module in each folder."""
-        return [folder.layers[module].rank for folder in self.folders]
+        """Rank of a module in each folder with a weight; 0 if the folder does not adapt it."""
+        return [folder.layers[module].rank if module in folder.layers else 0 for folder in self.active]
 
     @property
     def all_ranks(self) -> frozenset[int]:
         """The ranks of all modules in all folders."""
-        return frozenset(layer.rank for folder in self.folders for layer in folder.layers.values())
+        return frozenset(layer.rank for folder in self.active for layer in folder.layers.values())
 
     def groups(self, budget: int, sums: int = 1) -> list[list[str]]:
         """Split the modules into groups whose sums fit the budget; a module that does not fit is a group by itself.
@@ -100,6 +114,21 @@ class Folders:
             left -= size
         return groups
 
+    def check_memory(self, available: int) -> None:
+        """Raise if the sums of one module can't fit into memory. A header can claim any shape in a small file.
+
+        Args:
+            available: bytes that are free.
+        """
+        for module, layer in self.layers.items():
+            # The pairs of one folder, means in float64, and copies of the factors for the SVD.
+            size = 6 * min(self._sizes(module, 1)) + 20 * max(self.ranks(module)) * sum(layer.shape)
+            if size > available:
+                raise FedeltaError(
+                    f"module {module}: ranks up to {max(self.ranks(module))} of {layer.shape[0]}×{layer.shape[1]} need "
+                    f"about {size / 2**30:.3g} GB of memory, and {available / 2**30:.3g} GB are free"
+                )
+
     def makes_dense(self, sums: int = 1) -> bool:
         """Whether the number of folders is so large that a sum over them is smaller as a dense matrix."""
         return any(dense < factors for factors, dense in (self._sizes(module, sums) for module in self.layers))
@@ -119,15 +148,21 @@ class Folders:
         for group in self.groups(budget):
             for i, folder in enumerate(self.folders):
                 squares[i] += folder.read(group).norm_squared
-        norms = [square**0.5 if weight else 0.0 for square, weight in zip(squares, self.weights, strict=True)]
+        norms = [square**0.5 if w else 0.0 for square, w in zip(squares, self.weights.values, strict=True)]
         if not sum(norms) > 0:
             raise FedeltaError("all adapters are zero, expected one with a norm to weigh it by")
-        return Folders(self.folders, norms)
+        return Folders(self.folders, scaled_weights(norms), self._override)
 
-    def contributions(self, group: list[str]) -> Iterator[Contribution]:
-        """Yield the contribution of each folder to a group of modules, read one at a time."""
-        for folder, weight in zip(self.folders, self.weights, strict=True):
-            yield Contribution(str(folder.path), weight, folder.read(group))
+    def contributions(self, group: list[str], sign: int = 1) -> Iterator[Contribution]:
+        """Yield the contribution of each folder to a group of modules, read one at a time.
+
+        Args:
+            group: the modules.
+            sign: 1 for the folders with a positive weight, −1 for those with a negative one, by its size.
+        """
+        for folder, weight in zip(self.folders, self.weights.scaled, strict=True):
+            if weight * sign > 0:
+                yield Contribution(folder.name, weight * sign, folder.read(group))
 
     def zero_adapter(self, group: list[str]) -> Adapter:
         """An adapter of zeros at the largest rank of each module, which defines the rank indices."""
@@ -150,14 +185,15 @@ class Folders:
         (factor,) = frozen
         pairs = {}
         for module in group:
-            largest = max(self.folders, key=lambda folder: folder.layers[module].rank)
+            holders = [folder for folder in self.active if module in folder.layers]
+            largest = max(holders, key=lambda folder: folder.layers[module].rank)
             start = _absorbed(largest, module)
-            for folder in self.folders:
+            for folder in holders:
                 pair = _absorbed(folder, module)
                 own, shared = (getattr(p, factor) for p in (pair, start.truncate(pair.rank)))
                 if not torch.equal(own, shared):
                     raise FedeltaError(
-                        f"{folder.path}: {factor} of module {module} differs from that of {largest.path}; method "
+                        f"{folder.name}: {factor} of module {module} differs from that of {largest.name}; method "
                         f"{method.name} expects clients that share {factor}. The exact mean needs no method"
                     )
             pairs[module] = LoraPair(start.A, zero[module].B) if factor == "A" else LoraPair(zero[module].A, start.B)
@@ -180,50 +216,30 @@ class Folders:
                 if len(set(ranks)) > 1:
                     raise FedeltaError(
                         f"method {method.name} needs equal ranks; module {module} has rank {ranks[0]} in "
-                        f"{self.folders[0].path} and others elsewhere: {sorted(set(ranks))}"
+                        f"{self.active[0].name} and others elsewhere: {sorted(set(ranks))[:8]}"
                     )
 
     def mean_heads(self) -> dict[str, Tensor]:
         """Average the heads, Σ p_i head_i, in a dtype that holds the dtypes of all folders; integers are rounded."""
         sums: dict[str, Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
-        for (_, p), folder in zip(self.shares(), self.folders, strict=True):
-            for name, tensor in folder.read_heads().items():
+        for (_, share), folder in zip(self.shares(), self.folders, strict=True):
+            for name, tensor in folder.read_heads().items() if share else ():
                 dtypes[name] = torch.promote_types(dtypes.get(name, tensor.dtype), tensor.dtype)
-                sums[name] = sums.get(name, 0) + p * tensor.double()
+                sums[name] = sums.get(name, 0) + share * tensor.double()
         return {
             name: (total if dtypes[name].is_floating_point else total.round()).to(dtypes[name])
             for name, total in sums.items()
         }
 
     def config(self) -> dict[str, Any]:
-        """The configuration of the first folder, with the base model of the first folder that names one."""
-        names = (folder.config.get(BASE) for folder in self.folders)
-        return {**self.folders[0].config, BASE: next((name for name in names if name), None)}
+        """The configuration of the first folder, with the base and with the named modules of all folders."""
+        config = dict(self.active[0].config)
+        for key in ("modules_to_save", "target_parameters"):
+            config[key] = sorted({name for folder in self.active for name in folder.config.get(key) or []})
+        return {**config, BASE: self.base.name, "revision": self.base.revision, "fan_in_fan_out": self._transposed}
 
 
 def _absorbed(folder: PeftFolder, module: str) -> LoraPair:
     """A pair at scale 1, because clients share s·B, not B."""
     return folder.read([module])[module].with_scale(1.0)
-
-
-def _mismatch(folder: PeftFolder, what: str, found: Any, other: PeftFolder, expected: Any) -> FedeltaError:
-    return FedeltaError(f"{folder.path}: {what} {found}, but {other.path} has {expected}; expected the same")
-
-
-def _check_match(first: PeftFolder, folder: PeftFolder) -> None:
-    if set(first.layers) != set(folder.layers):
-        extra, missing = sorted(set(folder.layers) - set(first.layers)), sorted(set(first.layers) - set(folder.layers))
-        difference = f"adapts {extra[0]}" if extra else f"does not adapt {missing[0]}"
-        raise FedeltaError(f"{folder.path}: {difference}, unlike {first.path}; expected the same target modules")
-    for module, layer in folder.layers.items():
-        if layer.shape != first.layers[module].shape:
-            raise _mismatch(folder, f"module {module} is out×in", layer.shape, first, first.layers[module].shape)
-    transposed = [bool(f.config.get("fan_in_fan_out")) for f in (folder, first)]
-    if transposed[0] != transposed[1]:
-        raise _mismatch(folder, "fan_in_fan_out", transposed[0], first, transposed[1])
-    if dict(first.heads) != dict(folder.heads):
-        name = sorted(set(first.heads.items()) ^ set(folder.heads.items()))[0][0]
-        raise _mismatch(
-            folder, f"head {name} is", folder.heads.get(name, "missing"), first, first.heads.get(name, "none")
-        )

@@ -1,82 +1,47 @@
-"""Progress bars on a terminal: rounds with the time left, clients of the round, evaluation. Elsewhere only messages."""
+"""Progress of a run: bars for rounds, clients and evaluation on a terminal, and a line per round elsewhere."""
 
-import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import TaskID
 
-from fedelta.errors import quantity
+from fedelta.cli.bars import Bars, time_left
+from fedelta.cli.interruption import Interruption
+from fedelta.cli.printing import MAX_NOTE, print_text
+from fedelta.errors import printable, quantity
 from fedelta.federation.engines import Observer
 from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.config import Config
 from fedelta.sweep.observer import SweepObserver
 
 
-class TimeLeft(ProgressColumn):
-    """Time used and time left, by the mean pace since the bar started.
-
-    Rich's own estimate (`TimeRemainingColumn`, `Task.speed`) needs two steps, ignores the first one, and counts steps
-    that a resumed run had finished before. A run of few long rounds would have no estimate for most of its time.
-    """
-
-    def render(self, task: Task) -> Text:
-        left = time_left(task)
-        used = timedelta(seconds=round(task.elapsed or 0.0))
-        return Text(f"{used}, {'-:--:--' if left is None else left} left")
-
-
-def time_left(task: Task) -> timedelta | None:
-    """Estimate the remaining time of a task by its mean pace; None before its first step.
-
-    The field `before` of a task is the number of steps that were finished before it started; they have no pace.
-    """
-    steps = task.completed - task.fields.get("before", 0)
-    return timedelta(seconds=round((task.elapsed or 0.0) / steps * (task.remaining or 0))) if steps > 0 else None
-
-
-@contextmanager
-def progress_bar(console: Console, noun: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal.
+class MessagePrinter(Observer):
+    """Print messages and warnings of a run, and nothing else.
 
     Args:
-        noun: what the bar counts.
-
-    Yields:
-        A function of (done, total) that moves the bar.
+        console: where they are printed.
+        stamped: begin each line with the local time and its offset. None does so unless the console is a terminal.
     """
-    with _bars(console, noted=False) as progress:
-        task = progress.add_task(noun, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
-
-def _bars(console: Console, noted: bool = True) -> Progress:
-    """Bars that appear only on a terminal; with `noted`, each has the fields `note` and `before`."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft()]
-    if noted:
-        columns.append(TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
-class MessagePrinter(Observer):
-    """Print messages and warnings of a run, and nothing else."""
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, stamped: bool | None = None) -> None:
         self.console = console
+        self._stamped = not console.is_terminal if stamped is None else stamped
 
     def say(self, message: str) -> None:
-        self.console.print(escape(message), highlight=False, soft_wrap=True)
+        print_text(self.console, message, self._stamp())
 
     def warn(self, message: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {escape(message)}", highlight=False, soft_wrap=True)
+        print_text(self.console, message, f"{self._stamp()} warning:".lstrip(), "yellow")
+
+    def _stamp(self) -> str:
+        return datetime.now().astimezone().isoformat(timespec="seconds") if self._stamped else ""
 
 
 class GridProgress(SweepObserver):
@@ -84,7 +49,8 @@ class GridProgress(SweepObserver):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = _bars(console)
+        self.progress = Bars(console)
+        self._printer = MessagePrinter(console)
         self._cells = self.progress.add_task("cells", total=None, note="", before=0)
         self._rounds = self.progress.add_task("rounds", total=None, note="", before=0)
         self._stop = threading.Event()
@@ -120,17 +86,16 @@ class GridProgress(SweepObserver):
     def cell_done(self, key: str, name: str, row: Mapping[str, Any]) -> None:
         with self._lock:
             self._finished_rounds += self._rounds_left.pop(key)
-            self.progress.update(self._cells, advance=1, note=name)
+            self.progress.update(self._cells, advance=1, note=printable(name, MAX_NOTE))
         if not self.console.is_terminal:
             score = "diverged"
             if row["validation"]:
-                metric = METRICS[row["metric"]]
-                score = f"validation {metric.title} {metric.format(row['validation'][metric.name])}"
+                score = _score(row)
             task = self.progress.tasks[self._cells]
             self.say(f"{task.completed} of {task.total}: {name}: {score}; {time_left(task)} left")
 
     def say(self, message: str) -> None:
-        self.console.print(escape(message), highlight=False, soft_wrap=True)
+        self._printer.say(message)
 
     def _running_rounds(self) -> int:
         """Finished rounds of the cells that are running, counted in their files: each cell has a process of its own."""
@@ -147,49 +112,45 @@ class GridProgress(SweepObserver):
 
 
 class TerminalProgress(MessagePrinter):
-    """Show a run, or the runs of a comparison, as bars.
+    """Show a run, or the runs of a comparison: bars on a terminal, elsewhere a line per round.
 
     Args:
-        console: bars appear only if it is a terminal; warnings always appear. None writes to standard error.
+        console: where it is shown. None is standard error.
         all_rounds: total rounds of the runs that follow one another; None for a single run.
+        stamped: as for `MessagePrinter`.
     """
 
-    def __init__(self, console: Console | None = None, all_rounds: int | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, all_rounds: int | None = None, stamped: bool | None = None
+    ) -> None:
         console = console or Console(stderr=True)
-        super().__init__(console)
-        self.progress = _bars(console)
+        super().__init__(console, stamped)
+        self.progress = Bars(console)
+        self._round_began = time.monotonic()
         self.all = self._task("all runs", all_rounds) if all_rounds is not None else None
         self.rounds = self._task("rounds", None)
         self.clients = self._task("clients", None)
         self.evaluation = self._task("evaluation", None, visible=False)
-        self._interrupted = False
-        self._handler: Any = None
+        self._interruption = Interruption()
 
     def _task(self, name: str, total: int | None, **options: Any) -> TaskID:
         return self.progress.add_task(name, total=total, note="", before=0, **options)
 
     def __enter__(self) -> "TerminalProgress":
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._interruption.__enter__()
         self.progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-
-    def _interrupt(self, *_: Any) -> None:
-        self._interrupted = True
-        raise KeyboardInterrupt
-
-    def _stop_if_interrupted(self) -> None:
-        """End the run at the next event after Ctrl-C, in case a library has swallowed the exception."""
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._interruption.__exit__()
 
     def run_started(self, title: str, done: int, rounds: int) -> None:
-        self.progress.reset(self.rounds, total=rounds, completed=done, note=title, before=done)
+        self._round_began = time.monotonic()
+        if not self.console.is_terminal:
+            before = f", {done} of them finished before" if done else ""
+            self.say(f"{title}: {quantity(rounds, 'round')}{before}")
+        self.progress.reset(self.rounds, total=rounds, completed=done, note=printable(title, MAX_NOTE), before=done)
         if self.all is not None:
             before = self.progress.tasks[self.all].fields["before"]
             self.progress.update(self.all, advance=done, before=before + done)
@@ -199,14 +160,14 @@ class TerminalProgress(MessagePrinter):
         self.progress.reset(self.clients, total=clients, note="")
 
     def client_done(self, client: str) -> None:
-        self._stop_if_interrupted()
-        self.progress.update(self.clients, advance=1, note=client)
+        self._interruption.check()
+        self.progress.update(self.clients, advance=1, note=printable(client, MAX_NOTE))
 
     def evaluation_started(self, split: str, texts: int) -> None:
-        self.progress.reset(self.evaluation, total=texts, note=split, visible=True)
+        self.progress.reset(self.evaluation, total=texts, note=printable(split, MAX_NOTE), visible=True)
 
     def evaluation_advanced(self, texts: int) -> None:
-        self._stop_if_interrupted()
+        self._interruption.check()
         self.progress.update(self.evaluation, advance=texts)
 
     def round_done(self, record: Any) -> None:
@@ -214,6 +175,22 @@ class TerminalProgress(MessagePrinter):
         if self.all is not None:
             self.progress.update(self.all, advance=1)
         if record["validation"]:
-            metric = METRICS[record["metric"]]
-            score = metric.format(record["validation"][metric.name])
-            self.progress.update(self.clients, note=f"validation {metric.title} {score}")
+            self.progress.update(self.clients, note=_score(record))
+        now = time.monotonic()
+        if not self.console.is_terminal:
+            task = self.progress.tasks[self.rounds if self.all is None else self.all]
+            loss = record["train_loss"]
+            facts = [
+                *([_score(record)] if record["validation"] else []),
+                *([f"training loss {loss:.4g}"] if loss is not None else []),
+                f"{now - self._round_began:.1f} s",
+            ]
+            rounds = self.progress.tasks[self.rounds].total
+            self.say(f"round {record['round'] + 1} of {rounds}: {', '.join(facts)}; {time_left(task)} left")
+        self._round_began = now
+
+
+def _score(record: Mapping[str, Any]) -> str:
+    """The validation score of a round or cell in words."""
+    metric = METRICS[record["metric"]]
+    return f"validation {metric.title} {metric.format(record['validation'][metric.name])}"

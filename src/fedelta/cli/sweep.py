@@ -5,12 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fedelta.cli.terminal import err, names, out
+from fedelta.cli.printing import print_path, print_text
+from fedelta.cli.terminal import AcceptChangedData, err, names, out
 from fedelta.errors import FedeltaError
 
 
 def sweep(
-    source: Annotated[Path, typer.Argument(metavar="GRID.yaml")],
+    source: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="File that describes the grid.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]…", help="Settings of every cell, over those of the grid.")
     ] = None,
@@ -27,23 +28,29 @@ def sweep(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the run folder of each cell.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run cells that diverged again.")] = False,
+    accept_changed_data: AcceptChangedData = False,
     check: Annotated[str | None, typer.Option(help="Run this cell (cells.md names them) again and compare.")] = None,
 ) -> None:
     """Run each cell of a grid of configurations once; write a Parquet file, tables and figures (docs/grids.md)."""
-    from fedelta.cli.progress import GridProgress
-    from fedelta.runs.config import read_override
-    from fedelta.sweep.cells import Expansion
+    from fedelta.runs.config_file import read_override
+    from fedelta.sweep.cell_settings import check_cells_early
     from fedelta.sweep.grid import load_grid
-    from fedelta.sweep.runner import Sweep
 
     grid = load_grid(source, size)
     changes: dict[str, Any] = {"overrides": grid.overrides | dict(map(read_override, overrides or []))}
     if not tuning:
         changes["tuning"] = None
     grid = grid.model_copy(update=changes)
+    check_cells_early(grid, names(only or ""))
+
+    from fedelta.cli.progress import GridProgress
+    from fedelta.sweep.cells import Expansion
+    from fedelta.sweep.runner import Sweep
+
     expansion = Expansion(grid, names(only or ""), _wanted(where or []))
     with GridProgress(err) as progress:
-        sweep = Sweep(grid, expansion, output or grid.folder, parallel or "auto", keep, retry, progress)
+        place = output or grid.folder
+        sweep = Sweep(grid, expansion, place, parallel or "auto", keep, retry, progress, accept_changed_data)
         if check is not None:
             difference = sweep.check(check)
             if difference is not None:
@@ -51,7 +58,7 @@ def sweep(
         else:
             rows = sweep.run()
     if check is not None:
-        out.print(f"cell {check}: same result", highlight=False)
+        print_text(out, f"cell {check}: same result")
         return
     print_grid_report(grid, rows, sweep.folder)
 
@@ -64,8 +71,8 @@ def print_grid_report(grid: Any, rows: Any, folder: Path) -> None:
     tables, page = write_grid_report(grid, rows, folder)
     for table in tables:
         out.print(table.console())
-    out.print("results  ", folder / FILE, highlight=False, soft_wrap=True)
-    out.print("report   ", page, highlight=False, soft_wrap=True)
+    print_path(out, "results", folder / FILE)
+    print_path(out, "report", page)
 
 
 def _wanted(conditions: list[str]) -> dict[str, list[str]]:

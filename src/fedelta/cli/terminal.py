@@ -7,15 +7,25 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fedelta.cli.printing import print_path
 from fedelta.errors import FedeltaError
 
 out, err = Console(), Console(stderr=True)
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG.yaml] [key=value]…", help="Without a file: the built-in example."),
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key=value]…", help="File and settings; without a file, the built-in example."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last finished round, if there is one.")]
+AcceptChangedData = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changed-data",
+        help="Continue with rows, a tokenizer or a base model that have changed since the run began.",
+    ),
+]
 
 
 def names(text: str) -> list[str]:
@@ -35,13 +45,32 @@ def flower_part(part: str) -> Any:
         raise FedeltaError(f"this command needs Flower: pip install 'fedelta[flower]' ({error})") from error
 
 
-def read_config(arguments: list[str] | None) -> Any:
-    """Load the configuration that a command names: a file or the built-in example, then key=value settings."""
-    from fedelta.runs.config import load_config
+def read_settings(arguments: list[str] | None) -> tuple[dict[str, Any], str]:
+    """Read and check the configuration that a command names: a file or the built-in example, then key=value settings.
+
+    Returns:
+        Keys and values, and the name of their source in error messages.
+
+    Raises:
+        FedeltaError: if a key or value is not valid. torch is not imported before, so that this takes no time.
+    """
+    from fedelta.runs.config_file import read_configuration
+    from fedelta.runs.early_check import check_early
 
     arguments = list(arguments or [])
     source = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else None
-    return load_config(source, arguments)
+    data, name = read_configuration(source, arguments)
+    check_early(data, name)
+    return data, name
+
+
+def read_config(arguments: list[str] | None) -> Any:
+    """Return the configuration that a command names."""
+    data, name = read_settings(arguments)
+
+    from fedelta.runs.config import parse_config
+
+    return parse_config(data, name)
 
 
 def finish(runs: list[Any], folder: Path) -> None:
@@ -54,8 +83,7 @@ def finish(runs: list[Any], folder: Path) -> None:
     plots = plot_scores(runs, folder)
     page = write_page(runs, folder)
     out.print(console_table(runs))
-    # soft_wrap: a path that is broken over two lines cannot be copied.
-    out.print("plots    ", *plots, highlight=False, soft_wrap=True)
-    out.print("report   ", page, highlight=False, soft_wrap=True)
+    print_path(out, "plots", *plots)
+    print_path(out, "report", page)
     for run in runs:
-        out.print("adapter  ", run.folder.adapter_folder, highlight=False, soft_wrap=True)
+        print_path(out, "adapter", run.folder.adapter_folder)

@@ -23,14 +23,15 @@ from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.methods import Method, make_method
 from fedelta.protocol.compression import LOSSLESS, Basis, Encoded, ErrorFeedback, compensate
-from fedelta.protocol.messages import Broadcast, ClientUpdate, select_factors
+from fedelta.protocol.factor_plan import select_factors
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import (
     adapter_tensors,
     error_feedback_tensors,
-    pack,
+    pack_sealed,
     take_adapter,
     take_error_feedback,
-    unpack,
+    unpack_sealed,
 )
 from fedelta.seeds import derive_seed
 
@@ -56,7 +57,7 @@ def pack_kept(adapter: Adapter | None, feedback: ErrorFeedback | None) -> bytes:
     if feedback is not None:
         tensors |= error_feedback_tensors("left", feedback)
         facts["feedback"] = feedback.facts
-    return pack(tensors, facts) if facts else b""
+    return pack_sealed(tensors, facts) if facts else b""
 
 
 class Trainer:
@@ -135,7 +136,7 @@ class Trainer:
         """Restore what `kept_bytes` serialized for this client; empty bytes change nothing."""
         if not blob:
             return
-        tensors, facts = unpack(blob)
+        tensors, facts = unpack_sealed(blob, required=False)
         if "scale" in facts:
             self.kept[client] = take_adapter("kept/", facts["scale"], tensors)
         if "feedback" in facts:
@@ -232,14 +233,12 @@ class Trainer:
 
     def _task(self, blob: bytes, shard: Shard) -> "_Task":
         broadcast = Broadcast.from_bytes(blob)
+        # Check first: a patch that does not fit must not change the base.
+        start = broadcast.check(self.model.shapes, self.kept.get(broadcast.client))
+        method = make_method(broadcast.method["name"], **broadcast.method["options"])
         self.catch_up(broadcast.patch)
-        return _Task(
-            broadcast,
-            make_method(broadcast.method["name"], **broadcast.method["options"]),
-            broadcast.adapter(self.model.shapes, self.kept.get(broadcast.client)),
-            shard,
-            derive_seed(self.seed, "train", broadcast.round, broadcast.client),
-        )
+        seed = derive_seed(self.seed, "train", broadcast.round, broadcast.client)
+        return _Task(broadcast, method, start, shard, seed)
 
     def _update(self, task: "_Task", loss: float) -> bytes:
         """Build the client's update from the trained adapter and heads that the model holds."""

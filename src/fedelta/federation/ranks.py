@@ -9,14 +9,14 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.seeds import derive_seed
-from fedelta.settings import Settings, quota
+from fedelta.settings import MAX_RANK, Settings, quota
 
 
 class RankSettings(Settings):
@@ -39,12 +39,12 @@ class RankSettings(Settings):
     """
 
     allocation: Literal["uniform", "fixed", "random", "loss", "reversed-loss"] = "uniform"
-    low: int = Field(default=4, ge=1)
-    high: int = Field(default=16, ge=1)
+    low: int = Field(default=4, ge=1, le=MAX_RANK)
+    high: int = Field(default=16, ge=1, le=MAX_RANK)
     share: float = Field(default=0.1, ge=0, le=1)
     loss_on: Literal["own", "server"] = "own"
     loss_rows: int | None = Field(default=None, ge=1)
-    per_client: tuple[int, ...] | None = None
+    per_client: tuple[Annotated[int, Field(le=MAX_RANK)], ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "RankSettings":
@@ -95,8 +95,8 @@ def initial_ranks(clients: Sequence[str], settings: RankSettings, seed: int) -> 
     if settings.per_client is not None:
         if len(settings.per_client) != len(clients):
             raise FedeltaError(
-                f"ranks.per_client has {len(settings.per_client)} ranks, "
-                f"expected one for each of {len(clients)} clients"
+                f"ranks.per_client has {quantity(len(settings.per_client), 'rank')}, "
+                f"expected one for each of {quantity(len(clients), 'client')}"
             )
         return dict(zip(clients, settings.per_client, strict=True))
     high = list(clients)

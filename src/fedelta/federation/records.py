@@ -1,7 +1,7 @@
-"""Schema of a run's output files: a line of `rounds.jsonl`, and `result.json`."""
+"""Schema of a run's output files: the lines of `rounds.jsonl` and `timings.jsonl`, and `result.json`."""
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 Scores = Mapping[str, float]
 
@@ -22,6 +22,9 @@ class RoundRecord(TypedDict):
     Keys:
         round: index of the round, from 0.
         clients: clients whose updates were aggregated.
+        shares: client → its share of the mean, for `clients`. Under `norm_weighting`, norms replace these shares.
+        norms: client → [norm of its adapter, norm of its heads] after its training, for `clients`. Runs of earlier
+            versions have neither.
         skipped: client → why its update was not aggregated.
         promoted: clients that got a higher rank after this round.
         pruned: clients that chose a lower rank.
@@ -42,10 +45,13 @@ class RoundRecord(TypedDict):
         late: client → round of its update that arrived after that round had ended and was dropped.
         bytes_late: bytes of late updates.
         caught_up: client → base version that it had when it came back.
+        changed_inputs: what had changed before this round, if the run was told to accept it.
     """
 
     round: int
     clients: list[str]
+    shares: NotRequired[dict[str, float]]
+    norms: NotRequired[dict[str, list[float]]]
     skipped: dict[str, str]
     promoted: list[str]
     pruned: list[str]
@@ -67,6 +73,23 @@ class RoundRecord(TypedDict):
     late: dict[str, int]
     bytes_late: int
     caught_up: dict[str, int]
+    changed_inputs: NotRequired[list[str]]
+
+
+class Timing(TypedDict):
+    """A line of `timings.jsonl`.
+
+    Keys:
+        round: index of the round, from 0.
+        seconds: phase of the main process → seconds.
+        in_workers: phase inside the workers → seconds, summed over workers.
+        counts: number of texts, tokens and squared lengths, in training and evaluation.
+    """
+
+    round: int
+    seconds: dict[str, float]
+    in_workers: dict[str, float]
+    counts: dict[str, int]
 
 
 class Events(TypedDict):
@@ -75,6 +98,34 @@ class Events(TypedDict):
     late: dict[str, int]
     bytes_late: int
     caught_up: dict[str, int]
+
+
+class InputPart(TypedDict):
+    """One part of what a run learns from.
+
+    Keys:
+        digest: SHA-256 of its content, in hexadecimal digits.
+        rows: number of rows, of a part that has rows.
+    """
+
+    digest: str
+    rows: NotRequired[int]
+
+
+Inputs = Mapping[str, InputPart]
+"""Name of a part, such as `training rows` or `base weights` → its digest. A part that is not known is missing."""
+
+
+class AcceptedChange(TypedDict):
+    """Changed inputs that a resumed run was told to accept.
+
+    Keys:
+        round: index of the first round with the new inputs.
+        changes: what had changed, one text for each part.
+    """
+
+    round: int
+    changes: list[str]
 
 
 class Result(TypedDict):
@@ -91,6 +142,11 @@ class Result(TypedDict):
         adapter_rank: rank of the exported adapter.
         lora_parameters: rank → number of LoRA parameters of a client with this rank.
         base_parameters: number of parameters of the model without LoRA, heads included.
+        inputs: what the run has learned from, as it was in the last round.
+        accepted: changes of the inputs between two rounds.
+        config_digest: digest of the configuration in `config.yaml`, without the keys that may change later.
+        rounds_digest: digest of the lines of `rounds.jsonl`.
+        digest: digest of this file's other keys.
     """
 
     method: str
@@ -104,3 +160,8 @@ class Result(TypedDict):
     adapter_rank: int
     lora_parameters: dict[str, int]
     base_parameters: int
+    inputs: NotRequired[Inputs]
+    accepted: NotRequired[list[AcceptedChange]]
+    config_digest: NotRequired[str]
+    rounds_digest: NotRequired[str]
+    digest: NotRequired[str]

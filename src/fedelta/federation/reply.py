@@ -15,6 +15,7 @@ class ClientReply(NamedTuple):
         down: bytes of the broadcast as serialized.
         up: bytes of the update as serialized; zero if none arrived.
         loss: validation loss of the client's own model, if the server measured it.
+        rows: number of rows of the client, as far as the server knows.
     """
 
     sent: Broadcast
@@ -22,6 +23,7 @@ class ClientReply(NamedTuple):
     down: ByteCount = ByteCount()
     up: ByteCount = ByteCount()
     loss: float | None = None
+    rows: int | None = None
 
     @property
     def client(self) -> str:

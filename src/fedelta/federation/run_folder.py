@@ -3,39 +3,32 @@
 config.yaml     the resolved configuration with every default written out
 rounds.jsonl    one line per round: clients, losses, scores, bytes, deviation. Equal runs write equal bytes
 timings.jsonl   one line per round: seconds by phase, which differ between equal runs
-checkpoint/     the server's state after the last finished round
+checkpoint/     the server's state after the last finished round, and after the round before it
 result.json     the scores of the final model
 adapter/        the final model as a PEFT adapter
 """
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
-from fedelta.errors import Diverged, FedeltaError, quantity
-from fedelta.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedelta.federation.records import Result, RoundRecord
+from fedelta.errors import FedeltaError, quantity
+from fedelta.federation.checkpoint import PREVIOUS, Checkpoint, History, load_newest, save_checkpoint
+from fedelta.federation.folder_lock import HOLD_S, hold_folder
+from fedelta.federation.lasting_settings import first_difference, lasting
+from fedelta.federation.records import AcceptedChange, Inputs, Result, RoundRecord, Timing
+from fedelta.federation.result_file import read_result, write_result
+from fedelta.federation.round_lines import RoundLines
+from fedelta.federation.schema import digest_of
 from fedelta.federation.server import ServerState
 from fedelta.files import write_file
 from fedelta.lora.adapter import Adapter
 from fedelta.protocol.compression import ErrorFeedback
-
-HOLD_S = 10.0
-"""Seconds that `RunFolder.hold` waits for another process to end."""
-
-EXTENDABLE = (
-    *("rounds", "compare", "output", "name", "evaluation.target", "workers"),
-    *("federation.attempts", "federation.deadline"),
-)
-"""Configuration keys that may change between a checkpoint and its resumption. A run can be moved, reported
-differently, distributed over another number of workers, and given longer deadlines, more attempts or more rounds.
-With more rounds, the former last round keeps its evaluation even if `evaluation.every` does not ask for it."""
+from fedelta.reading import read_yaml
 
 
 class RunFolder:
@@ -44,11 +37,23 @@ class RunFolder:
     Args:
         path: the folder; it need not exist.
         config: the run's configuration as plain data.
+
+    Attributes:
+        inputs: what the run learns from; each checkpoint and the result include it.
+        accepted: changes of the inputs that the run was told to accept.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
         self.config = dict(config)
+        self.inputs: Inputs = {}
+        self.accepted: tuple[AcceptedChange, ...] = ()
+        self._rounds = RoundLines(self.rounds_file, RoundRecord)
+        self._timings = RoundLines(self.timings_file, Timing)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
 
     @property
     def rounds_file(self) -> Path:
@@ -75,35 +80,9 @@ class RunFolder:
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
 
-    @contextmanager
-    def hold(self, patience: float = HOLD_S) -> Iterator[None]:
-        """Lock the folder against other processes while the context is open. A killed process releases its lock.
-
-        Args:
-            patience: seconds to wait for another process that is about to end.
-
-        Raises:
-            FedeltaError: if another process holds the lock.
-        """
-        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=patience)
-        except Timeout as error:
-            raise FedeltaError(f"{self.path}: another process is writing to this run") from error
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                # Processes that wait for the lock notice that the file is gone. On systems that can't remove an open
-                # file, it stays.
-                Path(lock.lock_file).unlink()
-            lock.release()
-            with suppress(OSError):
-                # A run that wrote nothing leaves no folder. rmdir fails on a folder that is not empty.
-                for folder in new:
-                    folder.rmdir()
+    def hold(self, patience: float = HOLD_S) -> AbstractContextManager[None]:
+        """Lock the folder against other processes, see `hold_folder`."""
+        return hold_folder(self.path, patience)
 
     def begin(self, state: ServerState) -> None:
         """Start a new run in this folder.
@@ -115,11 +94,14 @@ class RunFolder:
             FedeltaError: if the folder holds a run that has finished a round.
         """
         self.refuse_existing()
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-        write_file(self.rounds_file, "")
-        write_file(self.timings_file, "")
-        save_checkpoint(self.checkpoint_file, state, self.config, {}, {})
+        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        # Leftovers of a run that has not finished a round would be mistaken for parts of this one.
+        for leftover in (self.checkpoint_file, self._previous_checkpoint, self.result_file):
+            leftover.unlink(missing_ok=True)
+        write_file(self.config_file, yaml.safe_dump(self.config, sort_keys=False))
+        self._rounds.start()
+        self._timings.start()
+        save_checkpoint(self.checkpoint_file, state, self.config, {}, {}, self._history)
 
     def refuse_existing(self) -> None:
         """Raise if the folder holds a run that has finished a round.
@@ -127,45 +109,102 @@ class RunFolder:
         Raises:
             FedeltaError: if it does.
         """
-        if self.rounds_file.exists() and self.rounds_file.stat().st_size > 0:
-            raise FedeltaError(f"{self.path} holds a run already; continue it with --resume, or choose another name=…")
+        has_lines = self.rounds_file.exists() and self.rounds_file.stat().st_size > 0
+        if has_lines or self.result_file.exists() or self._previous_checkpoint.exists():
+            way_on = (
+                "continue it with --resume" if self.checkpoint_file.exists() else "it has no checkpoint to resume from"
+            )
+            raise FedeltaError(f"{self.path} holds a run already; {way_on}, or choose another name=…")
 
-    def resume(self) -> Checkpoint | None:
-        """Load the checkpoint to resume from, and drop the lines of rounds after it.
+    @property
+    def _previous_checkpoint(self) -> Path:
+        return self.checkpoint_file.with_name(PREVIOUS)
+
+    @property
+    def _history(self) -> History:
+        return History(self.inputs, self.accepted, self._rounds.digest)
+
+    def saved(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Load the newest checkpoint that can be used, see `load_newest`; None if no run has begun."""
+        return load_newest(self.checkpoint_file, warn)
+
+    def _check_lines(self, checkpoint: Checkpoint) -> None:
+        """Raise unless `rounds.jsonl` begins with the lines that belong to the checkpoint."""
+        _, digest = self._rounds.kept(checkpoint.state.round)
+        if checkpoint.history.rounds_digest not in (None, digest):
+            raise FedeltaError(
+                f"{self.rounds_file} is not what the run wrote; restore it, or start again under another name"
+            )
+
+    def resume(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Load the checkpoint to resume from. Nothing is changed before `rewind`.
+
+        Args:
+            warn: called with one line if the newest checkpoint is damaged, and the one before it is used.
 
         Returns:
             The checkpoint, or None if no run has begun in this folder.
 
         Raises:
-            FedeltaError: if the checkpoint is damaged, belongs to another configuration or has more rounds than the
-                configuration asks for, or if `rounds.jsonl` or `timings.jsonl` has fewer lines than finished rounds.
+            FedeltaError: if the checkpoints are damaged, belong to another configuration or have more rounds than the
+                configuration asks for, or if `rounds.jsonl` is not the file that the run wrote.
         """
-        if not self.checkpoint_file.exists():
+        checkpoint = load_newest(self.checkpoint_file, warn, self._check_lines)
+        if checkpoint is None:
             return None
-        checkpoint = load_checkpoint(self.checkpoint_file)
-        state, before = checkpoint.state, checkpoint.config
-        if self.config["training"]["stack"] == "auto":
-            self.settle_stack(before.get("training", {}).get("stack", "auto"))
-        changed = _first_difference(before, json.loads(json.dumps(self.config)))
-        if changed:
-            raise FedeltaError(f"checkpoint {self.checkpoint_file} belongs to another configuration: {changed}")
-        if before.get("rounds", 0) > self.config.get("rounds", 0) and state.round > self.config["rounds"]:
-            present = quantity(state.round, "round")
-            raise FedeltaError(
-                f"{self.path} already has {present}, but the configuration asks for {self.config['rounds']}"
-            )
-        for file in (self.rounds_file, self.timings_file):
-            text = file.read_text() if file.exists() else ""
-            lines = text.splitlines(keepends=True)
-            if len(lines) < state.round:
-                lines_found, finished = quantity(len(lines), "line"), quantity(state.round, "finished round")
-                raise FedeltaError(f"{file} has {lines_found}, but the checkpoint has {finished}")
-            if len(lines) > state.round:
-                write_file(file, "".join(lines[: state.round]))
-        write_file(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-        if state.round < self.config["rounds"]:
-            self.result_file.unlink(missing_ok=True)
+        self._check_config(checkpoint.config, f"checkpoint {self.checkpoint_file}")
+        present, wanted = checkpoint.state.round, self.config["rounds"]
+        if present > wanted:
+            raise FedeltaError(f"{self.path} already has {quantity(present, 'round')}, but {wanted} were asked for")
         return checkpoint
+
+    def _check_config(self, before: Mapping[str, Any], what: str) -> None:
+        """Raise if a configuration that was written down is not the present one."""
+        training = before.get("training")
+        if self.config["training"]["stack"] == "auto" and isinstance(training, Mapping):
+            self.settle_stack(training.get("stack", "auto"))
+        changed = first_difference(before, json.loads(json.dumps(self.config)))
+        if changed:
+            raise FedeltaError(f"{what} belongs to another configuration: {changed}")
+
+    def finished_result(self, checkpoint: Checkpoint | None) -> Result | None:
+        """Return the result if the run has finished all of its rounds, else None.
+
+        Args:
+            checkpoint: the run's checkpoint; None if its file is gone, which a finished run does not need.
+
+        Raises:
+            FedeltaError: if `result.json` or `config.yaml` is damaged or belongs to another configuration.
+        """
+        result = self.result()
+        if result is None or result["rounds"] != self.config["rounds"]:
+            return None
+        if checkpoint is None:
+            self._check_config(self._read_config(), str(self.config_file))
+        return result if checkpoint is None or checkpoint.state.round == result["rounds"] else None
+
+    def _read_config(self) -> dict[str, Any]:
+        data = read_yaml(self.config_file)
+        if not isinstance(data, dict):
+            raise FedeltaError(f"{self.config_file} holds a {type(data).__name__}, expected keys and values")
+        return data
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Drop everything that was written after a checkpoint.
+
+        Raises:
+            FedeltaError: if `rounds.jsonl` or `timings.jsonl` has fewer lines than finished rounds.
+        """
+        count = checkpoint.state.round
+        kept = [(lines, lines.kept(count)[0]) for lines in (self._rounds, self._timings)]
+        for lines, content in kept:
+            if lines.path.exists() and lines.path.stat().st_size == len(content):
+                lines.follow(content)
+            else:
+                lines.start(content)
+        write_file(self.config_file, yaml.safe_dump(self.config, sort_keys=False))
+        if count < self.config["rounds"]:
+            self.result_file.unlink(missing_ok=True)
 
     def settle_stack(self, stack: int) -> None:
         """Save the measured value of `training.stack: auto` in the run's configuration.
@@ -197,17 +236,39 @@ class RunFolder:
         Raises:
             Diverged: if a score of the record is not finite.
         """
-        _append(self.rounds_file, record)
-        _append(self.timings_file, timing)
-        save_checkpoint(self.checkpoint_file, state, self.config, kept, error_feedback)
+        if self.accepted and self.accepted[-1]["round"] == record["round"]:
+            record = {**record, "changed_inputs": self.accepted[-1]["changes"]}
+        self._rounds.append(record)
+        self._timings.append(timing)
+        save_checkpoint(self.checkpoint_file, state, self.config, kept, error_feedback, self._history)
 
     def finish(self, result: Result) -> None:
-        """Write `result.json`."""
-        write_file(self.result_file, json.dumps(result, indent=2) + "\n")
+        """Write `result.json`, with the inputs and with digests of itself and of the files that belong to it.
+
+        Raises:
+            FedeltaError: if another program has changed or removed the run's files.
+        """
+        self.check_unchanged()
+        facts: dict[str, Any] = {
+            "inputs": self.inputs,
+            "accepted": list(self.accepted),
+            "config_digest": digest_of(lasting(self.config)),
+            "rounds_digest": self._rounds.digest,
+        }
+        write_result(self.result_file, {**result, **facts})  # type: ignore[typeddict-item]
+
+    def check_unchanged(self) -> None:
+        """Raise a FedeltaError if another program has changed or removed the files that this process extends."""
+        self._rounds.check_unchanged()
+        self._timings.check_unchanged()
 
     def records(self) -> list[RoundRecord]:
-        """Read the lines of `rounds.jsonl`."""
-        return [json.loads(line) for line in self.rounds_file.read_text().splitlines()]
+        """Read the lines of `rounds.jsonl`, or raise a FedeltaError that names the line which is not a record."""
+        return self._rounds.records()
+
+    def timings(self) -> list[Timing]:
+        """Read the lines of `timings.jsonl`, or raise a FedeltaError that names the line which is not a record."""
+        return self._timings.records()
 
     def result(self) -> Result | None:
         """Read `result.json`; None if the run has not ended.
@@ -215,38 +276,23 @@ class RunFolder:
         Raises:
             FedeltaError: if the file is damaged.
         """
-        if not self.result_file.exists():
-            return None
-        try:
-            values = json.loads(self.result_file.read_text())
-            return Result(**{key: values[key] for key in Result.__annotations__})  # type: ignore[typeddict-item]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FedeltaError(f"{self.result_file} is damaged ({error}); remove it and rerun with --resume") from error
+        return read_result(self.result_file)
 
+    def check_finished(self, result: Result) -> list[RoundRecord]:
+        """Check that the files of a finished run belong together, and return its records.
 
-def _append(file: Path, record: Mapping[str, Any]) -> None:
-    try:
-        line = json.dumps(record, sort_keys=True, allow_nan=False)
-    except ValueError as error:
-        raise Diverged(
-            f"round {record['round']}: a score is not finite because the model diverged; try a lower learning_rate"
-        ) from error
-    with file.open("a") as stream:
-        stream.write(line + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+        Args:
+            result: the content of `result.json`.
 
-
-def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Describe the first key in which two configurations differ, except for `EXTENDABLE`; None if there is none."""
-    for key in sorted({*before, *now}):
-        if prefix + key in EXTENDABLE:
-            continue
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            inner = _first_difference(old, new, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif old != new:
-            return f"{prefix}{key} was {old!r}, now {new!r}"
-    return None
+        Raises:
+            FedeltaError: if one of the files was changed after the run.
+        """
+        records = self.records()
+        if len(records) != result["rounds"]:
+            lines, finished = quantity(len(records), "whole line"), quantity(result["rounds"], "round")
+            raise FedeltaError(f"{self.rounds_file} has {lines}, but the run has finished {finished}")
+        if result.get("rounds_digest", digest := self._rounds.kept(len(records))[1]) != digest:
+            raise FedeltaError(f"{self.rounds_file} was changed after the run: its lines have another digest")
+        if result.get("config_digest", digest := digest_of(lasting(self._read_config()))) != digest:
+            raise FedeltaError(f"{self.config_file} was changed after the run; --resume writes it again")
+        return records

@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fedelta.errors import Diverged, FedeltaError, TooFewUpdates, quantity
+from fedelta.errors import FedeltaError, TooFewUpdates, one_line, quantity
 from fedelta.federation.ranks import RankSettings, initial_ranks, promote
 from fedelta.federation.settings import FederationSettings
 from fedelta.federation.update_collector import ClientReply, UpdateCollector
 from fedelta.lora.adapter import Adapter, ScaleRule, Shapes, lora_scale
+from fedelta.lora.contribution import Norms
 from fedelta.lora.deviation import Deviation, deviation
 from fedelta.lora.patch_log import PatchLog
-from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.protocol.compression import LOSSLESS
-from fedelta.protocol.messages import Broadcast, select_factors
+from fedelta.protocol.factor_plan import select_factors
+from fedelta.protocol.messages import Broadcast
 from fedelta.seeds import derive_seed
 
 
@@ -59,6 +59,8 @@ class RoundOutcome:
 
     Args:
         contributors: clients whose updates were aggregated.
+        shares: contributor → its share p_i of the mean.
+        norms: contributor → norms of the adapter and the heads that it sent.
         skipped: client → why its update was not aggregated.
         promoted: clients that got a higher rank.
         pruned: clients that chose a lower rank.
@@ -69,6 +71,8 @@ class RoundOutcome:
     """
 
     contributors: list[str]
+    shares: dict[str, float]
+    norms: dict[str, Norms]
     skipped: dict[str, str]
     promoted: list[str]
     pruned: list[str]
@@ -240,18 +244,20 @@ class Server:
         Raises:
             TooFewUpdates: if fewer than `min_clients` updates can be used.
             BadUpdate: on the first bad update if `on_bad_update` is "refuse".
-            Diverged: if the mean of the updates is not finite.
         """
         refuse = self.settings.on_bad_update == "refuse"
-        updates = UpdateCollector(replies, state.log.shapes, self._weights(state), state.heads, refuse)
+        weights, max_growth = self._weights(state), self.settings.max_growth
+        updates = UpdateCollector(replies, state.log.shapes, weights, state.heads, refuse, max_growth)
         # If clients keep B, the server has no product to measure.
         measured = self.settings.deviation and not self.method.personal
         moments = self.method.fold(state.method, updates.contributions(), measured, frozenset(state.ranks.values()))
-        self._check_usable(state, updates, moments)
+        self._check_usable(state, updates)
         method, patch = self.method.conclude(state.method, moments)
         ranks = promote({**state.ranks, **updates.pruned}, state.first_losses, updates.losses, self.ranks)
         outcome = RoundOutcome(
             contributors=updates.contributors,
+            shares=updates.shares(),
+            norms=updates.norms,
             skipped=updates.skipped,
             promoted=sorted(client for client in ranks if ranks[client] > state.ranks[client]),
             pruned=sorted(updates.pruned),
@@ -272,20 +278,18 @@ class Server:
             first_losses={**state.first_losses, **updates.losses},
         ), outcome
 
-    def _check_usable(self, state: ServerState, updates: UpdateCollector, moments: RankMoments) -> None:
+    def _check_usable(self, state: ServerState, updates: UpdateCollector) -> None:
         usable = len(updates.contributors)
         if usable < self.settings.min_clients:
-            reasons = "; ".join(f"{client}: {reason[:200]}" for client, reason in list(updates.skipped.items())[:3])
+            reasons = "; ".join(
+                f"{client}: {one_line(reason, 90)}" for client, reason in list(updates.skipped.items())[:2]
+            )
             raise TooFewUpdates(
                 f"round {state.round}: {quantity(usable, 'usable update')}, "
                 f"expected at least {self.settings.min_clients} ({reasons})",
                 dict(updates.skipped),
                 diverged=bool(updates.skipped) and updates.diverged == set(updates.skipped),
             )
-        for module, pair in moments.means().items():
-            # The product of such large factors may overflow even if the factors themselves are finite.
-            if not float(pair.A.abs().max()) * float(pair.B.abs().max()) < torch.finfo(pair.B.dtype).max:
-                raise Diverged(f"round {state.round}: the mean of module {module} is not finite; updates are too large")
 
     def _weights(self, state: ServerState) -> dict[str, float | None]:
         """Map each client, in the order of names, to its weight w_i; None stands for its number of examples."""

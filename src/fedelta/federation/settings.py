@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.protocol.compression import LOSSLESS, Precision
 from fedelta.settings import Settings, quota
 
@@ -24,6 +24,8 @@ class FederationSettings(Settings):
             Weights are normalized over the clients whose updates are used.
         on_bad_update: what happens to an update that can't be used. `skip`: the round continues without this client.
             `refuse`: the run stops.
+        max_growth: an update can't be used if its adapter or its heads grew to more than this many times the norm that
+            the client was sent, and to more than this many times the median growth of the other clients of the round.
         min_clients: minimum number of usable updates. A round with fewer is tried again with newly sampled clients.
         attempts: maximum number of attempts at a round. The run stops when the last one fails.
         precision: number format of adapters and heads in messages. Base patches are always float32. What compression
@@ -41,6 +43,7 @@ class FederationSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     weighting: Literal["examples", "uniform"] | tuple[float, ...] = "examples"
     on_bad_update: Literal["skip", "refuse"] = "skip"
+    max_growth: float = Field(default=100.0, gt=1)
     min_clients: int = Field(default=1, ge=1)
     attempts: int = Field(default=3, ge=1)
     precision: Precision = LOSSLESS
@@ -68,18 +71,23 @@ class FederationSettings(Settings):
                 not have one weight per client, has a negative weight, or has no positive one.
         """
         if (self.sample or 0) > clients:
-            raise FedeltaError(f"federation.sample is {self.sample}, but there are {clients} clients")
+            raise FedeltaError(
+                f"federation.sample is {self.sample}, but the federation has {quantity(clients, 'client')}"
+            )
         sampled, weights = self.round_size(clients), self.weighting
         if self.keep is not None and self.keep > sampled:
-            raise FedeltaError(f"federation.keep is {self.keep}, but a round has {sampled} of {clients} clients")
+            raise FedeltaError(
+                f"federation.keep is {self.keep}, but a round has {sampled} of {quantity(clients, 'client')}"
+            )
         if self.min_clients > (used := self.keep or sampled):
             raise FedeltaError(
-                f"federation.min_clients is {self.min_clients}, but a round has {used} of {clients} clients"
+                f"federation.min_clients is {self.min_clients}, but a round has {used} of {quantity(clients, 'client')}"
             )
         if isinstance(weights, tuple):
             if len(weights) != clients:
                 raise FedeltaError(
-                    f"federation.weighting has {len(weights)} weights, expected one for each of {clients} clients"
+                    f"federation.weighting has {quantity(len(weights), 'weight')}, "
+                    f"expected one for each of {quantity(clients, 'client')}"
                 )
             if min(weights) < 0 or sum(weights) <= 0:
                 raise FedeltaError(f"federation.weighting must be ≥ 0 with a positive sum, found {list(weights)}")

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 
 from fedelta.errors import FedeltaError
-from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.client import pack_kept
 from fedelta.federation.engines.observer import Observer
 from fedelta.federation.run_folder import RunFolder
@@ -24,7 +23,9 @@ NODES_START_S = 300.0
 """Seconds that a run waits for the nodes that it has started."""
 
 
-def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool = False) -> Run:
+def run_on_loopback(
+    config: Config, resume: bool, observer: Observer, ray: bool = False, accept_changed_data: bool = False
+) -> Run:
     """Run a configuration with one node per client, with all processes on this machine.
 
     Args:
@@ -32,6 +33,7 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         resume: resume from the checkpoint in the run's folder.
         observer: receives the progress.
         ray: let Flower simulate the nodes on Ray, instead of starting a process for each.
+        accept_changed_data: as for `fedelta.runs.runner.run`.
 
     Raises:
         FedeltaError: if a process does not start or ends early, or the run fails.
@@ -46,9 +48,9 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         memory = folder.clients_folder
         if not resume:
             shutil.rmtree(memory, ignore_errors=True)
-        elif folder.checkpoint_file.exists():
+        elif (checkpoint := folder.saved(observer.warn)) is not None:
             # A run in one process stores the clients' error feedback in its checkpoint.
-            for client, feedback in load_checkpoint(folder.checkpoint_file).error_feedback.items():
+            for client, feedback in checkpoint.error_feedback.items():
                 write_file(memory / f"{client}.safetensors", pack_kept(None, feedback))
         trainer_command = [
             sys.executable,
@@ -63,7 +65,8 @@ def run_on_loopback(config: Config, resume: bool, observer: Observer, ray: bool 
         # Wait for the trainer before Flower starts, so that an error in the data or the model is reported at once.
         clients = _wait_for_clients(socket, trainer)
         link = stack.enter_context(SuperLink(scratch, logs, simulated=len(clients) if ray else 0))
-        plan = {"resume": resume, "clients": clients, "patience": NODES_START_S}
+        plan = {"resume": resume, "accept_changed_data": accept_changed_data, "clients": clients}
+        plan |= {"patience": NODES_START_S}
         events = link.submit(plan, observer, trainer=socket)
         if not ray:
             environment = start_fork_server(stack, scratch, link.environment, logs, supervised)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.federation.engines.observer import Observer
 from fedelta.federation.engines.process_lifetime import end_with_parent
 
@@ -165,7 +165,7 @@ class Supervised:
         now = time.monotonic()
         self._end_times = [then for then in self._end_times if now - then < RESTART_WINDOW_S] + [now]
         if len(self._end_times) > MAX_RESTARTS:
-            raise FedeltaError(f"{self.name} ended {len(self._end_times)} times: {last_line(self.log)}")
+            raise FedeltaError(f"{self.name} ended {quantity(len(self._end_times), 'time')}: {last_line(self.log)}")
         observer.warn(f"{self.name} ended with exit code {code} and is restarted")
         self.restart()
 

@@ -12,6 +12,8 @@ from fedelta.errors import FedeltaError
 class DeviceError(FedeltaError):
     """The device can't do what the configuration asks. The error concerns every client that trains there."""
 
+    kind = "device"
+
 
 def allow_deterministic_products() -> None:
     """Ask cuBLAS for deterministic products. Call this before the first product on a GPU.

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fedelta.errors import FedeltaError, quantity
+from fedelta.errors import quantity
 from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.partition import PartitionSettings, partition
-from fedelta.learning.data.sources import DataSettings, load_rows, load_splits
+from fedelta.learning.data.settings import DataSettings
+from fedelta.learning.data.sources import load_rows, load_splits
+from fedelta.learning.data.table import listed, say
 from fedelta.learning.tasks import Task
 from fedelta.seeds import derive_seed
 
@@ -78,28 +80,23 @@ def build_data(
     """Divide the training rows among clients, and hold out a part of the rows of each.
 
     Raises:
-        FedeltaError: if a client has too few rows to hold some out and train on the rest.
+        FedeltaError: if the rows can't be divided as configured.
     """
     shards = {}
     parts = partition(tokenized.rows, list(tokenized.train.labels), sharing, seed)
-    for client, rows in zip(client_names(len(parts)), parts, strict=True):
+    for client, rows in parts.items():
         shards[client] = _shard(tokenized.train, rows, client, settings.client_validation, seed)
+    single = [client for client, rows in parts.items() if len(rows) == 1]
+    if single and settings.client_validation > 0:
+        say(
+            f"data.client_validation: {quantity(len(single), 'client')} with one row hold none out: {listed(single, 3)}"
+        )
     return FederatedData(shards, tokenized.validation, tokenized.test, tokenized.classes)
 
 
-def client_names(clients: int) -> list[str]:
-    """Names of all clients in the order of the partition, which is also alphabetical."""
-    digits = max(3, len(str(clients - 1)))
-    return [f"client-{i:0{digits}d}" for i in range(clients)]
-
-
 def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, seed: int) -> Shard:
-    held = 0
-    if share > 0:
-        held = max(1, round(share * len(rows)))
-        if held >= len(rows):
-            size = quantity(len(rows), "row")
-            raise FedeltaError(f"{client} has {size}, too few to hold out {held} and train on the rest")
+    """A client's rows. It keeps at least one row to train on, so a client with a single row holds none out."""
+    held = min(max(1, round(share * len(rows))), len(rows) - 1) if share > 0 else 0
     order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
     return Shard(examples.select(sorted(order[held:])), examples.select(sorted(order[:held])))
 

@@ -1,18 +1,14 @@
 """Registry of methods. Every module in this package that calls `register` adds a method when it is imported."""
 
-import difflib
 import importlib
 import pkgutil
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
-from fedelta.errors import FedeltaError
 from fedelta.methods.method import ClientStart, ClientView, Method, Properties
 from fedelta.methods.state import MethodState
-from fedelta.settings import first_error
+from fedelta.settings import check_options
 
 _REGISTRY: dict[str, type[Method]] = {}
 _ALIASES: dict[str, tuple[str, str]] = {}
@@ -50,12 +46,6 @@ def resolve(name: str) -> str:
     return method
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """Return "; did you mean 'x'" for the known word that is closest to a mistyped one, or an empty string."""
-    close = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}" if close else ""
-
-
 def make_method(name: str, /, **options: Any) -> Method:
     """Return the method with this name or alias and these options.
 
@@ -70,22 +60,7 @@ def make_method(name: str, /, **options: Any) -> Method:
         >>> make_method("fedex", residual="rank=2").options
         {'residual': 'rank=2'}
     """
-    name = resolve(name)
-    if name not in _REGISTRY:
-        known = sorted(_REGISTRY)
-        raise FedeltaError(
-            f"unknown method {name!r}{nearest(name, known + sorted(_ALIASES))}. Known: {', '.join(known)}"
-        )
-    known_options = [f.name for f in fields(_REGISTRY[name])]
-    for option in options:
-        if option not in known_options:
-            hint = nearest(option, known_options)
-            raise FedeltaError(f"method {name} has no option {option!r}{hint}. Its options: {', '.join(known_options)}")
-    try:
-        return TypeAdapter(_REGISTRY[name]).validate_python(options)
-    except ValidationError as error:
-        option, expected, value = first_error(error)
-        raise FedeltaError(f"method {name}: {option}: {expected}, found {value!r}") from error
+    return check_options(resolve(name), options, _REGISTRY, _ALIASES)
 
 
 for _module in pkgutil.iter_modules(__path__):
@@ -101,7 +76,6 @@ __all__ = [
     "aliases",
     "make_method",
     "methods",
-    "nearest",
     "register",
     "resolve",
 ]

@@ -18,7 +18,7 @@ from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
 from fedelta.methods.state import MethodState
-from fedelta.protocol.messages import FactorPlan
+from fedelta.protocol.factor_plan import FactorPlan
 
 
 @register

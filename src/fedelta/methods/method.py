@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fedelta.errors import FedeltaError
@@ -22,8 +22,9 @@ from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer
 from fedelta.methods.state import MethodState
 from fedelta.methods.transforms import Transform, move_by_optimizer, refresh, scale_patch, weight_by_norm
-from fedelta.protocol.messages import FactorPlan
+from fedelta.protocol.factor_plan import FactorPlan
 from fedelta.seeds import derive_seed
+from fedelta.settings import MAX_COUNT
 
 Holds = Literal["never", "equal ranks", "always"]
 """Ranks for which a property holds. A method that only takes equal ranks states "always" if it holds for those."""
@@ -106,7 +107,9 @@ class Method(ABC):
         aliases: other names of the same rule, (name, paper).
     """
 
-    refresh: Annotated[int, Field(ge=0)] = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
+
+    refresh: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
     residual_step: Annotated[float, Field(ge=0, le=1)] = 1.0
     norm_weighting: bool = False
     server_optimizer: ServerOptimizer = "none"

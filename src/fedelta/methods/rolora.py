@@ -14,14 +14,14 @@ there, which keeps the step exact.
 from dataclasses import replace
 from typing import Literal
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.lora.adapter import Adapter, LoraPair
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
 from fedelta.methods.method import Method, Properties
 from fedelta.methods.state import MethodState
-from fedelta.protocol.messages import FactorPlan
+from fedelta.protocol.factor_plan import FactorPlan
 
 
 @register
@@ -44,8 +44,8 @@ class RoLoRA(Method):
         super().__post_init__()
         if self.refresh % 2:
             raise FedeltaError(
-                f"method rolora: refresh: {self.refresh} rounds would restart before a round that trains the other "
-                "factor, whose gradient is zero while B is zero; expected an even number"
+                f"method rolora: refresh: {quantity(self.refresh, 'round')} would restart before a round that trains "
+                "the other factor, whose gradient is zero while B is zero; expected an even number"
             )
 
     def factors(self, round: int) -> FactorPlan:

@@ -6,20 +6,23 @@ else as JSON in the metadata of the blob.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pydantic.dataclasses
 import torch
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
-from fedelta.errors import BadUpdate, FedeltaError
+from fedelta.errors import BadBroadcast, BadUpdate, FedeltaError, in_one_line
 from fedelta.lora.adapter import Adapter, LoraPair, Shapes, draw_A, draw_basis
 from fedelta.lora.lowrank import LowRank
 from fedelta.lora.patch_log import PatchDelta
+from fedelta.protocol.broadcast_facts import read_facts
 from fedelta.protocol.compression import LOSSLESS, Encoded, Precision, decode, encode, rounded
+from fedelta.protocol.factor_plan import FactorPlan
 from fedelta.protocol.serialization import (
     check_all_taken,
+    check_floats,
     pack,
     patch_tensors,
     products_to_tensors,
@@ -32,53 +35,7 @@ from fedelta.protocol.serialization import (
 )
 from fedelta.settings import first_error
 
-
-class FactorPlan(NamedTuple):
-    """Which factors of B·A are sent, trained and kept in a round.
-
-    The factors are "A", "B", and "core", the r×r matrix C of B = basis·C.
-
-    Args:
-        down: factors that the server sends. A missing A or basis is drawn from the seed; a missing B is zero.
-        train: factors that a client trains.
-        up: factors that a client sends back.
-        keep: factors that a client keeps for its next round and uses if `down` does not include them.
-        prune: True if a client may send a lower rank than it received.
-    """
-
-    down: frozenset[str] = frozenset("AB")
-    train: frozenset[str] = frozenset("AB")
-    up: frozenset[str] = frozenset("AB")
-    keep: frozenset[str] = frozenset()
-    prune: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values; the inverse of `from_json`."""
-        return {key: value if isinstance(value, bool) else sorted(value) for key, value in self._asdict().items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "FactorPlan":
-        """Read a plan from JSON values."""
-        sets = {key: frozenset(value) for key, value in data.items() if key != "prune"}
-        return cls(**sets, prune=bool(data["prune"]))
-
-
 _STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-def core_of(module: str, B: Tensor, seed: int) -> Tensor:
-    """Return C (r, r) of B = basis·C (m, r), with the basis drawn from this seed."""
-    basis = draw_basis(module, B.shape[0], B.shape[1], seed)
-    return (basis.T.double() @ B.double()).to(B.dtype)
-
-
-def select_factors(adapter: Adapter, names: frozenset[str], seed: int) -> dict[str, dict[str, Tensor]]:
-    """Return the named factors of an adapter in the layout of a message: name → module → tensor."""
-    factors: dict[str, dict[str, Tensor]] = {name: {} for name in sorted(names)}
-    for module, pair in adapter.items():
-        for name, by_module in factors.items():
-            by_module[module] = {"A": pair.A, "B": pair.B}[name] if name != "core" else core_of(module, pair.B, seed)
-    return factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,33 +147,50 @@ class Broadcast:
         """Read a broadcast.
 
         Raises:
-            FedeltaError: if the blob is damaged or has tensors that a broadcast does not have.
+            BadBroadcast: if the blob is damaged, or a fact or tensor is missing, unknown or invalid.
         """
-        tensors, facts = unpack(blob)
+        try:
+            return cls._read(blob)
+        except Exception as error:
+            # A damaged blob may raise anything. A site reports it and waits for the next message.
+            raise BadBroadcast(f"the server's broadcast can't be read: {in_one_line(error)}") from error
+
+    @classmethod
+    def _read(cls, blob: bytes) -> "Broadcast":
+        tensors, raw = unpack(blob)
+        facts = read_facts(raw)
         tensors = decode(tensors, facts.pop("changed"))
-        patch = facts.pop("patch")
-        versions = [] if patch["dense"] else range(patch["start"] + 1, patch["end"] + 1)
-        entries, total = take_patches(versions, tensors)
-        delta = PatchDelta(
-            patch["start"],
-            patch["end"],
-            {int(version): digest for version, digest in patch["digests"].items()},
-            entries,
-            total if patch["dense"] else None,
-        )
+        patch, indices = facts.pop("patch"), facts.pop("indices")
+        entries, total = take_patches([] if patch["dense"] else range(patch["start"] + 1, patch["end"] + 1), tensors)
+        digests = {int(version): digest for version, digest in patch["digests"].items()}
         plan = FactorPlan.from_json(facts.pop("plan"))
-        indices = facts.pop("indices")
         message = cls(
             factors=_take_factors(plan.down, tensors),
             plan=plan,
             heads=take_prefix("head", tensors),
             tail=take_products("tail", tensors),  # type: ignore[arg-type]
             indices=None if indices is None else tuple(indices),
-            patch=delta,
+            patch=PatchDelta(patch["start"], patch["end"], digests, entries, total if patch["dense"] else None),
             **facts,
         )
         check_all_taken("broadcast", tensors)
         return message
+
+    def check(self, shapes: Shapes, kept: Adapter | None = None) -> Adapter:
+        """Return `adapter(shapes, kept)`, after a check that patch and tail fit the model too.
+
+        Raises:
+            BadBroadcast: if they don't fit.
+        """
+        try:
+            for patch in (*self.patch.entries.values(), self.patch.total or {}, self.tail):
+                for module, matrix in patch.items():
+                    found, expected = (tuple(matrix.shape), matrix.dtype), (shapes.get(module), torch.float32)
+                    if found != expected:
+                        raise FedeltaError(f"module {module}: the broadcast adds {found}, expected {expected}")
+            return self.adapter(shapes, kept)
+        except (FedeltaError, TypeError, KeyError) as error:
+            raise BadBroadcast(f"the server's broadcast does not fit: {in_one_line(error)}") from error
 
 
 def _factor_tensors(factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -224,7 +198,10 @@ def _factor_tensors(factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Te
 
 
 def _take_factors(names: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    return {name: take_prefix(name, tensors) for name in sorted(names)}
+    factors = {name: take_prefix(name, tensors) for name in sorted(names)}
+    for name, by_module in factors.items():
+        check_floats(f"{name} of module", by_module)
+    return factors
 
 
 @pydantic.dataclasses.dataclass(frozen=True, eq=False, config=_STRICT)

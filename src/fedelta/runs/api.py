@@ -9,11 +9,13 @@ from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines import Observer
-from fedelta.learning.in_memory import remember_data, remember_model
-from fedelta.learning.model.base_model import fingerprint
+from fedelta.learning.data.in_memory import remember_data
+from fedelta.learning.digests import model_digest
+from fedelta.learning.in_memory import remember_model
 from fedelta.runs import runner
 from fedelta.runs.comparison import comparison_configs, run_comparison
-from fedelta.runs.config import Config, load_config, parse_config, set_key
+from fedelta.runs.config import Config, load_config, parse_config
+from fedelta.runs.config_file import set_key
 from fedelta.runs.export import export_run
 from fedelta.runs.runner import Run
 
@@ -28,8 +30,8 @@ def configure(
 
     Args:
         config: the configuration to start from. None is the built-in example.
-        data: rows to use instead of `data.source`: a `datasets.Dataset`, a list of dicts, or a mapping from split names
-            to either.
+        data: rows to use instead of `data.source`: a `datasets.Dataset`, a DataFrame, a list of dicts, or a mapping
+            from split names to these.
         model: a loaded transformers model to use instead of `model.name`. Runs train copies of it.
         tokenizer: the tokenizer of `model`. It is required with `model`, and only allowed with it.
         **changes: configuration keys to change. A dict changes the given keys of a section and leaves its other keys:
@@ -59,7 +61,7 @@ def configure(
     if model is not None:
         if tokenizer is None:
             raise FedeltaError("model=… needs its tokenizer: pass tokenizer=… as well")
-        set_key(plain, "model.name", remember_model(model, tokenizer, fingerprint(model)))
+        set_key(plain, "model.name", remember_model(model, tokenizer, model_digest(model)))
         set_key(plain, "model.dtype", str(model.dtype).removeprefix("torch."))
     elif tokenizer is not None:
         raise FedeltaError("tokenizer=… was passed without its model: pass model=… as well")
@@ -83,6 +85,7 @@ def run(
     resume: bool = False,
     observer: Observer | None = None,
     profile: bool = False,
+    accept_changed_data: bool = False,
     **changes: Any,
 ) -> Run:
     """Train one configuration to its last round, then test and export the final model.
@@ -92,6 +95,7 @@ def run(
         resume: continue from the last finished round, if the run's folder has one.
         observer: receives progress events. `fedelta.Progress()` draws progress bars.
         profile: measure where the time was spent.
+        accept_changed_data: resume even if rows, tokenizer or base model have changed since the run began.
 
     Returns:
         The finished run: `rounds` (a pandas DataFrame), `test` (scores), `adapter` (a PEFT folder) and `export(…)`.
@@ -105,7 +109,9 @@ def run(
         >>> run.rounds[["train_loss", "validation_accuracy"]].tail(1)  # doctest: +SKIP
     """
     checked = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
-    return runner.run(checked, resume=resume, observer=observer, profile=profile)
+    return runner.run(
+        checked, resume=resume, observer=observer, profile=profile, accept_changed_data=accept_changed_data
+    )
 
 
 def compare(
@@ -118,6 +124,7 @@ def compare(
     tokenizer: Any = None,
     resume: bool = False,
     observer: Observer | None = None,
+    accept_changed_data: bool = False,
     **changes: Any,
 ) -> list[Run]:
     """Train several methods on the same data and initial weights.
@@ -128,6 +135,7 @@ def compare(
         seeds: number of runs of each method. None uses `compare.seeds`.
         resume: continue interrupted runs and keep finished ones.
         observer: receives progress events.
+        accept_changed_data: as for `run`.
 
     Returns:
         The runs, ordered by method and then by seed.
@@ -137,7 +145,7 @@ def compare(
     """
     checked = configure(config, data=data, model=model, tokenizer=tokenizer, **changes)
     configs = comparison_configs(checked, tuple(methods or checked.compare.methods), seeds or checked.compare.seeds)
-    return run_comparison(configs, resume, observer)
+    return run_comparison(configs, resume, observer, accept_changed_data)
 
 
 def export(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, listed
 from fedelta.federation.engines import Observer
 from fedelta.federation.run_folder import RunFolder
 from fedelta.methods import make_method, resolve
@@ -30,7 +30,7 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
     """
     methods = tuple(resolve(method) for method in methods)
     if len(set(methods)) < len(methods):
-        raise FedeltaError(f"methods to compare: {', '.join(methods)}, expected each once")
+        raise FedeltaError(f"methods to compare: {listed(methods, 20)}, expected each once")
     configs = []
     for method in methods:
         # The configured options are those of the configured method. Other methods use their defaults.
@@ -53,13 +53,16 @@ def comparison_configs(config: Config, methods: tuple[str, ...], seeds: int) -> 
     return configs
 
 
-def run_comparison(configs: Sequence[Config], resume: bool, observer: Observer | None) -> list[Run]:
+def run_comparison(
+    configs: Sequence[Config], resume: bool, observer: Observer | None, accept_changed_data: bool = False
+) -> list[Run]:
     """Run the configurations of a comparison.
 
     Args:
         configs: as `comparison_configs` returns them.
         resume: continue interrupted runs and keep finished ones.
         observer: receives progress events.
+        accept_changed_data: as for `run`.
 
     Returns:
         The runs, ordered by method and then by seed.
@@ -72,7 +75,9 @@ def run_comparison(configs: Sequence[Config], resume: bool, observer: Observer |
             RunFolder(each.folder, {}).refuse_existing()
     # Run every method with one seed before the next seed, so that even an interrupted comparison has every method.
     by_seed = sorted(configs, key=lambda each: each.seed)
-    return in_order([run(each, resume=resume, observer=observer) for each in by_seed])
+    return in_order(
+        [run(each, resume=resume, observer=observer, accept_changed_data=accept_changed_data) for each in by_seed]
+    )
 
 
 def open_runs(folder: Path) -> list[Run]:

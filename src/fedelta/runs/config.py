@@ -1,12 +1,11 @@
-"""Configuration of a run: read one YAML file, refuse unknown keys, and apply key=value overrides."""
+"""Configuration of a run: all its settings with their rules. `config_file.py` reads them from a file."""
 
+import re
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.ranks import RankSettings
@@ -17,10 +16,9 @@ from fedelta.learning.model.lora_model import LoraSettings
 from fedelta.learning.tasks import Classification, Completion, Regression
 from fedelta.learning.tasks.lm_harness import HarnessSettings
 from fedelta.learning.training import TrainingSettings
-from fedelta.methods import Method, make_method, nearest, resolve
-from fedelta.settings import Settings
-
-DEMO = "demo.yaml"
+from fedelta.methods import Method, make_method, resolve
+from fedelta.runs.config_file import method_settings, read_configuration, spell_task
+from fedelta.settings import MAX_COUNT, Settings, explain, short
 
 
 class EvaluationSettings(Settings):
@@ -82,7 +80,7 @@ class CompareSettings(Settings):
     """
 
     methods: tuple[str, ...] = Field(default=("zero-padding", "replication", "fedex"), min_length=1)
-    seeds: int = Field(default=1, ge=1)
+    seeds: int = Field(default=1, ge=1, le=10_000)
 
 
 class Config(Settings):
@@ -116,12 +114,12 @@ class Config(Settings):
         compare: methods and seeds of `fedelta compare`. A single run ignores it.
     """
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     output: str = "runs"
     seed: int = Field(default=0, ge=0)
-    rounds: int = Field(default=10, ge=1)
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    threads: int = Field(default=1, ge=1)
+    rounds: int = Field(default=10, ge=1, le=MAX_COUNT)
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    threads: int = Field(default=1, ge=1, le=1024)
     method: MethodSettings = MethodSettings()
     task: Annotated[Classification | Regression | Completion, Field(discriminator="kind")] = Classification()
     model: ModelSettings = ModelSettings()
@@ -138,19 +136,14 @@ class Config(Settings):
     @classmethod
     def _task_by_kind(cls, value: Any) -> Any:
         """Accept `task: regression`, and `task: {metric: matthews}` for the default kind."""
-        if isinstance(value, str):
-            return {"kind": value}
+        value = spell_task(value)
         return {"kind": "classification", **value} if isinstance(value, Mapping) else value
 
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
         """Accept `method: fedex`, and `method: {name: fedex, option: …}` with options next to the name."""
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, Mapping) and "options" not in value:
-            return {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
-        return value
+        return method_settings(value)
 
     @model_validator(mode="after")
     def _check_loss_rows(self) -> "Config":
@@ -184,6 +177,15 @@ class Config(Settings):
             raise ValueError(f"threads: {self.threads} needs workers: 1, found workers: {self.workers}")
         return self
 
+    @model_validator(mode="after")
+    def _check_pattern(self) -> "Config":
+        targets = self.lora.target_modules
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"lora.target_modules: {short(targets)} is not a valid pattern: {error}") from error
+        return self
+
     @property
     def folder(self) -> Path:
         """Folder of the run's files."""
@@ -207,23 +209,7 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
         FedeltaError: if the file, a key or a value is not valid. Its one line names the file, the key, the value and
             what was expected.
     """
-    name = str(source) if source else "the built-in example"
-    try:
-        text = source.read_text() if source else (files("fedelta.runs") / DEMO).read_text()
-    except OSError as error:
-        raise FedeltaError(f"configuration {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FedeltaError(f"configuration {name}: not a text file") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise FedeltaError(f"configuration {name}: {' '.join(str(error).split())}") from error
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise FedeltaError(f"configuration {name} holds a {type(data).__name__}, expected keys and values")
-    for override in overrides:
-        set_key(data, *read_override(override))
-    return parse_config(data, name)
+    return parse_config(*read_configuration(source, overrides))
 
 
 def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config:
@@ -242,54 +228,3 @@ def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config
         raise FedeltaError(f"{name}: {explain(error, Config)}") from error
     config.method.make()
     return config
-
-
-def read_override(override: str) -> tuple[str, Any]:
-    """Split `training.steps=5` into a key and a value. The value is read as YAML.
-
-    Raises:
-        FedeltaError: if there is no key or `=`, or the value is not valid YAML.
-    """
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise FedeltaError(f"override {override!r}: expected key=value, such as training.steps=5")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise FedeltaError(f"override {override!r}: {' '.join(str(error).split())}") from error
-
-
-def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key such as `training.steps` in plain data, in place. Other keys of the section stay as they are."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        section = data.get(parent)
-        if parent == "method" and isinstance(section, str):
-            section = {"name": section}
-        data[parent] = data = dict(section) if isinstance(section, Mapping) else {}
-    data[last] = value
-
-
-def explain(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Describe the first error in one line. For an unknown key, suggest the nearest key of `settings`."""
-    first, *others = error.errors()
-    where = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(settings, first["loc"][:-1])
-        return f"unknown key {where!r}{nearest(str(first['loc'][-1]), known)}{more}"
-    value = first.get("input")
-    message = first["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(value, dict) else f", found {value!r}"
-    return f"{where + ': ' if where else ''}{message[0].lower()}{message[1:]}{found}{more}"
-
-
-def _known_keys(settings: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    model: Any = settings
-    for part in location:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        candidates = [field.annotation, *get_args(field.annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    return list(model.model_fields) if model else []

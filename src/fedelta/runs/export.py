@@ -1,24 +1,31 @@
 """Export the server's global model as one PEFT adapter or as a merged model."""
 
+import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedelta.errors import FedeltaError
-from fedelta.federation.checkpoint import load_checkpoint
+from fedelta.federation.checkpoint import Checkpoint
+from fedelta.federation.round_lines import DamagedFileWarning
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
-from fedelta.files import new_folder
+from fedelta.files import new_folder, write_file
 from fedelta.learning.model.base_model import load_base, load_tokenizer
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.files.peft_read import CONFIG
 from fedelta.lora.files.peft_write import write_adapter
 from fedelta.lora.files.vllm import vllm_line
 from fedelta.lora.lowrank import add
 from fedelta.lora.patch_log import PatchedBase
 from fedelta.runs.assemble import make_model, make_server
-from fedelta.runs.config import parse_config
+from fedelta.runs.card import CARD, Attachments, adapter_card, class_names
+from fedelta.runs.config import Config, parse_config
 
 
 def single_adapter(state: ServerState, scale: float) -> Adapter:
@@ -65,10 +72,10 @@ def cut_adapter(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     return Adapter(pairs), (lost / total) ** 0.5 if total > 0 else 0.0
 
 
-def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float) -> Adapter:
+def export_adapter(folder: Path, state: ServerState, model: LoraModel, scale: float, tokenizer: Any = None) -> Adapter:
     """Write the global model as one PEFT folder and return its adapter."""
     adapter = single_adapter(state, scale)
-    write_global(folder, adapter, state, model)
+    write_global(folder, adapter, state, model, tokenizer)
     return adapter
 
 
@@ -76,12 +83,18 @@ def export_personal(folder: Path, state: ServerState, model: LoraModel, adapters
     """Write one PEFT folder per client, under the client's name, and return the adapter of the largest rank."""
     with new_folder(folder) as temporary:
         for client, adapter in adapters.items():
+            # One tokenizer per client could fill the disk.
             write_global(temporary / client, adapter, state, model)
     return max(adapters.values(), key=lambda adapter: adapter.rank)
 
 
 def export_state(
-    folder: Path, server: Server, state: ServerState, kept: Mapping[str, Adapter], model: LoraModel
+    folder: Path,
+    server: Server,
+    state: ServerState,
+    kept: Mapping[str, Adapter],
+    model: LoraModel,
+    tokenizer: Any = None,
 ) -> Adapter:
     """Write the global model as one PEFT folder, or one folder per client if the method has no global model.
 
@@ -91,23 +104,45 @@ def export_state(
         state: state of the server.
         kept: client → factors that it keeps from one round to the next.
         model: model of the run, for the names of its base and modules.
+        tokenizer: tokenizer to write next to a global model; None leaves it out.
     """
     if server.method.personal:
         return export_personal(folder, state, model, server.personal_adapters(state, kept))
-    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank))
+    return export_adapter(folder, state, model, server.scale(state.method.adapter.rank), tokenizer)
 
 
-def write_global(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel) -> None:
-    """Write an adapter with the state's heads as a PEFT folder."""
-    write_adapter(
-        folder,
-        adapter,
-        state.heads,
-        base_model=model.base_name,
-        modules_to_save=model.head_modules,
-        task_type=model.task_type,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
-    )
+def write_global(folder: Path, adapter: Adapter, state: ServerState, model: LoraModel, tokenizer: Any = None) -> None:
+    """Write an adapter with the state's heads as a PEFT folder, with the names of its classes and the tokenizer."""
+    with new_folder(folder) as temporary:
+        write_adapter(
+            temporary / "adapter",
+            adapter,
+            state.heads,
+            base_model=model.base_name,
+            modules_to_save=model.head_modules,
+            task_type=model.task_type,
+            fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
+        )
+        for file in (temporary / "adapter").iterdir():
+            file.replace(temporary / file.name)
+        (temporary / "adapter").rmdir()
+        Attachments(state.classes, tokenizer).write(temporary)
+
+
+def write_cards(folder: Path, config: Config, state: ServerState, result: Mapping[str, Any] | None) -> None:
+    """Write the model card of an adapter, or of each client's adapter.
+
+    Args:
+        folder: folder that `export_state` has written.
+        config: configuration of the run.
+        state: the state that was exported.
+        result: `result.json`, which has scores if it is about this state; None leaves them out.
+    """
+    known = result is not None and result["rounds"] == state.round
+    scores = {split: result[split] for split in ("test", "validation")} if result and known else {}
+    for each in sorted({file.parent for file in folder.glob(f"**/{CONFIG}")}):
+        rank = json.loads((each / CONFIG).read_text())["r"]
+        write_file(each / CARD, adapter_card(config, state, rank, each, scores))
 
 
 def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any) -> None:
@@ -123,7 +158,11 @@ def export_merged(folder: Path, adapter_folder: Path, base: Any, tokenizer: Any)
 
     merged = peft.PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
     with new_folder(folder) as temporary:
-        merged.save_pretrained(temporary)
+        try:
+            merged.save_pretrained(temporary)
+        except SafetensorError as error:
+            # A full disk, for example, is not an OSError here.
+            raise FedeltaError(f"{folder}: {error}") from error
         tokenizer.save_pretrained(temporary)
 
 
@@ -138,6 +177,15 @@ def _outputs(adapter: str | Path | None, merged: str | Path | None) -> tuple[Pat
         if output is not None and output.exists():
             raise FedeltaError(f"{output} already exists")
     return adapter, merged
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    """Load the newest checkpoint of a run that can be used; warn if it is not the newest one."""
+    run_folder = RunFolder(folder, {})
+    checkpoint = run_folder.saved(lambda line: warnings.warn(line, DamagedFileWarning, stacklevel=4))
+    if checkpoint is None:
+        raise FedeltaError(f"no checkpoint at {run_folder.checkpoint_file}")
+    return checkpoint
 
 
 def export_run(
@@ -159,7 +207,8 @@ def export_run(
             cut.
     """
     adapter, merged = _outputs(adapter, merged)
-    state, data, kept, _ = load_checkpoint(RunFolder(folder, {}).checkpoint_file)
+    state, data, kept, *_ = _checkpoint(folder)
+    result = RunFolder(folder, {}).result()  # Read before anything is written, because it may be damaged.
     config = parse_config(data, str(folder))
     server = make_server(config)
     if merged and server.method.personal:
@@ -170,31 +219,30 @@ def export_run(
         raise FedeltaError(
             "--rank cuts the adapter of a global model: expected --adapter alone, and a method with a global model"
         )
-    tokenizer = load_tokenizer(config.model)
-    lines = []
+    tokenizer, lines = load_tokenizer(config.model), []
     with tempfile.TemporaryDirectory() as scratch:
         target = adapter or Path(scratch) / "adapter"
         # Only the names and shapes of the model are used here, so a quantized base does not need to be quantized.
         plain = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
         model = make_model(plain, len(state.classes), tokenizer)
-        exported = export_state(target if rank is None else Path(scratch) / "uncut", server, state, kept, model)
+        uncut = target if rank is None else Path(scratch) / "uncut"
+        exported = export_state(uncut, server, state, kept, model, tokenizer)
         lost = ""
         if rank is not None:
             exported, share = cut_adapter(exported, rank)
-            write_global(target, exported, state, model)
+            write_global(target, exported, state, model, tokenizer)
             lost = f", which lacks {share:.2%} of the update's norm"
         if adapter:
-            parameters = f"{exported.parameters:,} LoRA parameters"
-            lines.append(f"adapter   {adapter}: rank {exported.rank}, {parameters}{lost}")
+            write_cards(adapter, config, state, result if rank is None else None)
+            lines.append(f"adapter   {adapter}: rank {exported.rank}, {exported.parameters:,} LoRA parameters{lost}")
             if not server.method.personal:
                 lines.append(f"vLLM      {vllm_line(adapter)}")
         if merged:
             # Merge in fp32 for every training dtype: rounding to bf16 would lose most of a small update.
             full_precision = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
             base = load_base(full_precision, len(state.classes), tokenizer, 0, config.task.kind)
-            if state.classes:
-                base.config.id2label = dict(enumerate(state.classes))
-                base.config.label2id = {label: i for i, label in enumerate(state.classes)}
+            for name, value in class_names(state.classes).items():
+                setattr(base.config, name, value)
             export_merged(merged, target, base, tokenizer)
             bits = config.model.quantization
             note = "" if bits == "none" else f": into the base in full precision; the run used {bits} weights"

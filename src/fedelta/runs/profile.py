@@ -72,8 +72,7 @@ def read_profile(folder: RunFolder, limit: Limit) -> Profile:
     wall: Counter[str] = Counter()
     inside: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for line in folder.timings_file.read_text().splitlines():
-        timing = json.loads(line)
+    for timing in folder.timings():
         wall.update(timing["seconds"])
         inside.update(timing["in_workers"])
         counts.update(timing["counts"])

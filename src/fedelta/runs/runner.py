@@ -1,12 +1,6 @@
 """Run one configuration from start to end and write its folder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pandas
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.checkpoint import Checkpoint
@@ -18,80 +12,27 @@ from fedelta.federation.engines.local import LocalEngine
 from fedelta.federation.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
 from fedelta.federation.engines.rounds import Engine, EngineContext
 from fedelta.federation.engines.workers import Workers, can_fork
-from fedelta.federation.records import Result, RoundRecord
+from fedelta.federation.records import Inputs, Result
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
 from fedelta.files import write_file
 from fedelta.learning.shards import Shard, TokenizedSplits
 from fedelta.learning.tasks import Completion
+from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.learning.tasks.lm_harness import check_harness, harness_scores
 from fedelta.learning.training.flops import text_cost
 from fedelta.lora.adapter import Adapter
 from fedelta.runs.assemble import make_server, prepare, tokenized_splits
-from fedelta.runs.config import Config, load_config
-from fedelta.runs.export import export_run, export_state
+from fedelta.runs.config import Config
+from fedelta.runs.export import export_state, write_cards
+from fedelta.runs.finished import Run, open_run
+from fedelta.runs.identity import check_changes, identify, input_changes
 from fedelta.runs.profile import Limit, Profile, read_profile
 
 MakeEngine = Callable[[EngineContext, Mapping[str, Shard], int], Engine]
 """Factory of an engine: (context, client → its rows, clients stacked in one pass) → engine."""
 
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A finished run.
-
-    Args:
-        config: configuration of the run.
-        folder: folder with the files of the run.
-        records: lines of `rounds.jsonl`. `rounds` has them as a table.
-        result: scores and sizes of the final model (`result.json`).
-        profile: where the time was spent, or None if it was not measured.
-    """
-
-    config: Config
-    folder: RunFolder
-    records: list[RoundRecord]
-    result: Result
-    profile: Profile | None = None
-
-    @property
-    def test(self) -> Mapping[str, float]:
-        """Scores of the final model on the test split."""
-        return self.result["test"]
-
-    @property
-    def adapter(self) -> Path:
-        """PEFT folder of the final adapter."""
-        return self.folder.adapter_folder
-
-    @property
-    def rounds(self) -> "pandas.DataFrame":
-        """Table with one row per round: training loss, validation scores, bytes, deviation and number of clients."""
-        import pandas
-
-        return pandas.DataFrame([_row(record) for record in self.records]).set_index("round")
-
-    def export(
-        self, *, adapter: Path | str | None = None, merged: Path | str | None = None, rank: int | None = None
-    ) -> list[str]:
-        """Write the final model as a PEFT adapter, a merged model, or both. See `fedelta.export`."""
-        return export_run(self.folder.path, adapter, merged, rank)
-
-
-def _row(record: RoundRecord) -> dict[str, float | int | None]:
-    """Return one row of `Run.rounds`. Rounds are counted from 1."""
-    scores = {f"validation_{name}": value for name, value in (record["validation"] or {}).items()}
-    return {
-        "round": record["round"] + 1,
-        "clients": len(record["clients"]),
-        "skipped": len(record["skipped"]),
-        "train_loss": record["train_loss"],
-        **scores,
-        "bytes_down": record["bytes_down"]["total"],
-        "bytes_up": record["bytes_up"]["total"],
-        "deviation": record["deviation_mean"],
-        "patch_width": record["patch_width"],
-    }
+__all__ = ["MakeEngine", "Run", "open_run", "run"]
 
 
 def run(
@@ -102,6 +43,7 @@ def run(
     profile: bool = False,
     engine: MakeEngine = LocalEngine,
     sites: Mapping[str, int] | None = None,
+    accept_changed_data: bool = False,
 ) -> Run:
     """Run a configuration to its last round and write its folder.
 
@@ -113,6 +55,8 @@ def run(
         engine: factory of the engine that carries messages between server and clients.
         sites: client → number of rows, for clients that hold their own rows. None divides the configured rows among
             the clients.
+        accept_changed_data: resume even if rows, tokenizer or base model are not those of the finished rounds. The
+            result then says what had changed.
 
     Raises:
         FedeltaError: if the input is not valid. Finished rounds are kept.
@@ -121,14 +65,46 @@ def run(
     observer = observer or Observer()
     with folder.hold():
         server = make_server(config)
-        checkpoint = folder.resume() if resume else None
-        if resume and (result := folder.result()) is not None:
+        checkpoint = folder.resume(observer.warn) if resume else None
+        if resume and (result := folder.finished_result(checkpoint)) is not None:
+            _check_finished_inputs(config, folder, result, accept_changed_data)
+            if checkpoint is not None:
+                folder.rewind(checkpoint)
+            records = folder.check_finished(result)
             observer.run_started(_title(config), config.rounds, config.rounds)
-            return Run(config, folder, folder.records(), result)
+            return Run(config, folder, records, result)
         if not resume:
             folder.refuse_existing()
         _check_harness(config, server)
+        folder.inputs = identify(config)
+        if checkpoint is not None:
+            _accept_inputs(folder, checkpoint, accept_changed_data, observer)
+            folder.rewind(checkpoint)
         return _RunSteps(config, folder, observer, server, checkpoint, sites).run(engine, profile)
+
+
+def _accept_inputs(folder: RunFolder, checkpoint: Checkpoint, accept: bool, observer: Observer) -> None:
+    """Compare the inputs with those of a checkpoint, and record changes that are accepted.
+
+    Raises:
+        FedeltaError: if there are changes that are not accepted.
+    """
+    changes = input_changes(checkpoint.history.inputs, folder.inputs)
+    check_changes(str(folder.path), changes, accept)
+    folder.accepted = checkpoint.history.accepted
+    if changes:
+        folder.accepted += ({"round": checkpoint.state.round, "changes": changes},)
+        observer.warn(f"{folder.path} continues with changed inputs: {'; '.join(changes)}")
+
+
+def _check_finished_inputs(config: Config, folder: RunFolder, result: Result, accept: bool) -> None:
+    """Raise if a finished run has learned from other inputs than those that are there now, unless that is accepted."""
+    try:
+        now: Inputs = identify(config)
+    except FedeltaError:
+        # The result remains what it is, even if its data are no longer on this machine.
+        return
+    check_changes(str(folder.path), input_changes(result.get("inputs", {}), now), accept)
 
 
 def _check_harness(config: Config, server: Server) -> None:
@@ -162,6 +138,8 @@ class _RunSteps:
         self.server = server
         self.checkpoint = checkpoint
         self.trainer, self.data = prepare(config, partitioned=sites is None)
+        # Loading the model may have brought it to this machine.
+        folder.inputs = identify(config)
         self.clients = sites or {client: len(shard.train) for client, shard in self.data.shards.items()}
         self.tokenized: TokenizedSplits = tokenized_splits(config)[0]
 
@@ -172,6 +150,7 @@ class _RunSteps:
         state = self._rounds(make_engine, evaluator, state)
         result = self._result(state, evaluator)
         self.folder.finish(result)
+        result = self.folder.result() or result
         measured = self._profile(evaluator.caches) if profile else None
         return Run(self.config, self.folder, self.folder.records(), result, measured)
 
@@ -195,7 +174,10 @@ class _RunSteps:
         if not self.trainer.error_feedback:
             # Over Flower, each client writes its kept factors and error feedback to a file.
             for file in self.folder.clients_folder.glob("*.safetensors"):
-                self.trainer.take_kept(file.stem, file.read_bytes())
+                try:
+                    self.trainer.take_kept(file.stem, file.read_bytes())
+                except FedeltaError as error:
+                    raise FedeltaError(f"{file}: {error}") from error
         return state
 
     @property
@@ -224,11 +206,12 @@ class _RunSteps:
 
     def _result(self, state: ServerState, evaluator: Evaluator) -> Result:
         """Export the final model and score it. The test split is used only here."""
-        model = self.trainer.model
-        exported = export_state(self.folder.adapter_folder, self.server, state, self.trainer.kept, model)
+        self.folder.check_unchanged()
+        model, tokenizer = self.trainer.model, self.trainer.tokenizer
+        exported = export_state(self.folder.adapter_folder, self.server, state, self.trainer.kept, model, tokenizer)
         last_scores = self.folder.records()[-1]["validation"]
         validation = last_scores or evaluator.evaluate(state, self.data.validation, "validation")
-        return {
+        result: Result = {
             "method": self.config.method.name,
             "seed": self.config.seed,
             "rounds": state.round,
@@ -241,13 +224,17 @@ class _RunSteps:
             "lora_parameters": _parameters_by_rank(state),
             "base_parameters": model.base_parameters,
         }
+        write_cards(self.folder.adapter_folder, self.config, state, result)
+        return result
 
     def _test_scores(self, state: ServerState, evaluator: Evaluator) -> dict[str, float]:
         scores = evaluator.evaluate(state, self.data.test, "test")
         if self.config.evaluation.harness is None:
             return scores
         assert isinstance(self.config.task, Completion)
-        chat = self.config.task.makes_turns(self.trainer.tokenizer)
+        task = self.config.task
+        makes_turns = task.makes_turns(self.trainer.tokenizer)
+        chat = ChatTemplate(self.trainer.tokenizer, task.date) if makes_turns else None
         return scores | harness_scores(self.trainer.model, self.trainer.tokenizer, self.config.evaluation.harness, chat)
 
     def _profile(self, caches: ActivationCaches) -> Profile:
@@ -270,20 +257,3 @@ def _limit(trainer: Trainer, caches: ActivationCaches) -> Limit:
 
 def _title(config: Config) -> str:
     return f"{config.method.name}, seed {config.seed}"
-
-
-def open_run(folder: Path) -> Run:
-    """Open a finished run.
-
-    Args:
-        folder: folder of the run, with its `config.yaml`.
-
-    Raises:
-        FedeltaError: if there is no run, or it has not finished.
-    """
-    config = load_config(folder / "config.yaml")
-    run_folder = RunFolder(folder, config.dump())
-    result = run_folder.result()
-    if result is None:
-        raise FedeltaError(f"{folder}: this run has not finished; continue it with --resume")
-    return Run(config, run_folder, run_folder.records(), result)

@@ -4,14 +4,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
 from fedelta.errors import FedeltaError
 from fedelta.runs.assemble import make_server
-from fedelta.runs.config import Config, parse_config, set_key
+from fedelta.runs.config import Config, parse_config
+from fedelta.sweep.cell_settings import cell_settings, crossed
 from fedelta.sweep.grid import Grid
 from fedelta.sweep.results import Row, late_loss, late_score, metric_of, result_settings
 
@@ -115,6 +115,15 @@ class Expansion:
                 if value not in grid.axes.get(axis, {}):
                     raise FedeltaError(f"axis {axis!r} has no value {value!r} in the grid")
 
+    def whole(self) -> "Expansion":
+        """Return the expansion of the whole grid, or this one if another part of the grid is not valid."""
+        whole = Expansion(self.grid)
+        try:
+            whole.cells(None)
+        except FedeltaError:
+            return self
+        return whole
+
     def trials(self) -> tuple[Plan, list[Trial]]:
         """Plan the trials of the tuning, for the values that the experiments need."""
         plan = Plan()
@@ -189,31 +198,13 @@ class Expansion:
                 raise FedeltaError(f"{describe(place)}: first-aggregation needs evaluation.clients: 1 or more")
 
     def _crossed(self, name: str) -> Iterator[dict[str, str]]:
-        axes = self.grid.experiments[name].axes
-        for values in itertools.product(*axes.values()):
-            point = dict(zip(axes, values, strict=True))
+        for point in crossed(self.grid.experiments[name].axes):
             if all(point.get(axis) in allowed for axis, allowed in self.where.items() if axis in point):
                 yield point
 
     def _config(self, values: Mapping[str, str], own: Mapping[str, Any], choice: Choice, seed: int) -> Config:
-        data: dict[str, Any] = {}
-        layers = [self.grid.config, *(self.grid.axes[a][values[a]] for a in self.grid.axes if a in values), own]
-        for layer in layers:
-            _apply(data, layer)
-        for key, value in [*choice.items(), *self.grid.overrides.items()]:
-            set_key(data, key, value)
-        data["seed"] = seed
-        label = ", ".join(f"{axis} {value}" for axis, value in values.items())
-        return parse_config(data, f"grid {self.grid.name}, {label}")
-
-
-def _apply(data: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> None:
-    """Set each key of a nested or dotted layer and keep the other keys."""
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and value:
-            _apply(data, value, f"{prefix}{key}.")
-        else:
-            set_key(data, prefix + key, deepcopy(value))
+        data, name = cell_settings(self.grid, values, own, choice)
+        return parse_config(data | {"seed": seed}, name)
 
 
 def choose(trials: Sequence[Trial], rows: Mapping[str, Row], last: float) -> dict[Tuned, Choice]:

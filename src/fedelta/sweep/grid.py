@@ -17,13 +17,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedelta.errors import FedeltaError
-from fedelta.methods import nearest
-from fedelta.runs.config import explain
-from fedelta.settings import Settings
+from fedelta.runs.config_file import read_file
+from fedelta.settings import Settings, explain, nearest, short
 
 View = Literal[
     "score",
@@ -219,17 +217,10 @@ def load_grid(source: Path, size: str | None = None) -> Grid:
     Raises:
         FedeltaError: one line that names the key, what was found and what was expected.
     """
-    try:
-        data = yaml.safe_load(source.read_text())
-    except OSError as error:
-        raise FedeltaError(f"grid {source}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FedeltaError(f"grid {source}: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise FedeltaError(f"grid {source} holds a {type(data).__name__}, expected keys and values")
+    data, _ = read_file(source, "grid")
     sizes = data.pop("sizes", None) or {}
     if not isinstance(sizes, Mapping) or not all(isinstance(keys, Mapping | None) for keys in sizes.values()):
-        raise FedeltaError(f"grid {source}: sizes holds {sizes!r:.60}, expected a name and keys for each")
+        raise FedeltaError(f"grid {source}: sizes holds {short(sizes)}, expected a name and keys for each")
     if size is None and sizes:
         size = next(iter(sizes))
     if size is not None:

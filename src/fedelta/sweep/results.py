@@ -13,67 +13,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedelta.errors import FedeltaError
+from fedelta.federation.records import Inputs
+from fedelta.federation.schema import digest_of
 from fedelta.files import write_file
 from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.protocol.serialization import ByteCount
+from fedelta.reading import parse_json
 from fedelta.runs.config import Config, parse_config
+from fedelta.runs.identity import input_changes
 from fedelta.runs.runner import Run
+from fedelta.sweep.columns import SCHEMA
 from fedelta.sweep.provenance import machine_name, peak_mb
 
 FILE = "cells.parquet"
 Row = dict[str, Any]
 
-_SCORES = pa.map_(pa.string(), pa.float64())  # score → value
-_BYTES = pa.struct([(name, pa.int64()) for name in ByteCount._fields])
-_ROUND = pa.struct(
-    [
-        ("round", pa.int32()),  # finished rounds
-        ("sampled", pa.int32()),  # clients that were sent a message
-        ("clients", pa.int32()),  # clients whose updates were used
-        ("validation", _SCORES),  # null if the round was not evaluated
-        ("train_loss", pa.float64()),
-        ("down", _BYTES),  # summed over clients
-        ("up", _BYTES),
-        ("ranks", pa.map_(pa.string(), pa.int32())),  # rank → number of clients
-        ("promoted", pa.list_(pa.string())),
-        ("deviation", pa.map_(pa.string(), pa.float32())),  # module → relative deviation
-        ("energy", pa.list_(pa.float32())),  # by rank index
-        ("patch_width", pa.int32()),
-        # Each client's own model before averaging, if evaluation.clients asks for it.
-        ("own", pa.list_(pa.struct([("client", pa.string()), ("rank", pa.int32()), ("score", pa.float64())]))),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("cell", pa.string()),
-        ("method", pa.string()),
-        ("seed", pa.int64()),
-        ("metric", pa.string()),  # the score that the cell is judged by
-        ("failed", pa.string()),  # why training diverged; null if it did not
-        ("test", _SCORES),  # of the final model
-        ("validation", _SCORES),
-        ("constant_score", pa.float64()),  # score of always giving the same answer; null if meaningless
-        ("clients", pa.int32()),
-        ("lora_parameters", pa.map_(pa.string(), pa.int64())),  # rank → parameters
-        ("base_parameters", pa.int64()),  # of the model without LoRA
-        ("rounds", pa.list_(_ROUND)),
-        # For each round, module → scaled deviation; empty where it was not measured.
-        ("scaled_deviation", pa.list_(pa.map_(pa.string(), pa.float32()))),
-        ("config", pa.string()),  # JSON
-        ("seconds", pa.float64()),  # summed over rounds
-        ("peak_mb", pa.float64()),
-        ("finished", pa.string()),
-        ("machine", pa.string()),
-        ("versions", pa.map_(pa.string(), pa.string())),
-    ]
-)
 FROM_RESULT = ("test", "validation", "constant_score", "lora_parameters", "base_parameters")
 """Fields that a row copies from `result.json`."""
-CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions")
+CIRCUMSTANCES = ("seconds", "peak_mb", "finished", "machine", "versions", "accepted", "digest")
 """Fields that may differ between two runs of the same cell."""
 
 
-def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | None, failed: str | None = None) -> Row:
+def row_of(
+    key: str,
+    config: Config,
+    made_with: Mapping[str, str],
+    run: Run | None,
+    failed: str | None = None,
+    inputs: Inputs | None = None,
+) -> Row:
     """Make the row of a cell as plain data.
 
     Args:
@@ -82,6 +50,7 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         made_with: versions as `provenance.versions` returns them.
         run: the finished run; None if it failed.
         failed: why it failed.
+        inputs: what the cell has learned from, if there is no run whose result says so.
     """
     row: Row = dict.fromkeys(SCHEMA.names)
     row |= {
@@ -96,11 +65,16 @@ def row_of(key: str, config: Config, made_with: Mapping[str, str], run: Run | No
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_name(),
         "versions": dict(made_with),
+        "inputs": None if inputs is None else json.dumps(inputs, sort_keys=True),
+        "accepted": [],
     }
     if run is not None:
         result: Mapping[str, Any] = run.result
-        timings = [json.loads(line) for line in run.folder.timings_file.read_text().splitlines()]
+        timings = run.folder.timings()
+        accepted = [f"round {one['round']}: {change}" for one in result["accepted"] for change in one["changes"]]
         row |= {
+            "inputs": json.dumps(result["inputs"], sort_keys=True),
+            "accepted": accepted,
             **{name: result[name] for name in FROM_RESULT},
             "clients": len(result["clients"]),
             "rounds": [_round(record, config.task.metric) for record in run.records],
@@ -130,7 +104,8 @@ def stored_settings(row: Row) -> dict[str, Any]:
     Raises:
         FedeltaError: if the row has a setting that does not exist.
     """
-    return result_settings(parse_config(json.loads(row["config"]), f"cell {row['cell']}"))
+    name = f"cell {row['cell']}"
+    return result_settings(parse_config(parse_json(row["config"], name), name))
 
 
 def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -150,9 +125,24 @@ def _round(record: Mapping[str, Any], metric: str) -> dict[str, Any]:
     }
 
 
-def write_rows(folder: Path, rows: Mapping[str, Row]) -> Path:
-    """Replace the file with these rows."""
+def stored_inputs(row: Row) -> Inputs:
+    """What a cell has learned from; empty if its row does not say so."""
+    return json.loads(row["inputs"]) if row["inputs"] else {}
+
+
+def write_rows(folder: Path, rows: Mapping[str, Row], axes: Mapping[str, Mapping[str, str]] | None = None) -> Path:
+    """Replace the file with these rows.
+
+    Args:
+        folder: folder of the file.
+        rows: key → row of each cell.
+        axes: key → axis → value. They become columns named `axis NAME`, for readers of the file; `read_rows` ignores
+            them, because the grid has them.
+    """
     table = pa.Table.from_pylist(list(rows.values()), schema=SCHEMA)
+    for name in dict.fromkeys(axis for values in (axes or {}).values() for axis in values):
+        column = [(axes or {}).get(key, {}).get(name) for key in rows]
+        table = table.append_column(f"axis {name}", pa.array(column, pa.string()))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", compression_level=15)
     write_file(folder / FILE, buffer.getvalue())
@@ -169,16 +159,34 @@ def read_rows(folder: Path) -> dict[str, Row]:
     if not file.exists():
         return {}
     try:
-        table = pq.read_table(file, schema=SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise FedeltaError(f"{file}: {' '.join(str(error).split())}") from error
-    return {row["cell"]: row for row in table.to_pylist(maps_as_pydicts="strict")}
+        rows: list[Row] = pq.read_table(file, schema=SCHEMA).to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise FedeltaError(f"{file}: {' '.join(str(error).split())[:150]}; restore it, or remove it") from error
+    for row in rows:
+        _check_row(row, file)
+    return {row["cell"]: row for row in rows}
+
+
+def _check_row(row: Row, file: Path) -> None:
+    """Raise unless a row has the fields that every reader needs, and is what was written."""
+    for name in ("cell", "method", "seed", "metric", "rounds", "config"):
+        if row[name] is None:
+            raise FedeltaError(f"{file}: a row without {name!r}, expected the results of a grid")
+    if row["metric"] not in METRICS:
+        raise FedeltaError(f"{file}: cell {row['cell']} has the metric {row['metric'][:40]!r}, which does not exist")
+    if row["digest"] is not None and row["digest"] != _row_digest(row):
+        raise FedeltaError(f"{file}: cell {row['cell']} is not what was written; restore the file, or remove it")
+
+
+def _row_digest(row: Row) -> str:
+    return digest_of({name: value for name, value in row.items() if name != "digest"})
 
 
 def as_stored(row: Row) -> Row:
-    """Convert a row to the precision of the file, as if it had been written and read again."""
+    """Convert a row to the precision of the file, as if it had been written and read again, and add its digest."""
     table = pa.Table.from_pylist([row], schema=SCHEMA)
-    return table.to_pylist(maps_as_pydicts="strict")[0]
+    stored: Row = table.to_pylist(maps_as_pydicts="strict")[0]
+    return stored | {"digest": _row_digest(stored)}
 
 
 def first_difference(old: Row, new: Row) -> str | None:
@@ -188,7 +196,10 @@ def first_difference(old: Row, new: Row) -> str | None:
     """
     old, new = _in_common(old, new), _in_common(new, old)
     for name in SCHEMA.names:
-        if name == "config":
+        if name == "inputs":
+            if changes := input_changes(stored_inputs(old), stored_inputs(new)):
+                return f"inputs: {'; '.join(changes)}"
+        elif name == "config":
             if stored_settings(old) != stored_settings(new):
                 return "config"
         elif name not in CIRCUMSTANCES and old[name] != new[name]:

@@ -11,19 +11,28 @@ import psutil
 import torch
 import yaml
 
-from fedelta.errors import Diverged, FedeltaError, TooFewUpdates
-from fedelta.federation.engines import Observer
+from fedelta.errors import FedeltaError
 from fedelta.federation.engines.workers import Result, Workers, can_fork
 from fedelta.federation.run_folder import RunFolder
 from fedelta.files import write_file
+from fedelta.reading import read_yaml
 from fedelta.runs.assemble import splits_key, warm
 from fedelta.runs.config import Config
-from fedelta.runs.runner import run
+from fedelta.runs.identity import check_changes, identify, input_changes
+from fedelta.sweep.cell_run import run_cell
 from fedelta.sweep.cells import Choice, Expansion, Plan, Trial, Tuned, chosen_by, describe
 from fedelta.sweep.grid import Grid
 from fedelta.sweep.observer import SweepObserver
 from fedelta.sweep.provenance import versions
-from fedelta.sweep.results import Row, as_stored, first_difference, is_result_of, read_rows, row_of, write_rows
+from fedelta.sweep.results import (
+    Row,
+    as_stored,
+    first_difference,
+    is_result_of,
+    read_rows,
+    stored_inputs,
+    write_rows,
+)
 
 MAX_MEMORY_SHARE = 0.8
 """Share of the free memory that running cells may use."""
@@ -40,6 +49,8 @@ class Sweep:
         keep: keep the run folder of each cell, including adapter and checkpoint.
         retry: run cells that diverged again.
         observer: receives the progress.
+        accept_changed_data: keep finished cells, and resume interrupted ones, even if rows, tokenizer or base model are
+            no longer those that they have learned from.
     """
 
     def __init__(
@@ -51,12 +62,14 @@ class Sweep:
         keep: bool = False,
         retry: bool = False,
         observer: SweepObserver | None = None,
+        accept_changed_data: bool = False,
     ) -> None:
         self.grid = grid
         self.expansion = expansion
         self.parallel = parallel
         self.keep = keep
         self.retry = retry
+        self.accept_changed_data = accept_changed_data
         self.observer = observer or SweepObserver()
         self.folder = folder
         self.running = self.folder / "running"
@@ -77,14 +90,27 @@ class Sweep:
         self._check_machine()
         with RunFolder(self.folder, {}).hold():
             self.rows = read_rows(self.folder)
+            before = dict(self.rows)
             self._keep_grid()
             plan, trials = self.expansion.trials()
             if plan.cells:
                 self._run_all("tuning", plan)
             self._run_all("experiments", self.expansion.cells(self._chosen(trials)))
+            if self.rows != before:
+                write_rows(self.folder, self.rows, self._axes())
             if self.running.is_dir() and not any(self.running.iterdir()):
                 self.running.rmdir()
         return self.rows
+
+    def _axes(self) -> dict[str, dict[str, str]]:
+        """Key → axis → value of each cell. A cell with several places has all its values, separated by commas."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for plan in self.expansion.whole().decided(self.rows):
+            for place in plan.places:
+                for axis, value in place.values.items():
+                    values = found.setdefault(place.key, {}).setdefault(axis, [])
+                    values += [] if value in values else [value]
+        return {key: {axis: ", ".join(values) for axis, values in axes.items()} for key, axes in found.items()}
 
     def check(self, key: str) -> str | None:
         """Run a cell of the file again from the beginning and compare the rows; the new row is not stored.
@@ -104,7 +130,7 @@ class Sweep:
         with tempfile.TemporaryDirectory() as scratch:
             self.running = Path(scratch)
             self.observer.planned(key, {key: cells[key]}, [key], self.running)
-            result = _run_cell(key, self._placed(key, cells[key], 1), self.versions)
+            result = run_cell(key, self._placed(key, cells[key], 1), self.versions)
         return first_difference(self.rows[key], as_stored(result.facts["row"]))
 
     def _keep_grid(self) -> None:
@@ -112,7 +138,8 @@ class Sweep:
         file = self.folder / "grid.yaml"
         if file.exists() and self.rows:
             # Only the overrides are compared; the grid itself may have changed since.
-            before = (yaml.safe_load(file.read_text()) or {}).get("overrides", {})
+            stored = read_yaml(file)
+            before = stored.get("overrides", {}) if isinstance(stored, Mapping) else {}
             if before != self.grid.overrides:
                 raise FedeltaError(
                     f"{self.folder} holds results with {_overrides(before)}, now {_overrides(self.grid.overrides)}; "
@@ -144,14 +171,17 @@ class Sweep:
 
     def _run_all(self, what: str, plan: Plan) -> None:
         left = {key: config for key, config in plan.cells.items() if not self._is_done(key, config)}
+        names = {place.key: describe(place) for place in reversed(plan.places)}
+        self._check_inputs({key: config for key, config in plan.cells.items() if key not in left}, names)
         self.observer.planned(what, plan.cells, list(left), self.running)
         if not left:
             return
-        names = {place.key: describe(place) for place in reversed(plan.places)}
         # Load all data before the first cell runs, so that bad input does not surface after an hour.
         for key, config in {splits_key(config): (key, config) for key, config in reversed(left.items())}.values():
             try:
                 warm(config)
+                # Forked cells inherit these digests.
+                identify(config)
             except FedeltaError as error:
                 raise FedeltaError(f"{names[key]}: {error}") from error
         while self.parallel == "auto" and self._max_parallel() > 1 and (new := self._first_of_unknown_memory(left)):
@@ -159,6 +189,27 @@ class Sweep:
             self._run_some({new: left.pop(new)}, names, 1)
         if left:
             self._run_some(left, names, self.parallel if self.parallel != "auto" else self._fitting(left))
+
+    def _check_inputs(self, done: Mapping[str, Config], names: Mapping[str, str]) -> None:
+        """Compare what finished cells have learned from with what is there now.
+
+        Raises:
+            FedeltaError: naming a cell and what has changed, unless that is accepted; the row of the cell then says so.
+        """
+        for key, config in done.items():
+            row = self.rows[key]
+            if not (before := stored_inputs(row)):
+                continue
+            try:
+                changes = input_changes(before, identify(config))
+            except FedeltaError:
+                # The result remains what it is, even if its data are no longer on this machine.
+                continue
+            check_changes(f"{names[key]} has run with other inputs", changes, self.accept_changed_data)
+            if changes and row["accepted"] != changes:
+                self.rows[key] = as_stored(row | {"accepted": changes})
+                write_rows(self.folder, self.rows)
+                self.observer.say(f"{names[key]} is kept, although {'; '.join(changes)}")
 
     def _is_done(self, key: str, config: Config) -> bool:
         row = self.rows.get(key)
@@ -170,7 +221,7 @@ class Sweep:
 
         def work(i: int) -> Result:
             try:
-                return _run_cell(keys[i], configs[keys[i]], self.versions)
+                return run_cell(keys[i], configs[keys[i]], self.versions, self.accept_changed_data)
             except FedeltaError as error:
                 raise FedeltaError(f"{names[keys[i]]}: {error}") from error
 
@@ -224,26 +275,3 @@ class Sweep:
 
 def _overrides(overrides: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "no overrides"
-
-
-class _Warnings(Observer):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.messages.append(message)
-
-
-def _run_cell(key: str, config: Config, made_with: Mapping[str, str]) -> Result:
-    """Run a cell to its end, in any process; an interrupted cell resumes."""
-    warnings = _Warnings()
-    try:
-        row = row_of(key, config, made_with, run(config, resume=True, observer=warnings))
-    except Diverged as error:
-        row = row_of(key, config, made_with, None, str(error))
-    except TooFewUpdates as error:
-        # Divergence is a result of these settings. Any other failure needs attention and ends the grid.
-        if not error.diverged:
-            raise
-        row = row_of(key, config, made_with, None, str(error))
-    return Result({"row": row, "warnings": warnings.messages})

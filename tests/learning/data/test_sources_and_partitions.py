@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings, PartitionSettings
 from fedelta.learning.data.examples import Examples
-from fedelta.learning.data.partition import partition
+from fedelta.learning.data.partition import partition as assign
 from fedelta.learning.data.pydoc import CHAPTERS, read_pydoc
 from fedelta.learning.data.sources import load_splits
+from fedelta.learning.data.table import DataWarning
 from fedelta.learning.shards import build_data, read_splits, tokenize_splits
 from fedelta.learning.tasks import Classification
 
@@ -102,8 +103,14 @@ def test_bad_sources_are_refused(settings: dict, reason: str, texts: Path) -> No
     ("content", "reason"),
     [
         ("text,label\na,x\nb,x\nc,x\nd,x\ne,x\nf,x\n", "holds one class only"),
-        ("text,label\na,0.5\nb,1.5\nc,0.1\nd,3.2\ne,0.7\nf,0.9\n", "holds float64, expected classes"),
-        ("text,label\na,\nb,x\nc,y\nd,x\ne,y\nf,x\n", "empty cells in column 'label'"),
+        (
+            "text,label\na,0.5\nb,1.5\nc,0.1\nd,3.2\ne,0.7\nf,0.9\n",
+            "holds 6 different numbers such as .*, expected",
+        ),
+        (
+            "text,label\na,\nb,x\nc,y\nd,x\ne,y\nf,x\n",
+            "line 2: empty cell in column 'label' of train",
+        ),
         ("text,label\na,x\n", "leaves too few"),
     ],
 )
@@ -120,6 +127,10 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(FedeltaError, match="data source .*x.parquet: ") as refusal:
         splits_of(DataSettings(source=str(file)))
     assert "\n" not in str(refusal.value)
+
+
+def partition(rows: datasets.Dataset, labels: list[int], settings: PartitionSettings, seed: int) -> list[list[int]]:
+    return list(assign(rows, labels, settings, seed).values())
 
 
 LABELS = [i % 4 for i in range(400)]
@@ -188,7 +199,21 @@ def test_two_quality_clients_have_equal_sizes_and_unequal_label_mixes() -> None:
         ({"kind": "natural", "by": "nothing"}, "no column 'nothing', found text, by"),
         ({"kind": "natural", "by": "by", "clients": 20}, "20 clients, but only 9 different values"),
         ({"kind": "two-quality", "clients": 500}, "500 clients, but only 400 rows"),
-        ({"kind": "pathological", "clients": 5, "classes_per_client": 9}, "partition pathological"),
+        (
+            {"kind": "pathological", "clients": 5, "classes_per_client": 9},
+            "classes_per_client is 9, but the training rows have only 4 different classes",
+        ),
+        (
+            {"kind": "shards", "clients": 5, "shards_per_client": 100},
+            "5 clients with 100 shards each, but only",
+        ),
+        ({"kind": "dirichlet", "clients": 5, "alpha": 1e-300}, "400 rows can't be divided among 5 clients; use fewer"),
+        ({"kind": "dirichlet", "clients": 400}, "400 rows can't be divided among 400 clients; use fewer clients"),
+        (
+            {"kind": "two-quality", "clients": 5, "share": 0.5, "alpha_low": 1e-9},
+            "can't be divided among 5 clients; use fewer clients, or values of partition.alpha_low",
+        ),
+        ({"kind": "natural", "by": "__file__"}, "only a source of several files has __file__"),
     ],
 )
 def test_impossible_partitions_are_refused(settings: dict, reason: str) -> None:
@@ -196,12 +221,57 @@ def test_impossible_partitions_are_refused(settings: dict, reason: str) -> None:
         partition(ROWS, LABELS, PartitionSettings(**settings), seed=0)
 
 
-def test_a_client_with_too_few_rows_to_hold_some_out_is_named(texts: Path, tiny_bert: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "iid", "clients": 400},
+        {"kind": "dirichlet", "clients": 5, "alpha": 1e300},
+        {"kind": "shards", "clients": 400, "shards_per_client": 1},
+        {"kind": "two-quality", "clients": 5, "share": 0},
+        {"kind": "two-quality", "clients": 40, "share": 1, "alpha_high": 1e300},
+    ],
+)
+def test_extreme_partitions_that_are_possible_give_every_client_a_row(settings: dict) -> None:
+    shards = partition(ROWS, LABELS, PartitionSettings(**settings), seed=0)
+    assert len(shards) == settings["clients"]
+    assert all(shards)
+
+
+def test_rows_that_belong_to_no_client_are_counted() -> None:
+    with pytest.warns(DataWarning, match="partition pathological: 200 of 400 training rows belong to no client"):
+        partition(ROWS, LABELS, PartitionSettings(kind="pathological", clients=2, classes_per_client=1), seed=0)
+
+
+def test_without_a_number_a_natural_partition_has_a_client_for_each_value_named_after_it() -> None:
+    values = ["Charité", "LMU/München", "kiel", "Kiel", "../etc", "a b" * 40]
+    rows = datasets.Dataset.from_dict({"site": [values[i % 6] for i in range(60)]})
+    with pytest.warns(DataWarning, match="'../etc' is etc"):
+        shards = assign(rows, [0] * 60, PartitionSettings(kind="natural", by="site"), seed=0)
+    assert list(shards) == sorted(shards)
+    assert set(shards) == {"Charite", "LMU-Munchen", "Kiel", "kiel-2", "etc", ("a-ba" + "-ba" * 40)[:40]}
+    assert {rows["site"][row] for row in shards["Charite"]} == {"Charité"}
+    assert {rows["site"][row] for row in shards["kiel-2"]} == {"kiel"}
+    assert PartitionSettings(kind="natural", by="site", clients=10).clients == 10
+    assert PartitionSettings().clients == 10
+
+
+def test_a_training_row_without_a_value_has_no_client() -> None:
+    rows = datasets.Dataset.from_dict({"site": ["a", None, "b", " "]})
+    with pytest.raises(FedeltaError, match="2 training rows of 4 have no value in column 'site'"):
+        assign(rows, [0] * 4, PartitionSettings(kind="natural", by="site"), seed=0)
+
+
+def test_a_client_with_one_row_trains_on_it_and_holds_none_out(texts: Path, tiny_bert: Path) -> None:
     settings = DataSettings(source=str(texts), limit=10)
     splits, classes = read_splits(settings, Classification())
     tokenized = tokenize_splits(settings, Classification(), splits, classes, AutoTokenizer.from_pretrained(tiny_bert))
-    with pytest.raises(FedeltaError, match="client-000 has 1 row, too few to hold out 1"):
-        build_data(tokenized, settings, PartitionSettings(clients=10), seed=0)
+    with pytest.warns(DataWarning, match="10 clients with one row hold none out: client-000, client-001, client-002"):
+        data = build_data(tokenized, settings, PartitionSettings(clients=10), seed=0)
+    assert {(len(shard.train), len(shard.validation)) for shard in data.shards.values()} == {(1, 0)}
+    data = build_data(
+        tokenized, settings.model_copy(update={"client_validation": 0.9}), PartitionSettings(clients=5), 0
+    )
+    assert {(len(shard.train), len(shard.validation)) for shard in data.shards.values()} == {(1, 1)}
 
 
 def test_pairs_of_texts_are_tokenized_together(tmp_path: Path, tiny_bert: Path) -> None:

@@ -1,5 +1,6 @@
 """Extraction of answers from generated texts, and scores of generated texts."""
 
+import time
 from shutil import which
 
 import pytest
@@ -169,3 +170,12 @@ def test_meteor_recognizes_similar_words() -> None:
 def test_scores_ignore_case() -> None:
     upper = text_scores([(text.upper(), [text]) for text in SENTENCES], ("bleu", "nist"))
     assert upper == text_scores([(text, [text]) for text in SENTENCES], ("bleu", "nist"))
+
+
+def test_an_endless_answer_costs_no_time_and_is_no_error() -> None:
+    digits = "9" * 5000
+    assert ANSWERS["boxed"](rf"\boxed{{{digits}}}") == digits
+    assert ANSWERS["boxed"](rf"\boxed{{\frac{{{digits}}}{{{digits}}}}}") is not None
+    started = time.process_time()
+    ANSWERS["boxed"](r"\boxed{" * 5000)
+    assert time.process_time() - started < 2

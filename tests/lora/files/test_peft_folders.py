@@ -127,11 +127,11 @@ def folder(tmp_path: Path, tiny_bert: Path) -> Path:
     [
         ({"use_dora": True}, "use_dora is not supported: DoRA rescales"),
         ({"lora_bias": True}, "lora_bias is not supported"),
-        ({"bias": "all"}, "bias='all' trains biases"),
+        ({"bias": "all"}, "bias=.all. is not supported: it trains biases"),
         ({"peft_type": "IA3"}, "a IA3 adapter, expected LORA"),
         ({"init_lora_weights": "pissa_niter_4"}, "moves a part of the base weight"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is not supported"),
-        ({"r": 0}, "r is 0, expected a positive number"),
+        ({"r": 0}, "r is 0, expected a whole number from 1"),
         ({"r": 3}, "has rank 4, but adapter_config.json says 3"),
         (
             {"rank_pattern": {"layer.1.attention.self.query": 2}},

@@ -94,6 +94,7 @@ def synthetic_rows() -> dict[str, Row]:
             "method": config.method.name,
             "seed": place.seed,
             "failed": None,
+            "inputs": None,
             "clients": 10,
             "metric": "accuracy",
             "test": {"accuracy": final},

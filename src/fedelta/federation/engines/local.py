@@ -62,7 +62,8 @@ class LocalEngine(Engine):
                 update = read_update(client, facts, blob)
                 up = count_bytes(blob) if isinstance(update, ClientUpdate) else ByteCount()
                 sent = self._sent.pop(client) if client in self._sent else self.server.broadcast(state, client)
-                yield ClientReply(sent, update, ByteCount(*facts["down"]), up)
+                rows = len(self.shards[client].train)
+                yield ClientReply(sent, update, ByteCount(*facts["down"]), up, rows=rows)
 
     def _train(self, state: ServerState, clients: Sequence[str], absent: frozenset[str]) -> Result:
         """Train one stack of clients, in this process or in a worker.

@@ -21,6 +21,7 @@ from fedelta.federation.server import RoundOutcome, Server, ServerState
 from fedelta.learning.data import Examples
 from fedelta.learning.device import DeviceError
 from fedelta.learning.training.stopwatch import Stopwatch
+from fedelta.protocol.failures import FAILURE, read_failure
 from fedelta.protocol.messages import ClientUpdate
 from fedelta.seeds import derive_seed
 
@@ -44,12 +45,15 @@ def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpd
 
     Args:
         client: the client that must have sent it.
-        facts: facts sent along with the update. If there is no update, `refused` or `failed` holds the reason.
+        facts: facts sent along with the update. If there is no update, they say why: `refused` or `failed` within one
+            process, the kind of failure from a site.
         blob: a serialized `ClientUpdate`.
 
     Returns:
         The update, `BadUpdate` if it can't be used, or `ClientFailed` if the client failed.
     """
+    if FAILURE in facts:
+        return read_failure(client, facts)
     if "failed" in facts:
         return ClientFailed(client, one_line(facts["failed"]))
     if "refused" in facts:
@@ -64,7 +68,7 @@ def read_update(client: str, facts: Mapping[str, Any], blob: bytes) -> ClientUpd
 
 
 def explain(error: Exception) -> dict[str, str]:
-    """Describe an error of a client as the facts that `read_update` reads."""
+    """Describe an error of a client in this run's own processes as the facts that `read_update` reads."""
     if isinstance(error, BadUpdate):
         return {"refused": error.reason}
     if isinstance(error, DeviceError):
@@ -137,6 +141,10 @@ class Engine(ABC):
             inside: counts the seconds of each phase inside workers.
         """
 
+    def update_clients(self, state: ServerState) -> ServerState:
+        """Add the clients that have joined since the last round to the state, and remove those that have left."""
+        return state
+
     def events(self) -> Events:
         """Return the engine's keys for the round's line of `rounds.jsonl`, and start counting for the next round."""
         return {"late": {}, "bytes_late": 0, "caught_up": {}}
@@ -162,6 +170,7 @@ class Engine(ABC):
         # After a resume the shared base has no patches, but clients that were up to date expect them.
         self.trainer.catch_up(state.log.since(self.trainer.base.version))
         while state.round < rounds:
+            state = self.update_clients(state)
             due = (state.round + 1) % evaluate_every == 0 or state.round + 1 == rounds
             state = self._round(state, due)
         return state
@@ -260,6 +269,9 @@ def _record(
     return {
         "round": before.round,
         "clients": outcome.contributors,
+        "shares": outcome.shares,
+        # The last digits of a sum depend on where its tensor lies in memory, so they are not recorded.
+        "norms": {client: [float(f"{norm:.6g}") for norm in norms] for client, norms in outcome.norms.items()},
         "skipped": outcome.skipped,
         "promoted": outcome.promoted,
         "pruned": outcome.pruned,

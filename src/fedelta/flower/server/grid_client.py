@@ -6,12 +6,22 @@ from typing import Any, NamedTuple
 
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedelta.errors import FedeltaError, one_line
 
 TTL_S = 43200.0
 """Minimum lifetime of a message in Flower's grid."""
+NODE_ERRORS = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "it can't load fedelta",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its program raised an error",
+    ErrorCode.CLIENT_APP_CRASHED: "its program crashed",
+    ErrorCode.MESSAGE_UNAVAILABLE: "the message to it is gone",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its reply did not arrive",
+    ErrorCode.NODE_UNAVAILABLE: "it is offline",
+}
+"""Flower's error codes and the words for them."""
 
 
 class Outgoing(NamedTuple):
@@ -119,7 +129,9 @@ class GridClient:
         if reply.metadata.reply_to_message_id != message_id:
             raise FedeltaError("it replies to another message")
         if reply.has_error():
-            return Incoming(self._pending.pop(message_id), {}, b"", f"its node failed: {one_line(reply.error.reason)}")
+            # The reason may come from the node, so only its code is used.
+            reason = NODE_ERRORS.get(reply.error.code, f"Flower's error {int(reply.error.code)}")
+            return Incoming(self._pending.pop(message_id), {}, b"", f"its node failed: {reason}")
         record = reply.content.config_records.get("message", {})
         blob = record.get("blob", b"")
         return Incoming(self._pending.pop(message_id), dict(record), blob if isinstance(blob, bytes) else b"")

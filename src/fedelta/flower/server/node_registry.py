@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 from flwr.app import MessageType
 
-from fedelta.errors import FedeltaError, TooFewUpdates, one_line
+from fedelta.errors import FedeltaError, TooFewUpdates, listed
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
+from fedelta.protocol.failures import FAILURE, failure_words, is_refusal
+from fedelta.protocol.validation import MAX_EXAMPLES
 
 AWAY = "its site is away"
 """Reason why a client whose node is offline is skipped."""
 
+REMOVED = "its site was removed"
+"""Reason why a client is skipped whose key is no longer in the server's folder."""
 POLL_S = 0.1
 REFRESH_S = 1.0
 """Minimum seconds between two requests for the list of nodes that are online."""
@@ -20,12 +24,6 @@ REFRESH_S = 1.0
 
 class NodeKey(NamedTuple):
     """Key of the query that asks a node which client it serves."""
-
-    node: int
-
-
-class FinishedKey(NamedTuple):
-    """Key of the query that tells a node that the run has ended."""
 
     node: int
 
@@ -45,8 +43,11 @@ class Capabilities(NamedTuple):
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> "Capabilities":
-        """Read them from a node's reply. A rank or a number of rows that is not a positive integer becomes None."""
-        rank, rows = (value if type(value := facts.get(key)) is int and value > 0 else None for key in ("rank", "rows"))
+        """Read them from a node's reply. A rank or a number of rows that is not a possible one becomes None."""
+        rank, rows = (
+            value if type(value := facts.get(key)) is int and 0 < value <= MAX_EXAMPLES else None
+            for key in ("rank", "rows")
+        )
         return cls(str(facts.get("base")), rank, rows)
 
 
@@ -60,6 +61,7 @@ class NodeRegistry:
         question: the JSON object that each node is asked with.
         warn: called with a line about each node that cannot take part.
         max_rank: the highest rank that a site may state; None if ranks are not checked.
+        follow: returns `registered` as it is at the moment; None if it does not change.
 
     Attributes:
         capabilities: client → what its site states about itself.
@@ -75,6 +77,7 @@ class NodeRegistry:
         question: Mapping[str, Any],
         warn: Callable[[str], None],
         max_rank: int | None = None,
+        follow: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.grid_client = grid_client
         self.clients = list(clients)
@@ -82,7 +85,9 @@ class NodeRegistry:
         self._question = question
         self._warn = warn
         self._max_rank = max_rank
+        self._follow = follow
         self._asked: set[int] = set()
+        self._reported: dict[int, str] = {}
         self._last_refresh = -REFRESH_S
         self._online: set[int] = set()
         self._nodes: dict[str, int] = {}
@@ -95,6 +100,10 @@ class NodeRegistry:
 
     def __contains__(self, client: str) -> bool:
         return self._nodes.get(client) in self._online
+
+    def admits(self, client: str) -> bool:
+        """Return whether a node is registered for this client, or nodes may name their own clients."""
+        return self._registered is None or client in self._registered.values()
 
     def require_base(self, base: str) -> None:
         """Require this base model and the current ranks, from the known sites and from those that come later.
@@ -119,7 +128,14 @@ class NodeRegistry:
         if time.monotonic() - self._last_refresh < REFRESH_S:
             return
         self._last_refresh = time.monotonic()
+        if self._follow is not None:
+            self._registered = self._follow()
+            self.clients = sorted({*self.clients, *self._registered.values()})
+            # A client whose key was removed or replaced is not served by its old node.
+            self._nodes = {c: node for c, node in self._nodes.items() if self._registered.get(node) == c}
         self._online = set(self.grid_client.grid.get_node_ids())
+        if self._registered is not None:
+            self._online &= self._registered.keys()
         # A node that was offline may have come back as a different process.
         self._asked &= self._online
         new = sorted(self._online - self._asked)
@@ -135,15 +151,14 @@ class NodeRegistry:
     def accept(self, reply: Incoming) -> None:
         """Process a node's answer to its query."""
         node = reply.key.node
-        if reply.error is not None or "failed" in reply.facts:
+        if reply.error is not None:
             # It may still be starting, or restarting: ask again.
             self._asked.discard(node)
             return
-        if "refused" in reply.facts:
-            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
-            self._warn(f"{label} can't take part: {one_line(reply.facts['refused'])}")
+        if FAILURE in reply.facts:
+            self._report_failure(node, reply.facts)
             return
-        for client in self._clients_of(node, reply.facts):
+        for client in self.clients_of(node, reply.facts):
             # If nodes name their own clients, the latest node wins: its predecessor was restarted.
             if client in self.clients:
                 site = Capabilities.read(reply.facts)
@@ -152,36 +167,40 @@ class NodeRegistry:
                 else:
                     self._warn(f"{client} can't take part: {reason}")
 
+    def _report_failure(self, node: int, facts: Mapping[str, Any]) -> None:
+        """Warn about a node that cannot take part, and ask again if that may change. Equal lines appear once."""
+        if not is_refusal(facts):
+            self._asked.discard(node)
+        words = failure_words(facts, self._question.get("settings"))
+        if self._reported.get(node) != words:
+            self._reported[node] = words
+            label = self._registered.get(node, f"node {node}") if self._registered is not None else f"node {node}"
+            self._warn(f"{label} can't take part: {words}")
+
     def _mismatch(self, client: str, site: Capabilities) -> str | None:
         """Return why a site cannot take part, or None if it can."""
         if self.base is not None and site.base != self.base:
             return "the weights of its base model are not the server's"
         if self._max_rank is not None and (site.rank is None or site.rank > self._max_rank):
             return f"its rank is {site.rank}, the server takes at most {self._max_rank} (ranks.high)"
+        if self._max_rank is not None and site.rows is None:
+            return f"it does not state its number of rows, expected 1 to {MAX_EXAMPLES}"
         before = self.ranks.get(client, site.rank)
         return None if before == site.rank else f"its rank was {before} and is {site.rank}"
 
-    def _clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+    def clients_of(self, node: int, facts: Mapping[str, Any]) -> list[str]:
+        """Return the clients that a node serves: by its key, or by the facts of its reply if there are no keys."""
         if self._registered is not None:
             return [self._registered[node]] if node in self._registered else []
         clients = facts.get("clients")
         return [str(client) for client in clients] if isinstance(clients, list) else []
 
-    def dismiss(self, timeout: float) -> None:
-        """Tell all nodes that the run has ended.
-
-        Args:
-            timeout: seconds to wait for nodes that are still working on a round that finished without them.
-        """
-        finished = json.dumps({"finished": True}).encode()
-        self._last_refresh = -REFRESH_S
-        self.refresh()
-        nodes = set(self._nodes.values()) & self._online
-        self.grid_client.send(Outgoing(FinishedKey(node), node, MessageType.QUERY, finished) for node in sorted(nodes))
-        until = time.monotonic() + timeout
-        while nodes and time.monotonic() < until:
-            nodes -= {reply.key.node for reply in self.grid_client.receive() if isinstance(reply.key, FinishedKey)}
-            time.sleep(POLL_S)
+    def list_online(self) -> set[int]:
+        """Return the numbers of the nodes that are online, without a query to them."""
+        if time.monotonic() - self._last_refresh >= REFRESH_S:
+            self._last_refresh = time.monotonic()
+            self._online = set(self.grid_client.grid.get_node_ids())
+        return set(self._online)
 
     def wait(
         self,
@@ -214,7 +233,7 @@ class NodeRegistry:
                 return
             if time.monotonic() > until:
                 raise TooFewUpdates(
-                    f"no node serves client {', '.join(missing[:5])}{' …' * (len(missing) > 5)} "
+                    f"no node serves client {listed(missing)} "
                     f"({len(clients) - len(missing)} of {len(clients)} are there, expected {min_clients})",
                     dict.fromkeys(missing, AWAY),
                 )

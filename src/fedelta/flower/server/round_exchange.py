@@ -1,16 +1,19 @@
 """One attempt at a round over Flower: what was sent to each client, and what it replied."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from flwr.app import MessageType
 
 from fedelta.errors import BadUpdate, ClientFailed
 from fedelta.federation.engines.rounds import Draw, read_update
+from fedelta.federation.outliers import growth, is_suspect
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.server import Server, ServerState
 from fedelta.flower.server.grid_client import GridClient, Incoming, Outgoing
 from fedelta.flower.server.node_registry import AWAY, NodeRegistry
-from fedelta.protocol.messages import ClientUpdate
+from fedelta.lora.adapter import Shapes
+from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.serialization import ByteCount, count_bytes
 from fedelta.protocol.validation import receive
 
@@ -35,6 +38,7 @@ class RoundExchange:
         draw: the clients that take part.
         nodes: the nodes that serve them.
         grid_client: sends messages to the nodes.
+        rows: client → number of its rows, as far as they are known.
 
     Attributes:
         max_updates: number of usable updates after which further ones are refused.
@@ -43,13 +47,20 @@ class RoundExchange:
     """
 
     def __init__(
-        self, server: Server, state: ServerState, draw: Draw, nodes: NodeRegistry, grid_client: GridClient
+        self,
+        server: Server,
+        state: ServerState,
+        draw: Draw,
+        nodes: NodeRegistry,
+        grid_client: GridClient,
+        rows: Mapping[str, int],
     ) -> None:
         self._server = server
         self._state = state
         self._attempt = draw.attempt
         self._nodes = nodes
         self._grid_client = grid_client
+        self._rows = rows
         self._broadcasts = {client: server.broadcast(state, client) for client in draw.clients}
         self._down = dict.fromkeys(draw.clients, ByteCount())
         self._up = dict.fromkeys(draw.clients, ByteCount())
@@ -98,21 +109,37 @@ class RoundExchange:
             self._down[client] = self._down[client].plus(count_bytes(blob))
             self._grid_client.send([self._message(client, blob)])
             return True
-        update = read_update(client, reply.facts, reply.blob)
-        if isinstance(update, ClientUpdate):
-            self._up[client] = count_bytes(reply.blob)
-            try:
-                # Validate now, so that an invalid update does not use up one of `max_updates`.
-                receive(update, self._broadcasts[client], self._state.log.shapes)
-                self.usable += 1
-            except BadUpdate as error:
-                update = error
-        self._outcomes[client] = update
+        self._outcomes[client] = self._read(client, reply)
         return True
+
+    def _read(self, client: str, reply: Incoming) -> ClientUpdate | Exception:
+        """Read and validate an update, so that one that is not valid does not use up one of `max_updates`."""
+        sent = self._broadcasts[client]
+        if len(reply.blob) > (max_bytes := _max_bytes(sent, self._state.log.shapes)):
+            return BadUpdate(client, f"its update has {len(reply.blob)} bytes, expected at most {max_bytes}")
+        update = read_update(client, reply.facts, reply.blob)
+        if not isinstance(update, ClientUpdate):
+            return update
+        self._up[client] = count_bytes(reply.blob)
+        try:
+            contribution = receive(update, sent, self._state.log.shapes, rows=self._rows.get(client))
+        except BadUpdate as error:
+            return error
+        # An update that has to be compared with the others may turn out to be unusable.
+        self.usable += not is_suspect(growth(contribution), self._server.settings.max_growth)
+        return update
 
     def reply(self, client: str) -> ClientReply:
         """Return a client's reply, and free the memory of its broadcast and update."""
         broadcast, update = self._broadcasts.pop(client), self._outcomes[client]
         # The client still counts as answered, but its factors are no longer referenced.
         self._outcomes[client] = ClientFailed(client, "answered")
-        return ClientReply(broadcast, update, self._down[client], self._up[client])
+        return ClientReply(broadcast, update, self._down[client], self._up[client], rows=self._rows.get(client))
+
+
+def _max_bytes(sent: Broadcast, shapes: Shapes) -> int:
+    """Maximum size of an update: its numbers in float32 (heads in float64), and more than its names and facts need."""
+    numbers = sum(sent.rank * (m + n + sent.rank) for m, n in shapes.values())
+    numbers += sum(2 * head.numel() for head in sent.heads.values())
+    names = sum(len(name) + 256 for name in (*shapes, *sent.heads))
+    return 4 * numbers + 8 * names + 2**20

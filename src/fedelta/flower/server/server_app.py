@@ -1,22 +1,26 @@
 """The ServerApp that Flower runs: a run whose rounds are exchanged over Flower's grid."""
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedelta.errors import TooFewUpdates, in_one_line
-from fedelta.federation.checkpoint import load_checkpoint
+from fedelta.errors import TooFewUpdates, in_one_line, listed
 from fedelta.federation.engines.process_lifetime import end_with_holder
+from fedelta.federation.engines.rounds import EngineContext
 from fedelta.federation.run_folder import RunFolder
 from fedelta.flower.agreement import shared_settings
 from fedelta.flower.server.engine import FlowerEngine, check_config
+from fedelta.flower.server.farewell import AWAY_S, dismiss, read_farewell
 from fedelta.flower.server.grid_client import GridClient
 from fedelta.flower.server.node_registry import NodeRegistry
 from fedelta.flower.server.progress_file import ProgressWriter
-from fedelta.learning.shards import read_splits
+from fedelta.flower.server.site_list import read_site_list
+from fedelta.learning.shards import Shard, read_splits
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.runner import MakeEngine, run
 
@@ -32,8 +36,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Execute the plan, a JSON file that `SuperLink.submit` wrote.
 
-    It holds `config`, `events`, `hold`, `resume`, `clients` and `patience`; if the sites have their own rows, also
-    `sites`, `run` and `numbers` (node → client).
+    It holds `config`, `events`, `hold`, `resume`, `accept_changed_data`, `clients` and `patience`; if the sites have
+    their own rows, also `sites`, `run` and `numbers`, the file of a `SiteList`.
     """
     plan = json.loads(Path(str(context.run_config["plan"])).read_text())
     end_with_holder(Path(plan["hold"]))
@@ -46,7 +50,13 @@ def main(grid: Grid, context: Context) -> None:
         else:
             nodes = NodeRegistry(GridClient(grid), plan["clients"], None, {}, events.warn)
             nodes.wait(nodes.clients, len(nodes.clients), plan["patience"])
-            run(config, resume=plan["resume"], observer=events, engine=engine_factory(nodes))
+            run(
+                config,
+                resume=plan["resume"],
+                observer=events,
+                engine=engine_factory(nodes),
+                accept_changed_data=plan["accept_changed_data"],
+            )
         events.finished()
     except Exception as error:
         events.failed(in_one_line(error))
@@ -54,19 +64,21 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: ProgressWriter) -> None:
-    registered = None if plan["numbers"] is None else {int(node): name for node, name in plan["numbers"].items()}
+    follow = None if plan["numbers"] is None else partial(read_site_list, Path(plan["numbers"]))
+    registered = follow() if follow else None
     classes = read_splits(config.data, config.task)[1]
     question = {"settings": shared_settings(config), "classes": classes, "run": plan["run"]}
-    checkpoint = RunFolder(config.folder, {}).checkpoint_file
-    saved_ranks = load_checkpoint(checkpoint).state.ranks if plan["resume"] and checkpoint.exists() else None
+    checkpoint = RunFolder(config.folder, {}).saved(events.warn) if plan["resume"] else None
+    saved_ranks = None if checkpoint is None else checkpoint.state.ranks
     clients = sorted(saved_ranks or plan["clients"])
     grid_client = GridClient(grid, trusted=False)
-    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest)
+    nodes = NodeRegistry(grid_client, clients, registered, question, events.warn, config.ranks.largest, follow)
     nodes.ranks = dict(saved_ranks or {})
-    events.say(f"waiting for {', '.join(clients)}")
+    events.say(f"waiting for {listed(clients, 20)}")
     try:
         timeout = plan["patience"] if saved_ranks is None else min(plan["patience"], REJOIN_S)
-        nodes.wait(clients, len(clients), timeout)
+        expected = [client for client in clients if nodes.admits(client)]
+        nodes.wait(expected, len(expected), timeout)
     except TooFewUpdates as error:
         # A resumed run continues without the sites that are missing.
         if saved_ranks is None:
@@ -76,16 +88,42 @@ def _run_with_sites(config: Config, grid: Grid, plan: dict[str, Any], events: Pr
     per_client = tuple(ranks[client] for client in clients)
     changes = {"allocation": "fixed", "per_client": per_client, "low": min(per_client), "high": config.ranks.largest}
     rows = {client: nodes.capabilities[client].rows or 0 for client in clients if client in nodes.capabilities}
-    run(
+    if config.federation.weighting == "examples" and (line := dominant_site(rows)) is not None:
+        events.warn(line)
+    finished = run(
         config.model_copy(update={"ranks": config.ranks.model_copy(update=changes)}),
         resume=plan["resume"],
         observer=events,
         engine=engine_factory(nodes),
         sites={client: rows.get(client, 0) for client in clients},
+        accept_changed_data=plan["accept_changed_data"],
     )
-    nodes.dismiss(min(config.federation.deadline, DISMISS_S))
+    events.say("the run has ended; its adapter goes to the sites")
+    farewell = read_farewell(finished.adapter, finished.result["rounds"])
+    if missing := dismiss(nodes, farewell, max(AWAY_S, min(config.federation.deadline, DISMISS_S))):
+        events.warn(f"not told that the run has ended: {listed(missing)}; give them {finished.adapter}")
+
+
+def dominant_site(rows: Mapping[str, int]) -> str | None:
+    """Return a line about the site whose rows outweigh those of all others together, or None if there is none.
+
+    Of two sites one always has the larger half, so there the line begins at nine tenths.
+    """
+    total = sum(rows.values())
+    client = max(rows, key=lambda client: rows[client], default="")
+    share = rows[client] / total if total else 0.0
+    if len(rows) < 2 or share <= (0.5 if len(rows) > 2 else 0.9):
+        return None
+    return (
+        f"{client} states {rows[client]} rows, {share:.1%} of all, so it outweighs the other sites together; "
+        "federation.weighting: uniform gives all sites the same weight"
+    )
 
 
 def engine_factory(nodes: NodeRegistry) -> MakeEngine:
     """Return a function that makes the engine of a run whose clients train on these nodes."""
-    return lambda context, shards, stack: FlowerEngine(context, nodes)  # noqa: ARG005
+
+    def make(context: EngineContext, shards: Mapping[str, Shard], stack: int) -> FlowerEngine:  # noqa: ARG001
+        return FlowerEngine(context, nodes, {client: len(shard.train) for client, shard in shards.items()})
+
+    return make

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +14,7 @@ from filelock import FileLock
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
 from fedelta.flower.processes import child_environment, flower_command, free_port, last_line, process
+from fedelta.flower.scratch import scratch_folder
 from fedelta.flower.server.progress_file import ProgressReader
 from fedelta.runs.config import Config
 
@@ -50,9 +50,9 @@ def run_workspace(config: Config) -> Iterator[tuple[Path, Path]]:
     """Make a temporary folder that holds the configuration of a run, and yield it with the folder for logs."""
     logs = config.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fedelta-") as scratch:
-        (Path(scratch) / CONFIG_NAME).write_text(yaml.safe_dump(config.dump()))
-        yield Path(scratch), logs
+    with scratch_folder() as scratch:
+        (scratch / CONFIG_NAME).write_text(yaml.safe_dump(config.dump()))
+        yield scratch, logs
 
 
 class SuperLink:

@@ -1,6 +1,7 @@
 """The ClientApp that Flower runs at a site: it forwards each message to the site's trainer, and returns the reply."""
 
 import time
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,6 +25,23 @@ def _forward_to_trainer(message: Message, context: Context, kind: str) -> Messag
         context: Flower's context, which holds the path of the trainer's socket.
         kind: `query` or `train`.
     """
+    try:
+        reply_facts, reply_blob = _ask_trainer(message, context, kind)
+    except Exception as error:
+        # Flower would send the error's text to the server. It is printed to the node's log instead.
+        print(f"no reply from the trainer: {type(error).__name__}: {error}", flush=True)
+        reply_facts, reply_blob = {"failure": "program"}, b""
+    present = {key: value for key, value in reply_facts.items() if value is not None}
+    record = ConfigRecord({"blob": reply_blob, **present})
+    return Message(content=RecordDict({"message": record}), reply_to=message)
+
+
+def _ask_trainer(message: Message, context: Context, kind: str) -> tuple[dict[str, Any], bytes]:
+    """Send a message to the trainer, and return the facts and the blob of its reply.
+
+    Raises:
+        OSError: if there is no trainer, or the message ended several of them.
+    """
     node = context.node_config
     # A simulated node knows only its own number, so the run's configuration names the trainer.
     path = str(node.get("trainer") or context.run_config["trainer"])
@@ -33,8 +51,7 @@ def _forward_to_trainer(message: Message, context: Context, kind: str) -> Messag
     absent_since, deaths = time.monotonic(), 0
     while True:
         try:
-            reply_facts, reply_blob = ask(path, facts, blob if isinstance(blob, bytes) else b"")
-            break
+            return ask(path, facts, blob if isinstance(blob, bytes) else b"")
         except (ConnectionRefusedError, FileNotFoundError):
             # The site's supervisor is restarting it.
             if time.monotonic() - absent_since > TRAINER_RESTART_S:
@@ -45,9 +62,6 @@ def _forward_to_trainer(message: Message, context: Context, kind: str) -> Messag
             if deaths > MAX_TRAINER_DEATHS:
                 raise
         time.sleep(0.2)
-    present = {key: value for key, value in reply_facts.items() if value is not None}
-    record = ConfigRecord({"blob": reply_blob, **present})
-    return Message(content=RecordDict({"message": record}), reply_to=message)
 
 
 @app.query()

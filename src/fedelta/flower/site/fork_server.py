@@ -2,15 +2,17 @@
 
 Flower starts a process for each message, and importing Flower takes that process more than a second of CPU time. Flower
 finds the program by name. So the PATH of a node begins with a folder that holds a program of that name, which asks this
-server to fork. If the server does not respond, the program runs Flower's own instead.
+server to fork. If the server does not respond, the program starts a process of its own instead.
 
-python -m fedelta.flower.site.fork_server SOCKET
+python -m fedelta.flower.site.fork_server SOCKET                forks a process for each request
+python -m fedelta.flower.site.fork_server --now ARGUMENTS…      is such a process
 """
 
 import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedelta.federation.engines.process_lifetime import end_with_parent
@@ -29,7 +31,7 @@ try:
         if connection.recv(1) != b"1":
             raise OSError
 except OSError:
-    os.execv({command!r}, [{command!r}, *sys.argv[1:]])
+    os.execv({python!r}, [{python!r}, "-m", "fedelta.flower.site.fork_server", "--now", *sys.argv[1:]])
 """
 
 
@@ -41,9 +43,8 @@ def write_command(folder: Path, socket_path: str) -> None:
         socket_path: path of the fork server's socket.
     """
     folder.mkdir()
-    command = str(Path(sys.executable).with_name(NAME))
     script = folder / "request_fork.py"
-    script.write_text(REQUEST_SCRIPT.format(socket=socket_path, command=command))
+    script.write_text(REQUEST_SCRIPT.format(socket=socket_path, python=sys.executable))
     # -S -E: the script needs no site packages and no environment variables, and starts much faster without them.
     (folder / NAME).write_text(f"#!/bin/sh\nexec '{sys.executable}' -S -E '{script}' \"$@\"\n")
     (folder / NAME).chmod(0o700)
@@ -51,8 +52,7 @@ def write_command(folder: Path, socket_path: str) -> None:
 
 def serve(server: socket.socket) -> None:
     """Fork a process for each request. Never returns."""
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
+    handle_message = load_handler()
     # Let the kernel remove the children when they end, because this process does not wait for them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -65,9 +65,8 @@ def serve(server: socket.socket) -> None:
                 connection.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 end_with_parent(signal.SIGTERM)
-                sys.argv = [NAME, *arguments]
                 try:
-                    flwr_clientapp()
+                    handle_message(arguments)
                 finally:
                     sys.stdout.flush()
                     os._exit(0)
@@ -78,5 +77,26 @@ def serve(server: socket.socket) -> None:
             connection.close()
 
 
+def load_handler() -> Callable[[Sequence[str]], None]:
+    """Import Flower's program, and return a function that runs it with the given arguments."""
+    from flwr.app.error import Error
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp
+
+    def without_reason(code: int, reason: str | None = None) -> Error:  # noqa: ARG001
+        return Error(code=code)
+
+    # Flower would send the text of an exception to the server, with paths of this machine.
+    run_clientapp.Error = without_reason
+
+    def handle_message(arguments: Sequence[str]) -> None:
+        sys.argv = [NAME, *arguments]
+        flwr_clientapp()
+
+    return handle_message
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--now":
+        load_handler()(sys.argv[2:])
     serve(listen(Path(sys.argv[1])))

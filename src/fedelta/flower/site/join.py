@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,16 +13,19 @@ import yaml
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
-from fedelta.flower.certificates import derive_public_key
 from fedelta.flower.processes import LOOPBACK, Supervised, Tail, child_environment, last_line
+from fedelta.flower.scratch import scratch_folder
 from fedelta.flower.site.node_process import node_command, start_fork_server
-from fedelta.flower.site.server_checks import SERVER_POLL_S, Refusals, ServerWatch, check_key_registered, reachable
+from fedelta.flower.site.server_checks import SERVER_POLL_S, Refusals, ServerWatch, check_admitted, reachable
+from fedelta.flower.site.tls import site_context
 from fedelta.runs.config import Config
 
 TRAINER = ("-m", "fedelta.flower.site.site_trainer")
 """Python's arguments that start the trainer."""
 REFUSAL = "Failed to initialize the connection"
 """Text in the log of a node that the server refuses."""
+FORGOTTEN = "forgotten"
+"""The refusal of a node that the server had accepted before."""
 SHUTDOWN_S = 5.0
 """Seconds that the node has to send the trainer's last reply."""
 
@@ -38,6 +40,7 @@ def join(
     name: str | None,
     folder: Path,
     observer: Observer,
+    accept_changed_data: bool = False,
 ) -> None:
     """Take part in a run until the server reports that it has ended.
 
@@ -46,39 +49,39 @@ def join(
         server: address of the server, as host:port.
         data: the site's rows, a file or a folder. They are only read here.
         rank: the rank that this site can afford.
-        keys: folder with `site.key` and the server's `ca.crt`; None for plain text, which is only allowed on loopback.
+        keys: folder with `site.key`, its certificate `site.crt`, and `ca.crt`; None for plain text, which is only
+            allowed on loopback.
         name: name of this site; None if the server knows it by its key.
         folder: folder for logs, and for the state that the site keeps between rounds.
         observer: receives messages about what the site does.
+        accept_changed_data: take part again in a run with other rows or another base model than before.
 
     Raises:
         FedeltaError: if the rows or the model are missing, the server cannot be trusted, or it refuses this site.
     """
-    if (keys is None) == (name is None):
-        raise FedeltaError("join: pass --keys FOLDER, or --insecure with --name NAME for a trial on loopback")
-    security = _security_options(server, keys)
+    security = _security_options(server, keys, name)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedelta-")))
+        scratch = stack.enter_context(scratch_folder())
         socket_path = str(scratch / "trainer" / "socket")
-        site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept")}
+        site = {"data": data, "rank": rank, "name": name, "memory": str(folder / "kept"), "accept": accept_changed_data}
         trainer = stack.enter_context(_trainer(config, site, scratch, socket_path, folder))
         trainer_log = Tail(trainer.log)
         _wait_for_trainer(trainer, socket_path, trainer_log, observer)
         _wait_for_server(server, keys, trainer, observer)
         supervised = [trainer]
         environment = start_fork_server(stack, scratch, _node_environment(scratch), folder, supervised)
-        command = partial(node_command, server, f'trainer="{socket_path}"', *security)
+        command = partial(node_command, server, f'trainer="{socket_path}"', *security, keys=keys)
         node = stack.enter_context(Supervised("node", command, environment, folder))
         refusals, node_log = Refusals(server, keys or folder), Tail(node.log)
-        server_watch = ServerWatch(server, _authority(keys))
+        server_watch = ServerWatch(server, keys)
         while trainer.exit_code != 0:
             _report(trainer_log, observer)
             for process in supervised:
                 process.restart_if_ended(observer)
-            if _was_refused(node, node_log):
-                check_key_registered(server, keys)
-                refusals.add(observer)
+            if (refusal := _refusal(node, node_log)) is not None:
+                check_admitted(server, keys)
+                refusals.add(observer, forgotten=refusal == FORGOTTEN)
                 node.restart()
             else:
                 node.restart_if_ended(observer)
@@ -95,11 +98,14 @@ def _node_environment(scratch: Path) -> dict[str, str]:
     return child_environment(FLWR_HOME=str(flower_home))
 
 
-def _was_refused(node: Supervised, log: Tail) -> bool:
-    """Return whether the node has ended because the server refused it."""
-    code = node.exit_code
-    # Exit code 0 counts too: a node that the server does not know ends as if it had been asked to.
-    return code == 0 or (code is not None and any(REFUSAL in line for line in log.new_lines()))
+def _refusal(node: Supervised, log: Tail) -> str | None:
+    """Return how the server has refused a node that has ended, or None if it has not."""
+    if node.exit_code is None:
+        return None
+    if any(REFUSAL in line for line in log.new_lines()):
+        return REFUSAL
+    # A node that the server no longer knows ends as if it had been asked to, with exit code 0.
+    return FORGOTTEN if node.exit_code == 0 else None
 
 
 def _trainer(config: Config, site: Mapping[str, Any], scratch: Path, socket_path: str, logs: Path) -> Supervised:
@@ -131,11 +137,6 @@ def _wait_for_trainer(trainer: Supervised, socket_path: str, log: Tail, observer
         time.sleep(0.1)
 
 
-def _authority(keys: Path | None) -> Path | None:
-    """Return the certificate that must have signed the server's; None for plain text."""
-    return keys / "ca.crt" if keys else None
-
-
 def _wait_for_server(server: str, keys: Path | None, trainer: Supervised, observer: Observer) -> None:
     """Wait until the server listens.
 
@@ -143,10 +144,10 @@ def _wait_for_server(server: str, keys: Path | None, trainer: Supervised, observ
         FedeltaError: if the site does not trust the server, or the server does not know the site's key.
     """
     observer.say(f"waiting for the server at {server}")
-    while not reachable(server, _authority(keys)):
+    while not reachable(server, keys):
         trainer.restart_if_ended(observer)
         time.sleep(SERVER_POLL_S)
-    check_key_registered(server, keys)
+    check_admitted(server, keys)
 
 
 def _report(log: Tail, observer: Observer) -> None:
@@ -155,12 +156,14 @@ def _report(log: Tail, observer: Observer) -> None:
         observer.say(line)
 
 
-def _security_options(server: str, keys: Path | None) -> list[str]:
+def _security_options(server: str, keys: Path | None, name: str | None) -> list[str]:
     """Return the node's command-line options for certificates and keys.
 
     Raises:
         FedeltaError: if the address is not valid, a file is missing or damaged, or plain text would leave loopback.
     """
+    if (keys is None) == (name is None):
+        raise FedeltaError("join: pass --keys FOLDER, or --insecure with --name NAME for a trial on loopback")
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise FedeltaError(f"--server {server}: expected HOST:PORT")
@@ -168,8 +171,5 @@ def _security_options(server: str, keys: Path | None) -> list[str]:
         if host not in LOOPBACK:
             raise FedeltaError(f"--insecure is for loopback, found --server {server}")
         return ["--insecure"]
-    for file in ("site.key", "ca.crt"):
-        if not (keys / file).is_file():
-            raise FedeltaError(f"--keys {keys}: no {file} there")
-    derive_public_key(keys / "site.key")
+    site_context(keys)
     return ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "site.key")]

@@ -28,13 +28,15 @@ def start_fork_server(
     return {**environment, "PATH": os.pathsep.join([str(scratch / "bin"), environment["PATH"]])}
 
 
-def node_command(superlink: str, settings: str, *security: str) -> list[str]:
+def node_command(superlink: str, settings: str, *security: str, keys: Path | None = None) -> list[str]:
     """Return the command line that starts a SuperNode.
 
     Args:
         superlink: address of the SuperLink or the gateway, as host:port.
         settings: the node's configuration, in Flower's syntax.
         security: command-line options for certificates and keys. Without them the connection is plain text.
+        keys: folder with the certificate that the node identifies itself with.
     """
     options = ["--superlink", superlink, "--port", str(free_port()), "--node-config", settings]
-    return [sys.executable, "-m", "fedelta.flower.site.supernode", *options, *(security or ("--insecure",))]
+    module = "fedelta.flower.site.supernode"
+    return [sys.executable, "-m", module, str(keys or ""), *options, *(security or ("--insecure",))]

@@ -1,19 +1,24 @@
-"""Checks of a site on its server: is it reachable and trusted, does it know the site's key, does it refuse the site."""
+"""Checks of a site on its server: is it reachable and trusted, does it know the site, does it refuse the site."""
 
-import base64
+import socket
 import ssl
 import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
 
 from fedelta.errors import FedeltaError
 from fedelta.federation.engines.observer import Observer
-from fedelta.flower.certificates import derive_public_key
 from fedelta.flower.processes import LOOPBACK
-from fedelta.flower.server.gateway import KEY_HEADER, UNKNOWN_KEY
+from fedelta.flower.server.gateway import MAX_AGE_S, MAX_CLOCK_AHEAD_S, UNKNOWN_KEY
+from fedelta.flower.site.tls import site_context
 
 CONNECT_TIMEOUT_S = 10.0
+ALERT_TIMEOUT_S = 2.0
+"""Seconds to wait for the reason why the server refuses a certificate."""
 SERVER_CHECK_S = 30.0
 """Seconds between two checks of a server that has been reached before."""
 KEY_IN_USE_S = 75.0
@@ -25,6 +30,13 @@ RETRY_S = 5.0
 """Seconds between two attempts of a node to connect."""
 SERVER_POLL_S = 1.0
 """Seconds between two checks whether the server has started. Flower's nodes would wait longer each time."""
+ALERTS = {
+    "CERTIFICATE_REQUIRED": "it requires a certificate, and got none",
+    "UNKNOWN_CA": "its authority (ca.crt in the server's folder) has not signed it",
+    "CERTIFICATE_EXPIRED": "it says that it has expired or is not valid yet; do both clocks agree?",
+    "CERTIFICATE_REVOKED": "it has been revoked",
+}
+"""End of the name of an alert with which a server refuses a certificate → what it means."""
 
 
 class ServerWatch:
@@ -32,12 +44,12 @@ class ServerWatch:
 
     Args:
         server: address of the server, as host:port.
-        authority: certificate that must have signed the server's; None for plain text.
+        keys: the site's folder, with its key and certificate; None for plain text.
     """
 
-    def __init__(self, server: str, authority: Path | None) -> None:
+    def __init__(self, server: str, keys: Path | None) -> None:
         self._server = server
-        self._authority = authority
+        self._keys = keys
         self._last_check = time.monotonic()
         self._is_gone = False
 
@@ -46,19 +58,19 @@ class ServerWatch:
         if time.monotonic() - self._last_check < SERVER_CHECK_S:
             return
         self._last_check = time.monotonic()
+        reason = f"the server at {self._server} is gone; waiting for it to come back (Ctrl-C ends this)"
         try:
-            is_reachable = reachable(self._server, self._authority)
-        except FedeltaError:
-            # The site trusted the server before, so a different program is at its address now.
-            is_reachable = False
+            is_reachable = reachable(self._server, self._keys)
+        except FedeltaError as error:
+            # Another program is at the server's address now, or a certificate has expired.
+            is_reachable, reason = False, str(error)
         if is_reachable == self._is_gone:
             self._is_gone = not is_reachable
-            change = "is back" if is_reachable else "is gone; waiting for it to come back (Ctrl-C ends this)"
-            observer.say(f"the server at {self._server} {change}")
+            observer.say(f"the server at {self._server} is back" if is_reachable else reason)
 
 
 class Refusals:
-    """Counts how long a server that knows this site's key has refused it.
+    """Counts how long a server that admits this site has refused its node.
 
     The server may still hold the place of a node with the same key that has lost its connection.
 
@@ -69,13 +81,16 @@ class Refusals:
 
     def __init__(self, server: str, keys: Path) -> None:
         self._line = (
-            f"server {server} refuses the key {keys / 'site.key'}, although it is registered: "
-            "is another node using it, and do both clocks agree to a few seconds?"
+            f"server {server} refuses the key {keys / 'site.key'}, although it is registered: is another node using it?"
         )
         self._times: list[float] = []
 
-    def add(self, observer: Observer) -> None:
+    def add(self, observer: Observer, forgotten: bool = False) -> None:
         """Record a refusal, and wait before the next attempt.
+
+        Args:
+            observer: is told about the first refusal.
+            forgotten: whether the node had been accepted before, so that the server must have restarted.
 
         Raises:
             FedeltaError: if the refusals have lasted longer than the server holds the place of a lost node.
@@ -85,30 +100,27 @@ class Refusals:
         if now - self._times[0] > KEY_IN_USE_S:
             raise FedeltaError(self._line)
         if len(self._times) == 1:
-            observer.say(
-                f"refused, trying again for {KEY_IN_USE_S:.0f} s: the server holds the place of a lost site that long"
-            )
-        time.sleep(RETRY_S)
+            why = f"refused, trying again for {KEY_IN_USE_S:.0f} s: the server holds the place of a lost site that long"
+            observer.say("the server has restarted; connecting again" if forgotten else why)
+        time.sleep(SERVER_POLL_S if forgotten else RETRY_S)
 
 
-def check_key_registered(server: str, keys: Path | None) -> None:
-    """Check that the server knows this site's key.
+def check_admitted(server: str, keys: Path | None) -> None:
+    """Check that the server admits this site, and that both clocks agree.
 
     Does nothing if the server does not respond, or if there are no keys.
 
     Raises:
-        FedeltaError: if the server responds that the key is not registered.
+        FedeltaError: if the server responds that it does not admit the site, or its clock shows another time.
     """
     if keys is None:
         return
-    key = base64.b64encode(derive_public_key(keys / "site.key")).decode()
-    context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    sent = datetime.now(UTC)
     try:
-        # The request has no signature, so the server refuses it. The response says whether the key is registered.
-        response = httpx.post(
-            f"https://{server}/v1/fleet/pull-messages",
-            headers={KEY_HEADER: key},
-            verify=context,
+        # The request has no signature, so the server refuses it. The response says whether it admits the site.
+        response = httpx.get(
+            f"https://{server}/",
+            verify=site_context(keys),
             timeout=CONNECT_TIMEOUT_S,
             trust_env=server.rpartition(":")[0] not in LOOPBACK,
         )
@@ -119,47 +131,110 @@ def check_key_registered(server: str, keys: Path | None) -> None:
             f"server {server} does not know the key {keys / 'site.key'}: "
             "its public key must be in the server's folder, as sites/NAME.pub"
         )
+    with suppress(KeyError, ValueError, TypeError):
+        check_clock(parsedate_to_datetime(response.headers["date"]), sent, datetime.now(UTC), server)
 
 
-def reachable(server: str, authority: Path | None, is_retry: bool = False) -> bool:
-    """Return whether the server is up and trusted.
+def check_clock(stamp: datetime, sent: datetime, received: datetime, server: str) -> None:
+    """Check that a server will accept the time stamps of this machine's clock.
+
+    Args:
+        stamp: the server's time when it responded, without fractions of a second.
+        sent, received: this machine's time before the request and after the response, which may have taken long.
+        server: address of the server.
+
+    Raises:
+        FedeltaError: if the clocks certainly differ by more than Flower accepts.
+    """
+    ahead, behind = (sent - stamp).total_seconds() - 1, (stamp - received).total_seconds()
+    if ahead > MAX_CLOCK_AHEAD_S or behind > MAX_AGE_S:
+        difference = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{behind:.0f} s behind"
+        raise FedeltaError(
+            f"the clock of this machine is {difference} that of server {server}; "
+            f"expected at most {MAX_CLOCK_AHEAD_S:.0f} s ahead and {MAX_AGE_S:.0f} s behind"
+        )
+
+
+def reachable(server: str, keys: Path | None, is_retry: bool = False) -> bool:
+    """Return whether the server is up and trusted, and accepts the site's certificate.
 
     Args:
         server: address of the server, as host:port.
-        authority: certificate that must have signed the server's; None for plain text.
+        keys: the site's folder, with its key and certificate; None for plain text.
         is_retry: whether an earlier response was not valid HTTP.
 
     Raises:
-        FedeltaError: if a program that is not the trusted server listens at the address.
+        FedeltaError: if a program that is not the trusted server listens at the address, or it refuses the certificate.
     """
     host, _, port = server.rpartition(":")
-    scheme = "http" if authority is None else "https"
-    try:
-        context = ssl.create_default_context(cafile=str(authority)) if authority else False
-    except ssl.SSLError as error:
-        raise FedeltaError(f"{authority} is not a certificate ({error.reason})") from error
+    scheme = "https" if keys else "http"
+    context = site_context(keys) if keys else None
     try:
         # Any response will do: it proves that the other end uses the same protocol.
         httpx.get(
-            f"{scheme}://{host}:{port}/", verify=context, timeout=CONNECT_TIMEOUT_S, trust_env=host not in LOOPBACK
+            f"{scheme}://{host}:{port}/",
+            verify=context or False,
+            timeout=CONNECT_TIMEOUT_S,
+            trust_env=host not in LOOPBACK,
         )
-    except httpx.ConnectError as error:
-        cause = error
-        while cause is not None and not isinstance(cause, ssl.SSLError):
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            line = f"server {server} could not be verified with {authority}: {cause.verify_message}"
+    except httpx.HTTPError as error:
+        if keys is not None and (line := explain_tls(error, server, keys)):
             raise FedeltaError(line) from error
-        if isinstance(cause, ssl.SSLError):
-            raise FedeltaError(f"server {server} does not speak TLS ({cause.reason})") from error
-        return False
-    except httpx.RemoteProtocolError as error:
-        if not is_retry:
-            # The server may have been shutting down.
-            time.sleep(SERVER_POLL_S)
-            return reachable(server, authority, is_retry=True)
-        line = f"server {server} does not speak plain HTTP; if it uses TLS, pass --keys FOLDER"
-        raise FedeltaError(line) from error
-    except httpx.HTTPError:
+        if context is not None and (alert := _read_alert(host, int(port), context)):
+            raise FedeltaError(f"server {server} refuses the certificate {keys / 'site.crt'}: {alert}") from error  # type: ignore[operator]
+        if isinstance(error, httpx.RemoteProtocolError):
+            if not is_retry:
+                # The server may have been shutting down.
+                time.sleep(SERVER_POLL_S)
+                return reachable(server, keys, is_retry=True)
+            if keys is None:
+                line = f"server {server} does not speak plain HTTP; if it uses TLS, pass --keys FOLDER"
+                raise FedeltaError(line) from error
         return False
     return True
+
+
+def explain_tls(error: BaseException, server: str, keys: Path) -> str:
+    """Return why a server is not trusted or does not speak TLS; empty if the error has another cause."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        clock = ""
+        if cause.verify_code in (9, 10):  # not valid yet, expired
+            clock = f"; the clock of this machine says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, is it right?"
+        return f"server {server} could not be verified with {keys / 'ca.crt'}: {cause.verify_message}{clock}"
+    if isinstance(cause, ssl.SSLError):
+        if meaning := _meaning(cause):
+            return f"server {server} refuses the certificate {keys / 'site.crt'}: {meaning}"
+        if isinstance(error, httpx.ConnectError):
+            return f"server {server} does not speak TLS ({cause.reason})"
+    return ""
+
+
+def _meaning(error: ssl.SSLError) -> str:
+    """Return what an alert of the server means; empty if the error is not an alert about a certificate."""
+    reason = error.reason or ""
+    if "ALERT" not in reason:
+        return ""
+    return next((text for end, text in ALERTS.items() if reason.endswith(end)), reason.lower().replace("_", " "))
+
+
+def _read_alert(host: str, port: int, context: ssl.SSLContext) -> str:
+    """Connect, send nothing, and return why the server ends the connection; empty if it does not or does not say.
+
+    A server reads the site's certificate only after the site believes that the handshake has succeeded. If the site
+    sends a request at that moment, the server's reason may be lost.
+    """
+    try:
+        with (
+            socket.create_connection((host, port), CONNECT_TIMEOUT_S) as plain,
+            context.wrap_socket(plain, server_hostname=host) as connection,
+        ):
+            connection.settimeout(ALERT_TIMEOUT_S)
+            connection.recv(1)
+    except ssl.SSLError as error:
+        return _meaning(error)
+    except OSError:
+        pass
+    return ""

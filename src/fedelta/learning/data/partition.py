@@ -3,13 +3,17 @@
 import contextlib
 import io
 import os
+import re
+import unicodedata
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
+from fedelta.learning.data.table import FILE_COLUMN, listed, say, shorten
 from fedelta.seeds import derive_seed
 from fedelta.settings import Settings, quota
 
@@ -23,19 +27,28 @@ class PartitionSettings(Settings):
             gets `shards_per_client` pieces); `natural` (all rows with the same value in the column `by` stay
             together); `two-quality` (all clients have the same size; the first `share` of them draw their label
             mix from Dir(alpha_high), the others from Dir(alpha_low), so some are balanced and some are not).
-        clients: number of clients. `natural` may omit it, so that each value becomes a client.
+        clients: number of clients. If `natural` omits it, each value becomes a client with the value as its name.
+        by: column of `natural`. If the source has several files, `__file__` is the name of each row's file.
         alpha: Dirichlet concentration. Smaller values give more uneven clients.
     """
 
     kind: Literal["iid", "dirichlet", "pathological", "shards", "natural", "two-quality"] = "iid"
-    clients: int | None = Field(default=10, ge=1)
+    clients: int | None = Field(default=10, ge=1, le=1_000_000)
     alpha: float = Field(default=0.5, gt=0)
-    classes_per_client: int = Field(default=2, ge=1)
-    shards_per_client: int = Field(default=2, ge=1)
+    classes_per_client: int = Field(default=2, ge=1, le=1_000_000)
+    shards_per_client: int = Field(default=2, ge=1, le=1_000_000)
     by: str | None = None
     share: float = Field(default=0.1, ge=0, le=1)
     alpha_high: float = Field(default=100.0, gt=0)
     alpha_low: float = Field(default=0.5, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_value_is_a_client(cls, data: Any) -> Any:
+        """Without `clients`, a natural partition has one client for each value, not the default number."""
+        if isinstance(data, Mapping) and data.get("kind") == "natural" and "clients" not in data:
+            return {**data, "clients": None}
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> "PartitionSettings":
@@ -47,9 +60,21 @@ class PartitionSettings(Settings):
 
 
 ROW_COLUMN = "__row__"
+ADVICE = {
+    "iid": "use fewer clients",
+    "dirichlet": "use fewer clients, or a partition.alpha nearer to 1",
+    "pathological": "use fewer clients or other partition.classes_per_client",
+    "shards": "use fewer clients or other partition.shards_per_client",
+    "natural": "use fewer clients",
+    "two-quality": "use fewer clients, or values of partition.alpha_low and alpha_high nearer to 1",
+}
+"""Kind → what helps if a client gets no rows, or the rows do not suffice."""
+
+MAX_NAME = 40
+"""Length of a client's name. Files are named after clients."""
 
 
-def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: int) -> list[list[int]]:
+def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: int) -> dict[str, list[int]]:
     """Assign rows to clients. No row goes to two clients.
 
     Args:
@@ -58,39 +83,69 @@ def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: i
         seed: seed of the run. Equal seeds give equal shards for every method.
 
     Returns:
-        Row indices of each client.
+        Client → its row indices, in the order of the clients' names.
 
     Raises:
         FedeltaError: if a client would get no rows, or the partition is impossible.
     """
+    if settings.kind == "natural":
+        values = _values(rows, settings)
+        if settings.clients is None:
+            return _clients_by_value(values)
+        parts = _merged(values, settings.clients)
+    else:
+        _check_possible(labels, settings)
+        parts = _drawn(labels, settings, derive_seed(seed, "partition") % 2**32)
+    for i, part in enumerate(parts):
+        if not part:
+            raise FedeltaError(
+                f"partition {settings.kind}: client {i} of {len(parts)} gets none of the {len(labels)} rows; "
+                f"{ADVICE[settings.kind]}"
+            )
+    if (unused := len(labels) - sum(map(len, parts))) >= len(parts):
+        say(f"partition {settings.kind}: {unused} of {len(labels)} training rows belong to no client")
+    return dict(zip(client_names(len(parts)), parts, strict=True))
+
+
+def client_names(clients: int) -> list[str]:
+    """Names of numbered clients in the order of the partition, which is also alphabetical."""
+    digits = max(3, len(str(clients - 1)))
+    return [f"client-{i:0{digits}d}" for i in range(clients)]
+
+
+def _check_possible(labels: Sequence[int], settings: PartitionSettings) -> None:
+    clients, kind = settings.clients or 0, settings.kind
+    if clients > len(labels):
+        raise FedeltaError(f"partition {kind}: {quantity(clients, 'client')}, but only {quantity(len(labels), 'row')}")
+    if kind == "pathological" and settings.classes_per_client > (classes := len(set(labels))):
+        raise FedeltaError(
+            f"partition pathological: classes_per_client is {settings.classes_per_client}, but the training rows have "
+            f"only {classes} different classes"
+        )
+    if kind == "shards" and clients * settings.shards_per_client > len(labels):
+        raise FedeltaError(
+            f"partition shards: {clients} clients with {settings.shards_per_client} shards each, but only "
+            f"{len(labels)} rows; {ADVICE[kind]}"
+        )
+
+
+def _drawn(labels: Sequence[int], settings: PartitionSettings, seed: int) -> list[list[int]]:
+    """Rows of each client, drawn by a partitioner of flwr-datasets."""
     import datasets
 
-    if settings.kind != "natural" and (settings.clients or 0) > len(labels):
-        raise FedeltaError(f"partition {settings.kind}: {settings.clients} clients, but only {len(labels)} rows")
-    draw = derive_seed(seed, "partition") % 2**32
     # A source may be sorted by label, and the IID partitioner cuts rows in order, so shuffle them first.
-    order = np.random.default_rng(draw).permutation(len(labels)).tolist()
-    columns: dict[str, Any] = {ROW_COLUMN: order, "label": [labels[i] for i in order]}
-    if settings.kind == "natural":
-        if settings.by not in rows.column_names:
-            raise FedeltaError(f"partition.by: no column {settings.by!r}, found {', '.join(rows.column_names)}")
-        groups = _groups(rows[settings.by][:], settings.clients)
-        columns["group"] = [groups[i] for i in order]
-    table = datasets.Dataset.from_dict(columns)
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    table = datasets.Dataset.from_dict({ROW_COLUMN: order, "label": [labels[i] for i in order]})
     try:
         if settings.kind == "two-quality":
-            shards = _two_quality(table, settings, draw)
-        else:
-            shards = _shards(_partitioner(settings, draw), table)
-    except (ValueError, FloatingPointError) as error:
-        raise FedeltaError(f"partition {settings.kind}: {' '.join(str(error).split())}") from error
-    for i, shard in enumerate(shards):
-        if not shard:
-            raise FedeltaError(
-                f"partition {settings.kind}: client {i} of {len(shards)} gets none of the {len(labels)} rows; "
-                "use fewer clients or a larger alpha"
-            )
-    return shards
+            return _two_quality(table, settings, seed)
+        return _shards(_partitioner(settings, seed), table)
+    except Exception as error:
+        # Extreme settings end in NaN, a division by zero, or an endless search for rows, each with its own error.
+        raise FedeltaError(
+            f"partition {settings.kind}: {len(labels)} rows can't be divided among {settings.clients} clients; "
+            f"{ADVICE[settings.kind]}"
+        ) from error
 
 
 def _partitioner(settings: PartitionSettings, seed: int) -> Any:
@@ -106,9 +161,7 @@ def _partitioner(settings: PartitionSettings, seed: int) -> Any:
         return flwr.PathologicalPartitioner(
             clients, "label", settings.classes_per_client, class_assignment_mode="deterministic", seed=seed
         )
-    if settings.kind == "shards":
-        return flwr.ShardPartitioner(clients, "label", settings.shards_per_client, seed=seed)
-    return flwr.NaturalIdPartitioner("group")
+    return flwr.ShardPartitioner(clients, "label", settings.shards_per_client, seed=seed)
 
 
 def _shards(partitioner: Any, table: Any) -> list[list[int]]:
@@ -119,18 +172,69 @@ def _shards(partitioner: Any, table: Any) -> list[list[int]]:
         return [sorted(partitioner.load_partition(i)[ROW_COLUMN][:]) for i in range(partitioner.num_partitions)]
 
 
-def _groups(values: list[Any], clients: int | None) -> list[int]:
-    """Client of each row. Rows of a value stay together; the largest value goes first to the smallest client."""
-    names, sizes = np.unique(np.asarray(values, dtype=str), return_counts=True)
+def _values(rows: Any, settings: PartitionSettings) -> list[str]:
+    """The value of each row in the column of a natural partition, as text."""
+    if settings.by not in rows.column_names:
+        hint = "; only a source of several files has __file__" if settings.by == FILE_COLUMN else ""
+        raise FedeltaError(
+            f"partition.by: no column {shorten(settings.by, 40)!r}, found {listed(rows.column_names)}{hint}"
+        )
+    feature = rows.features[settings.by]
+    values = rows[settings.by][:]
+    if hasattr(feature, "names"):
+        values = [feature.names[v] if v is not None and v >= 0 else None for v in values]
+    empty = [i for i, value in enumerate(values) if value is None or value != value or not str(value).strip()]
+    if empty:
+        raise FedeltaError(
+            f"partition.by: {quantity(len(empty), 'training row')} of {len(values)} have no value in column "
+            f"{shorten(settings.by, 40)!r}, so they belong to no client"
+        )
+    return [str(value) for value in values]
+
+
+def _merged(values: Sequence[str], clients: int) -> list[list[int]]:
+    """Rows of `clients` clients. Rows of a value stay together; the largest value goes first to the smallest client."""
+    names, sizes = np.unique(np.asarray(values, dtype=object), return_counts=True)
+    if clients > len(names):
+        raise FedeltaError(
+            f"partition natural: {quantity(clients, 'client')}, but only {quantity(len(names), 'different value')}"
+        )
     client_of: dict[str, int] = {}
-    load = np.zeros(clients or len(names))
+    load = np.zeros(clients)
     for i in sorted(range(len(names)), key=lambda i: (-sizes[i], names[i])):
         lightest = int(load.argmin())
         client_of[names[i]] = lightest
         load[lightest] += sizes[i]
-    if clients is not None and clients > len(names):
-        raise FedeltaError(f"partition natural: {clients} clients, but only {len(names)} different values")
-    return [client_of[str(value)] for value in values]
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for row, value in enumerate(values):
+        parts[client_of[value]].append(row)
+    return parts
+
+
+def _clients_by_value(values: Sequence[str]) -> dict[str, list[int]]:
+    """One client for each value, named after it, in letters, digits, `-` and `_`, because files have the name."""
+    rows: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        rows.setdefault(value, []).append(row)
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for value in sorted(rows):
+        name = plain = _plain_name(value)
+        number = 2
+        while name.lower() in taken:
+            name, number = f"{plain}-{number}", number + 1
+        taken.add(name.lower())
+        names[name] = value
+    changed = [(name, value) for name, value in names.items() if name != value]
+    if changed:
+        pairs = listed((f"{shorten(value, 30)!r} is {name}" for name, value in changed), 3, 80)
+        say(f"partition natural: names of clients have letters, digits, - and _ only: {pairs}")
+    return {name: rows[names[name]] for name in sorted(names)}
+
+
+def _plain_name(value: str) -> str:
+    letters = unicodedata.normalize("NFKD", value.replace("ß", "ss")).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", letters).strip("-_")[:MAX_NAME] or "client"
 
 
 def _two_quality(table: Any, settings: PartitionSettings, seed: int) -> list[list[int]]:

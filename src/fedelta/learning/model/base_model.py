@@ -6,16 +6,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
 from pydantic import Field
 
 from fedelta.errors import FedeltaError
 from fedelta.files import expand_variables
-from fedelta.learning.device import allow_deterministic_products, device_errors, is_out_of_memory
+from fedelta.learning.device import allow_deterministic_products, device_errors
 from fedelta.learning.in_memory import PREFIX, remembered_config, remembered_model, remembered_tokenizer
 from fedelta.learning.model.checkpointing import enable_checkpointing
 from fedelta.learning.model.class_token import read_class_token_alone
+from fedelta.learning.model.generation_defaults import forget_own_generation
+from fedelta.learning.model.model_folder import check_folder
+from fedelta.learning.model.padding import pad_alike, with_padding
+from fedelta.learning.model.weights import library_errors, load_weights
 from fedelta.seeds import torch_seed
 from fedelta.settings import Settings
 
@@ -78,29 +81,21 @@ def locate_model(name: str) -> str:
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
-    """Load the model's tokenizer, with a padding token.
+    """Load the model's tokenizer, with a padding token that the model has.
 
     Raises:
         FedeltaError: if it can't be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if settings.name.startswith(PREFIX):
-        return _ready(remembered_tokenizer(settings.name))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(locate_model(settings.name))
-    except (OSError, ValueError) as error:
-        raise FedeltaError(f"tokenizer of model {settings.name}: {str(error).splitlines()[0]}") from error
-    return _ready(tokenizer)
-
-
-def _ready(tokenizer: Any) -> Any:
-    """A tokenizer that pads on the right."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # Absolute positions count from the first token. Generation does its own padding.
-    tokenizer.padding_side = "right"
-    return tokenizer
+        return with_padding(remembered_tokenizer(settings.name), remembered_config(settings.name))
+    name = locate_model(settings.name)
+    with library_errors(f"tokenizer of model {settings.name}"):
+        if Path(name).is_dir():
+            check_folder(Path(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return with_padding(AutoTokenizer.from_pretrained(name, trust_remote_code=False), config)
 
 
 def load_base(
@@ -119,7 +114,8 @@ def load_base(
         FedeltaError: if the model is missing or does not fit the task.
         DeviceError: if memory runs out.
     """
-    auto_class, options = _auto_class(kind, classes)
+    auto_class, outputs = _auto_class(kind, classes)
+    options: dict[str, Any] = {}
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,17 +124,18 @@ def load_base(
     if device == "cuda":
         allow_deterministic_products()
     if settings.name.startswith(PREFIX):
-        _check_remembered(settings, options)
+        _check_remembered(settings, outputs)
     if settings.quantization != "none":
-        options |= _quantized(settings, device)
+        options = _quantized(settings, device)
     smaller = [*(["model.dtype: bfloat16"] if settings.dtype == "float32" else []), "model.quantization: 4bit"]
     with device_errors(f"model {settings.name} is loaded", [f"set {setting}" for setting in smaller]):
-        return _load(settings, auto_class, options, device, tokenizer, seed, kind)
+        return _load(settings, auto_class, outputs, options, device, tokenizer, seed, kind)
 
 
 def _load(
     settings: ModelSettings,
     auto_class: str,
+    outputs: dict[str, Any],
     options: dict[str, Any],
     device: str,
     tokenizer: Any,
@@ -150,28 +147,26 @@ def _load(
 
     logging.disable_progress_bar()
     before = logging.get_verbosity()
-    # transformers reports that the new head is newly initialized, which is expected here.
+    # transformers reports each weight that a file lacks or has in excess, which `load_weights` checks.
     logging.set_verbosity_error()
     try:
         with torch_seed(seed):
-            model = _weights(settings, getattr(transformers, auto_class), options, device)
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise FedeltaError(f"model {settings.name}: {str(error).strip().splitlines()[0]}") from error
+            model = _weights(settings, getattr(transformers, auto_class), outputs, options, device, kind)
     finally:
         logging.set_verbosity(before)
     for module in model.modules():
         # On some CPUs bitsandbytes repacks four-bit weights in the first evaluation, which stops all later gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    if len(tokenizer) < model.config.vocab_size // 2:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) < rows // 2:
         raise FedeltaError(
-            f"model {settings.name}: its tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
+            f"model {settings.name}: its tokenizer has {len(tokenizer)} tokens, the model {rows}; "
             "check that the tokenizer's files are in the folder"
         )
+    pad_alike(model, tokenizer)
+    if kind == "completion":
+        forget_own_generation(model, tokenizer, settings.name)
     if settings.class_token_alone and kind != "completion":
         read_class_token_alone(model)
     if settings.gradient_checkpointing:
@@ -179,37 +174,46 @@ def _load(
     # A quantized model is already on its device.
     model = model if settings.quantization != "none" else model.to(device)
     # In eight bits the rounding of a token depends on its neighbors, so the trial would prove nothing.
-    if kind == "completion" and settings.quantization == "none" and _looks_ahead(model):
-        raise FedeltaError(
-            f"model {settings.name}: a {model.config.model_type} model sees later tokens, expected a causal model"
-        )
+    if kind == "completion" and settings.quantization == "none":
+        with library_errors(f"model {settings.name}"):
+            looks_ahead = _looks_ahead(model)
+        if looks_ahead:
+            raise FedeltaError(
+                f"model {settings.name}: a {model.config.model_type} model sees later tokens, expected a causal model"
+            )
     return model
 
 
-def _check_remembered(settings: ModelSettings, options: dict[str, Any]) -> None:
+def _check_remembered(settings: ModelSettings, outputs: dict[str, Any]) -> None:
     """Raise if a model in memory is not what the configuration asks for; a loaded model is taken as it is."""
     if settings.quantization != "none":
         raise FedeltaError(f"model.quantization: {settings.quantization} is for models that a run loads, expected none")
-    outputs, wanted = remembered_config(settings.name).num_labels, options.get("num_labels")
-    if wanted is not None and outputs != wanted:
-        raise FedeltaError(f"the model that was passed has {outputs} outputs, but the data need {wanted}")
+    own, wanted = remembered_config(settings.name).num_labels, outputs.get("num_labels")
+    if wanted is not None and own != wanted:
+        raise FedeltaError(f"the model that was passed has {own} outputs, but the data need {wanted}")
 
 
-def _weights(settings: ModelSettings, auto_class: Any, options: dict[str, Any], device: str) -> Any:
+def _weights(
+    settings: ModelSettings,
+    auto_class: Any,
+    outputs: dict[str, Any],
+    options: dict[str, Any],
+    device: str,
+    kind: TaskKind,
+) -> Any:
     """The model with its weights: a copy of one in memory, or read from a folder or a hub."""
     if settings.name.startswith(PREFIX):
         return remembered_model(settings.name).to(getattr(torch, settings.dtype))
-    # The fused attention of some CPUs is several times slower in bf16 than separate products.
-    return auto_class.from_pretrained(
-        locate_model(settings.name),
-        **options,
-        dtype=getattr(torch, settings.dtype),
-        attn_implementation="eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
-    )
+    options = options | {
+        "dtype": getattr(torch, settings.dtype),
+        # The fused attention of some CPUs is several times slower in bf16 than separate products.
+        "attn_implementation": "eager" if settings.dtype == "bfloat16" and device == "cpu" else None,
+    }
+    return load_weights(locate_model(settings.name), auto_class, outputs, options, head=kind != "completion")
 
 
 def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
-    """Name of the class in transformers that loads the model, and its options."""
+    """Name of the class in transformers that loads the model, and what its configuration says about the outputs."""
     if kind == "completion":
         return "AutoModelForCausalLM", {}
     regression = {"num_labels": 1, "problem_type": "regression"}
@@ -243,6 +247,8 @@ def _quantized(settings: ModelSettings, device: str) -> dict[str, Any]:
 def _looks_ahead(model: Any) -> bool:
     """Tell whether the logits at a token depend on later tokens, which makes the model not causal."""
     one, other = (model(input_ids=torch.tensor([[1, last]], device=model.device)).logits[0, 0] for last in (1, 2))
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise FedeltaError(f"model {model.config._name_or_path}: it computes NaN or infinity")
     return not torch.allclose(one, other, rtol=1e-2, atol=1e-2)
 
 
@@ -261,9 +267,3 @@ def fingerprint(model: Any) -> str:
             sha.update(f"{name.removeprefix('base_model.model.')}{tuple(tensor.shape)}".encode())
             sha.update(flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
     return sha.hexdigest()
-
-
-def longest_text(config: Any, tokenizer: Any) -> int:
-    """Maximum number of tokens in a text, according to the model's configuration and its tokenizer."""
-    # RoBERTa counts positions from the padding index, which its tokenizer takes into account and its configuration not.
-    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)

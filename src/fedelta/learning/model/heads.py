@@ -43,9 +43,13 @@ def find_heads(model: Any) -> list[str]:
     if isinstance(pooler, nn.Module):
         candidates[f"{model.base_model_prefix}.pooler"] = pooler
     candidates = {n: c for n, c in candidates.items() if any(p.requires_grad for p in c.parameters())}
-    token = 0 if model.config.pad_token_id != 0 else 1
-    tokens = torch.full((1, 2), token, device=model.device)
+    text = model.config.get_text_config()
+    tokens = torch.full((1, 2), 0 if text.pad_token_id != 0 else 1, device=model.device)
+    if model.config.is_encoder_decoder:
+        tokens[:, -1] = text.eos_token_id  # Where the head reads.
     logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    if not logits.isfinite().all():
+        raise FedeltaError(f"model {model.config._name_or_path}: it computes NaN or infinity")
     used = []
     for name, child in candidates.items():
         gradients = torch.autograd.grad(logits.sum(), list(child.parameters()), retain_graph=True, allow_unused=True)

@@ -14,10 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.model.base_patch import BasePatch
 from fedelta.learning.model.dropout import use_fast_dropout
 from fedelta.learning.model.heads import modules_to_train
+from fedelta.learning.model.targets import lora_targets, refuse_missing_targets, refuse_shared_weights
+from fedelta.learning.model.weights import library_errors
 from fedelta.lora.adapter import Adapter, LoraPair, ScaleRule, draw_basis
 from fedelta.settings import Settings
 
@@ -73,7 +75,9 @@ class LoraModel:
         self._conv1d = any(isinstance(module, Conv1D) for module in base.modules())
         self.task_type = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
         self.base_name = str(base.config._name_or_path)
-        self.head_modules = modules_to_train(base, settings.modules_to_save)
+        with library_errors(f"model {self.base_name}"):  # It computes logits once.
+            self.head_modules = modules_to_train(base, settings.modules_to_save)
+        self._targets = lora_targets(base, settings.target_modules)
         try:
             self.peft: Any = peft.get_peft_model(base, self._config(1), adapter_name=peft_name(1))
         except ValueError as error:
@@ -82,7 +86,7 @@ class LoraModel:
                     f"lora.target_modules: PEFT has no default for a {base.config.model_type} model; "
                     "name its layers, or set all-linear"
                 ) from error
-            raise FedeltaError(f"lora.target_modules: {error}") from error
+            raise FedeltaError(f"lora.target_modules: {one_line(error)[:200]}") from error
         except re.error as error:
             raise FedeltaError(
                 f"lora.target_modules: {settings.target_modules!r} is not a valid pattern: {error}"
@@ -96,8 +100,11 @@ class LoraModel:
         for name, layer in self.layers.items():
             if layer.lora_embedding_A:
                 raise FedeltaError(f"module {name}: LoRA on an embedding is not supported")
-        self._refuse_missing_targets()
-        self._refuse_shared_weights()
+            if not hasattr(layer.get_base_layer(), "weight") or layer.get_base_layer().weight.ndim != 2:
+                kind = type(layer.get_base_layer()).__name__
+                raise FedeltaError(f"module {name}: LoRA on a {kind} is not supported, expected a linear layer")
+        refuse_missing_targets(settings.target_modules, self.layers)
+        refuse_shared_weights(self.peft, self.layers)
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in sorted(self.layers.items())}
         # The heads that PEFT wrapped, which may be more than it was asked for: messages must contain all that trains.
         self._head_wrappers: dict[str, Any] = {
@@ -110,27 +117,6 @@ class LoraModel:
         self._prepare_heads()
         self._use_fast_dropout()
 
-    def _refuse_missing_targets(self) -> None:
-        """Raise if a target has no layer. PEFT ignores such a name if another one has a layer."""
-        targets = self.settings.target_modules
-        for name in targets if isinstance(targets, tuple) else ():
-            if not any(f".{layer}".endswith(f".{name}") for layer in self.layers):
-                raise FedeltaError(f"lora.target_modules: no layer's name is or ends with {name!r}")
-
-    def _refuse_shared_weights(self) -> None:
-        """Raise if an adapted layer shares its weight with another module, as a tied output layer does.
-
-        A base patch there would also change the embedding, and PEFT would merge the adapter into both.
-        """
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.peft.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name.removeprefix("base_model.model."))
-        for name, layer in self.layers.items():
-            own = f"{name}.base_layer.weight"
-            others = [other for other in names.get(id(layer.get_base_layer().weight), []) if other != own]
-            if others:
-                raise FedeltaError(f"module {name}: its weight is also {others[0]}, so LoRA would change both modules")
-
     def _use_fast_dropout(self) -> None:
         if self.device.type == "cpu":
             use_fast_dropout(self.peft)
@@ -138,12 +124,11 @@ class LoraModel:
     def _config(self, rank: int) -> Any:
         import peft
 
-        targets = self.settings.target_modules
         return peft.LoraConfig(
             r=rank,
             lora_alpha=rank,
             lora_dropout=self.settings.dropout,
-            target_modules=list(targets) if isinstance(targets, tuple) else targets,
+            target_modules=self._targets,
             modules_to_save=list(self.head_modules),  # A copy, because PEFT extends the list.
             fan_in_fan_out=self._conv1d,
             task_type=self.task_type,

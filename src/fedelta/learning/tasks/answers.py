@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Literal
 
+MAX_BOXES, MAX_DIGITS = 100, 1000
+"""A model may write anything: number of boxes that are tried, and characters up to which an answer is a number."""
 AnswerForm = Literal["text", "number", "boxed", "option"]
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\$?\.\d+")
@@ -69,7 +71,7 @@ def _boxed(text: str) -> str | None:
 
     Different LaTeX spellings of the same answer become equal.
     """
-    for box in reversed(list(_BOXED.finditer(text))):
+    for box in reversed(list(_BOXED.finditer(text))[-MAX_BOXES:]):
         inner = box[1] or _braced(text, box.end())
         if inner is not None:
             return _latex(inner)
@@ -92,6 +94,8 @@ def _braced(text: str, begin: int) -> str | None:
 def _latex(text: str) -> str | None:
     for pattern, plain in _SPELLINGS:
         text = pattern.sub(plain, text.strip())
+    if len(text) > MAX_DIGITS:
+        return text
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     ratio = _FRACTION.fullmatch(text)

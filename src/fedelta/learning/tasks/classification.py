@@ -6,10 +6,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.data import DataSettings
+from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Examples, tokenize
+from fedelta.learning.data.labels import class_order
+from fedelta.learning.data.table import listed, say, shorten
 from fedelta.learning.tasks.metrics import classification_scores
-from fedelta.learning.tasks.task import Task
+from fedelta.learning.tasks.task import Task, labeled_texts
 
 
 class Classification(Task):
@@ -22,26 +24,26 @@ class Classification(Task):
     kind: Literal["classification"] = "classification"
     metric: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
 
-    def columns(self, data: DataSettings) -> dict[str, bool]:
-        return dict.fromkeys(data.text_columns, True) | {data.label: False}
+    def columns(self, data: DataSettings) -> Columns:
+        return labeled_texts(data, "class")
 
     def classes(self, data: DataSettings, splits: dict[str, Any]) -> list[str]:
         feature = splits["train"].features[data.label]
-        kind = str(getattr(feature, "dtype", "lists"))
-        if not kind.startswith(("int", "uint", "string", "large_string", "bool")):
-            raise FedeltaError(f"column {data.label!r} holds {kind}, expected classes: text or whole numbers")
-        names = _present(splits["train"], data.label)
-        for name in splits:
-            unknown = [value for value in _present(splits[name], data.label) if value not in names]
-            if unknown and not hasattr(feature, "names"):
-                raise FedeltaError(
-                    f"split {name} has the label {unknown[0]!r}, which no training row has; "
-                    "name other splits by data.splits, or choose another data.split_seed"
-                )
-        if hasattr(feature, "names"):
-            names = list(feature.names)
+        present = {name: _present(split, data.label) for name, split in splits.items()}
+        names = list(feature.names) if hasattr(feature, "names") else present["train"]
         if len(names) < 2:
             raise FedeltaError(f"column {data.label!r} holds one class only: {names}, expected at least two")
+        for split, found in present.items():
+            unknown = [name for name in found if name not in names]
+            if unknown:
+                raise FedeltaError(
+                    f"split {split} has the label {shorten(unknown[0], 40)!r}, which no training row has; "
+                    "set data.stratify: true, a larger data.limit, or other splits in data.splits"
+                )
+        if lacking := {
+            split: missing for split in splits if (missing := [n for n in names if n not in present[split]])
+        }:
+            say("data: " + "; ".join(f"no row of {split} has the class {listed(m, 4)}" for split, m in lacking.items()))
         return names
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Examples:
@@ -49,8 +51,10 @@ class Classification(Task):
         feature = rows.features[data.label]
         for name in _present(rows, data.label):
             if name not in index:
-                known = ", ".join(classes[:10])
-                raise FedeltaError(f"data source {data.source}: label {name!r} is not one of the server's ({known})")
+                raise FedeltaError(
+                    f"data source {shorten(data.title, 80, end=True)}: label {shorten(name, 40)!r} is not one of the "
+                    f"server's ({listed(classes, 5, 20)})"
+                )
         labels = [index[_name(feature, value)] for value in rows[data.label][:]]
         return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), labels)
 
@@ -73,5 +77,8 @@ def _name(feature: Any, value: Any) -> str:
 
 
 def _present(split: Any, column: str) -> list[str]:
-    """Names of the labels that occur, in the order of their values."""
-    return [_name(split.features[column], value) for value in sorted(set(split.unique(column)))]
+    """Names of the labels that occur, in their order."""
+    feature = split.features[column]
+    if hasattr(feature, "names"):
+        return [feature.names[value] for value in sorted(split.unique(column))]
+    return class_order(split.unique(column))

@@ -23,8 +23,8 @@ class Generation(Settings):
         limit: maximum number of prompts; the first ones are used. None uses all.
     """
 
-    max_new_tokens: int = Field(default=64, ge=1)
-    beams: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=1_000_000)
+    beams: int = Field(default=1, ge=1, le=1000)
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = Field(default=0, ge=0)
     batch_size: int = Field(default=16, ge=1)
@@ -48,26 +48,30 @@ def generate(
     # Padded on the left, so that all prompts end where the answer begins.
     padded = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    base = model.peft.get_base_model()
+    own = base.generation_config
+    own_ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = {tokenizer.eos_token_id, end, *own_ends} - {None}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.beams,
         length_penalty=settings.length_penalty,
         do_sample=False,
-        # Anything omitted here would come from the model's own generation_config.
-        no_repeat_ngram_size=0,
-        repetition_penalty=1.0,
-        encoder_repetition_penalty=1.0,
-        min_length=0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_ends(model, tokenizer, end),
+        eos_token_id=sorted(ends) or None,
     )
-    generated = model.peft.generate(
-        input_ids=torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=config,
-        logits_processor=_no_repeated_ngrams(settings.no_repeat_ngram_size, longest),
-    )
+    # transformers fills what a configuration leaves open from the model's own.
+    base.generation_config = config
+    try:
+        generated = model.peft.generate(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=config,
+            logits_processor=_no_repeated_ngrams(settings.no_repeat_ngram_size, longest),
+        )
+    finally:
+        base.generation_config = own
     return [text.strip() for text in tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)]
 
 
@@ -86,11 +90,3 @@ def _no_repeated_ngrams(size: int, begin: int) -> Any:
             return self._inner(tokens[:, begin:], scores)
 
     return LogitsProcessorList([InAnswer()] if size else [])
-
-
-def _ends(model: LoraModel, tokenizer: Any, end: int | None) -> list[int]:
-    """Tokens that end an answer. A chat model has one for the end of a turn besides the one for the end of a text."""
-    config = getattr(model.peft, "generation_config", None)
-    configured = getattr(config, "eos_token_id", None) or []
-    ends = {tokenizer.eos_token_id, end, *([configured] if isinstance(configured, int) else configured)}
-    return sorted(ends - {None})

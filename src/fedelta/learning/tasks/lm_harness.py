@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fedelta.errors import FedeltaError
 from fedelta.learning.model.lora_model import LoraModel
+from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.settings import Settings
 
 
@@ -47,11 +48,13 @@ def check_harness(settings: HarnessSettings) -> None:
             raise FedeltaError(f"evaluation.harness.tasks: lm-evaluation-harness has no task {task!r}")
 
 
-def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, chat: bool = False) -> dict[str, float]:
+def harness_scores(
+    model: LoraModel, tokenizer: Any, settings: HarnessSettings, chat: ChatTemplate | None = None
+) -> dict[str, float]:
     """Compute scores of the loaded model: `TASK/METRIC`, plus `/FILTER` if a task extracts answers in several ways.
 
     Args:
-        chat: True if questions become turns of the tokenizer's chat template, as in training.
+        chat: template by which questions become turns, as in training. None asks them as plain texts.
 
     Raises:
         FedeltaError: if a task's data are missing, or the harness fails for another reason.
@@ -60,7 +63,17 @@ def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, 
     from lm_eval.models.huggingface import HFLM
 
     model.peft.eval()
-    wrapped = HFLM(pretrained=model.peft, tokenizer=tokenizer, batch_size=settings.batch_size)
+
+    class WithTemplate(HFLM):
+        """A model of the harness whose chats are rendered as in training, with the same date."""
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            assert chat is not None
+            if add_generation_prompt:
+                return chat.render(chat_history, True)
+            return chat.render_up_to_last(chat_history)
+
+    wrapped = WithTemplate(pretrained=model.peft, tokenizer=tokenizer, batch_size=settings.batch_size)
     try:
         report = lm_eval.simple_evaluate(
             model=wrapped,
@@ -69,8 +82,8 @@ def harness_scores(model: LoraModel, tokenizer: Any, settings: HarnessSettings, 
             limit=settings.limit,
             task_manager=_manager(settings),
             bootstrap_iters=0,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=chat is not None,
         )
     except Exception as error:
         # Tasks are programs by many authors, so any exception is possible.

@@ -78,7 +78,8 @@ def classification_scores(labels: Sequence[int], predictions: Sequence[int]) -> 
     return {
         "accuracy": float(accuracy_score(labels, predictions)),
         "macro_f1": float(f1_score(labels, predictions, average="macro")),
-        "matthews": float(matthews_corrcoef(labels, predictions)),
+        # scikit-learn also returns 0 for a single class, but warns about it.
+        "matthews": float(matthews_corrcoef(labels, predictions)) if len({*labels, *predictions}) > 1 else 0.0,
     }
 
 

@@ -11,7 +11,9 @@ Tokens = list[int]
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
     """Yield for each text the tokens that begin it, the prompt's tokens, and the completion's tokens with an end token.
 
-    Prompt and completion are tokenized as one text. A token that spans both belongs to the completion.
+    Prompt and completion are tokenized as one text. A token that spans both belongs to the completion if the prompt's
+    part of it is white space, as in "Answer: " and "blue". Otherwise each is tokenized by itself, because generation
+    begins after the whole prompt.
 
     Raises:
         FedeltaError: if the tokenizer has no end-of-text token or is a slow one, or if a prompt is empty and the
@@ -25,8 +27,12 @@ def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> 
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     plain = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": True}
     encoded = tokenizer(texts, **plain)
-    for prompt, tokens, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    rows = zip(prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for prompt, text, tokens, offsets in rows:
         known = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(tokens))
+        if known < len(tokens) and prompt[offsets[known][0] :].strip():
+            separate = tokenizer([prompt, text[len(prompt) :]], add_special_tokens=False)["input_ids"]
+            known, tokens = len(separate[0]), [*separate[0], *separate[1]]
         if not begin and known == 0:
             raise FedeltaError("an empty prompt, and the tokenizer has no token that begins a text")
         yield begin, tokens[:known], [*tokens[known:], tokenizer.eos_token_id]

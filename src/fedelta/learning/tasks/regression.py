@@ -1,16 +1,14 @@
 """Regression: a number for a text or a pair of texts, such as the similarity of two sentences."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
-from fedelta.errors import FedeltaError
-from fedelta.learning.data import DataSettings
+from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Examples, tokenize
 from fedelta.learning.tasks.metrics import regression_scores
-from fedelta.learning.tasks.task import Task
+from fedelta.learning.tasks.task import Task, labeled_texts
 
 
 class Regression(Task):
@@ -23,15 +21,11 @@ class Regression(Task):
     kind: Literal["regression"] = "regression"
     metric: Literal["pearson", "spearman", "loss"] = "pearson"
 
-    def columns(self, data: DataSettings) -> dict[str, bool]:
-        return dict.fromkeys(data.text_columns, True) | {data.label: False}
+    def columns(self, data: DataSettings) -> Columns:
+        return labeled_texts(data, "number")
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Examples:  # noqa: ARG002
-        values = rows[data.label][:]
-        wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v)]
-        if wrong:
-            raise FedeltaError(f"column {data.label!r} holds {wrong[0]!r}, expected numbers")
-        return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), [float(v) for v in values])
+        return Examples(tokenize(rows, data.text_columns, tokenizer, data.max_length), list(rows[data.label][:]))
 
     def predictions(self, logits: Tensor) -> list[Any]:
         return logits[:, 0].tolist()

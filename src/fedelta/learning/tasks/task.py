@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedelta.learning.data import DataSettings
+from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Examples
+from fedelta.learning.data.settings import Use
 from fedelta.learning.model.activation_cache import ActivationCache, replayed
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks.metrics import METRICS, Metric
@@ -55,8 +56,8 @@ class Task(Settings, ABC):
         return
 
     @abstractmethod
-    def columns(self, data: DataSettings) -> dict[str, bool]:
-        """Columns to read → True if the column must hold text."""
+    def columns(self, data: DataSettings) -> Columns:
+        """Columns to read, what each is used for, and which cells must not be empty."""
 
     @property
     def together(self) -> str | None:
@@ -116,6 +117,12 @@ class Task(Settings, ABC):
     def constant_score(self, train: Examples, test: Examples) -> float | None:  # noqa: ARG002
         """Score of a model that always gives the same prediction; None if that is not informative."""
         return None
+
+
+def labeled_texts(data: DataSettings, use: Use) -> Columns:
+    """The text columns and the label. None of their cells may be empty."""
+    uses: dict[str, Use] = dict.fromkeys(data.text_columns, "text")
+    return Columns({**uses, data.label: use}, tuple((column,) for column in [*data.text_columns, data.label]))
 
 
 def passes(examples: Examples, batch_size: int) -> list[Unit]:

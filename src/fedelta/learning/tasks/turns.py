@@ -1,61 +1,106 @@
-"""Tokens of a prompt and its completion as turns of a chat, by the tokenizer's own template."""
+"""Tokens of a prompt and its completion as turns of a chat, and the text of an answer, by the tokenizer's own template.
+
+What a template puts between the begin of an answer's turn and the answer, such as an empty block of thoughts, is part
+of what is taught. It is removed from generated answers and from references alike before they are compared.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedelta.errors import FedeltaError, in_one_line
+from fedelta.errors import FedeltaError, one_line
+from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.learning.tasks.plain import Tokens
 
-
-def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
-    """Yield for each text the tokens before the prompt, those from the prompt to the answer, and those of the answer.
-
-    The answer includes its end token.
-
-    Raises:
-        FedeltaError: if the template fails, puts no end after an answer, or changes the prompt once an answer follows.
-    """
-    end = end_of_answer(tokenizer)
-    begin = _before_prompts(tokenizer)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        question = _apply(tokenizer, [("user", prompt)], True)
-        whole = _apply(tokenizer, [("user", prompt), ("assistant", completion)], False)
-        if whole[: len(question)] != question:
-            raise FedeltaError("the tokenizer's chat template changes the prompt's turn when an answer follows it")
-        answer = whole[len(question) :]
-        own = begin if question[: len(begin)] == begin else []
-        # A line break may follow the end token; the model need not learn it.
-        yield own, question[len(own) :], answer[: len(answer) - answer[::-1].index(end)]
+_NO_CHAT = "; set task.chat: false to train on plain texts"
 
 
-def _before_prompts(tokenizer: Any) -> Tokens:
-    """Tokens that the template puts before any prompt: start of text, system turn, header of the user's turn."""
-    one, other = (_apply(tokenizer, [("user", prompt)], True) for prompt in ("a", "b"))
-    return one[: next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), 0)]
+class Turns:
+    """Prompts and completions as turns of a user and an assistant.
 
+    Args:
+        tokenizer: tokenizer with a chat template.
+        date: date that a template sees as today's.
 
-def end_of_answer(tokenizer: Any) -> int:
-    """Find the special token that the template puts after an answer.
+    Attributes:
+        end: special token that ends an answer.
 
     Raises:
-        FedeltaError: if there is none, because the model would never learn to stop.
+        FedeltaError: if the template fails, puts no end after an answer, or does not write an answer after a prompt.
     """
-    one, other = (_apply(tokenizer, [("user", "a"), ("assistant", answer)], False, False) for answer in ("b", "c"))
-    # The common end of both chats is what follows the answer.
-    same = next((i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y), 0)
-    after = one[len(one) - same :]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = [token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in special]
-    if not ends:
-        raise FedeltaError("the tokenizer's chat template puts no special token after an answer, so it has no end")
-    return ends[0]
+
+    def __init__(self, tokenizer: Any, date: str) -> None:
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, date)
+        one, other = ("".join(self._texts("a", answer)[1:]) for answer in ("b", "c"))
+        # The common end of both chats follows the answer, and their common begin precedes it.
+        after = _common_begin(one[::-1], other[::-1])[::-1]
+        before = self._encode([_common_begin(one, other)])[0]
+        self._before = tokenizer.decode(before, skip_special_tokens=True).strip()
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ends = [token for token in self._encode([after])[0] if token in special]
+        if not ends:
+            raise FedeltaError(
+                f"the tokenizer's chat template puts no special token after an answer, so it has no end{_NO_CHAT}"
+            )
+        self.end = ends[0]
+
+    def read(self, prompts: Sequence[str], completions: Sequence[str]) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
+        """Yield for each text the tokens before the prompt, those from there to the answer, and those of the answer.
+
+        The tokens up to the answer are those from which an answer is generated. The answer includes its end token.
+
+        Raises:
+            FedeltaError: naming the row, if the template fails or changes the prompt's turn once an answer follows.
+        """
+        begin = self._before_prompts()
+        for start in range(0, len(prompts), 1000):
+            texts = []
+            for row, pair in enumerate(zip(prompts[start:][:1000], completions[start:][:1000], strict=True), start + 1):
+                try:
+                    texts.append(self._texts(*pair))
+                except FedeltaError as error:
+                    raise FedeltaError(f"row {row}: {error}") from error
+            questions = self._encode([question for question, _ in texts])
+            wholes = self._encode([question + answer for question, answer in texts])
+            for row, (text, question, whole) in enumerate(zip(texts, questions, wholes, strict=True), start + 1):
+                # A token may span the end of the prompt and the begin of the answer. Generation sees the prompt alone,
+                # so the answer then has tokens of its own.
+                joint = whole[: len(question)] == question
+                answer = whole[len(question) :] if joint else self._encode([text[1]])[0]
+                if self.end not in answer:
+                    raise FedeltaError(f"row {row}: the tokenizer's chat template puts no end after the answer")
+                own = begin if question[: len(begin)] == begin else []
+                # A line break may follow the end token; the model need not learn it.
+                yield own, question[len(own) :], answer[: len(answer) - answer[::-1].index(self.end)]
+
+    def answer(self, text: str) -> str:
+        """The answer in the text of an assistant's turn, without what the template puts before each answer."""
+        return text.strip().removeprefix(self._before).strip()
+
+    def _texts(self, prompt: str, completion: str) -> tuple[str, str]:
+        """Text up to an answer, and text from there on."""
+        user = {"role": "user", "content": prompt}
+        question = self._template.render([user], True)
+        whole = self._template.render([user, {"role": "assistant", "content": completion}], False)
+        if not whole.startswith(question):
+            common = len(_common_begin(question, whole))
+            raise FedeltaError(
+                "the tokenizer's chat template changes the prompt's turn when an answer follows it: "
+                f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}{_NO_CHAT}"
+            )
+        return question, whole[len(question) :]
+
+    def _before_prompts(self) -> Tokens:
+        """Tokens that the template puts before any prompt: start of text, system turn, header of the user's turn."""
+        one, other = self._encode([self._texts(prompt, "c")[0] for prompt in ("a", "b")])
+        return one[: next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), 0)]
+
+    def _encode(self, texts: list[str]) -> list[Tokens]:
+        encoded: list[Tokens] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return encoded
 
 
-def _apply(tokenizer: Any, turns: Sequence[tuple[str, str]], more: bool, tokens: bool = True) -> Any:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=more, tokenize=tokens, return_dict=tokens)
-    except Exception as error:
-        # A template is a program, which may raise anything.
-        raise FedeltaError(f"the tokenizer's chat template fails: {in_one_line(error)}") from error
-    return chat["input_ids"] if tokens else chat
+def _common_begin(one: str, other: str) -> str:
+    return one[
+        : next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+    ]

@@ -1,47 +1,37 @@
-"""Reading of PEFT folders: `adapter_config.json` and `adapter_model.safetensors` only.
+"""Reading of PEFT folders: `adapter_config.json` and safetensors files only. Pickles are never loaded.
 
-A folder whose update is not s·B·A is refused with the reason: DoRA, `lora_bias`, LoRA on embeddings. Pickles are never
-loaded.
+A folder whose update is not s·B·A is refused with the reason, as DoRA is (`adapter_config`). Names that a wrapper has
+changed are repaired (`tensor_names`). The layers may be linear, embeddings, convolutions or experts (`layout`).
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
+import torch
 from torch import Tensor
 
 from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, LoraPair, finite, lora_scale
+from fedelta.lora.files.adapter_config import CONFIG, MAX_MATCHES, MAX_RANK, AdapterConfig, read_config
+from fedelta.lora.files.layout import Kind, Layout
+from fedelta.lora.files.locate import locate
+from fedelta.lora.files.tensor_names import PREFIX, Names, sort_names
+from fedelta.lora.files.weights import opened, read_entries
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-_REFUSED = {
-    "use_dora": "DoRA rescales the weight by a magnitude, so its update is not s·B·A",
-    "lora_bias": "a bias on B is not part of s·B·A",
-    "layer_replication": "replicated layers do not have their own weight in the base model",
-    "use_qalora": "QALoRA pools the input before A",
-    "alora_invocation_tokens": "an activated LoRA applies to some tokens only",
-    "trainable_token_indices": "trained token embeddings are neither LoRA nor a head",
-    "target_parameters": "LoRA on bare parameters is not a module's B·A",
-    "velora_config": "VeLoRA changes what A receives",
-    "use_bdlora": "BD-LoRA keeps block-diagonal factors",
-    "kasa_config": "KaSA changes the base weight",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "arrow_config": "Arrow routes between adapters by token",
-}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+__all__ = ["CONFIG", "PREFIX", "Layer", "PeftFolder", "open_adapter"]
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Layer(NamedTuple):
-    """One adapted layer of a folder: its rank, its shape (m, n), out×in, and its scale s."""
+    """One adapted layer of a folder: its rank, its shape (m, n), out×in, its scale s, and its place in the file."""
 
     rank: int
     shape: tuple[int, int]
     scale: float
+    layout: Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,36 +40,57 @@ class PeftFolder:
 
     Args:
         path: the folder.
+        name: its name in errors and tables: what the user typed.
         config: content of `adapter_config.json`.
-        layers: module → rank, shape and scale, including `rank_pattern`, `alpha_pattern` and rsLoRA.
+        layers: layer → rank, shape and scale, including `rank_pattern`, `alpha_pattern` and rsLoRA. The name of a layer
+            is that of its module; expert e of a stack is `module[e]`.
         heads: `module.parameter` → shape, of the tensors of `modules_to_save`.
+        notes: what was repaired or left out, a line each.
+        names: where the tensors are.
     """
 
     path: Path
+    name: str
     config: Mapping[str, Any]
     layers: Mapping[str, Layer]
     heads: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...]
+    names: Names
 
-    def read(self, modules: Iterable[str] | None = None) -> Adapter:
-        """Read the pairs of some or all modules, in fp32.
+    def read(self, layers: Iterable[str] | None = None) -> Adapter:
+        """Read the pairs of some or all layers, in fp32.
 
         Args:
-            modules: names of the modules; None reads all.
+            layers: names of the layers; None reads all. Names that the folder does not have are left out.
 
         Raises:
-            FedeltaError: naming the module that holds NaN or infinite values.
+            FedeltaError: naming the layer that holds NaN or values whose product does not fit into fp32.
         """
         pairs = {}
-        with _opened(self.path) as tensors:
-            for module in self.layers if modules is None else modules:
-                factors = []
-                for name in ("A", "B"):
-                    factor = tensors.get_tensor(f"{PREFIX}{module}.lora_{name}.weight").float()
-                    if not finite(factor):
-                        raise FedeltaError(f"{self.path}: module {module}: {name} holds NaN or infinite values")
-                    factors.append(factor)
-                pairs[module] = LoraPair(factors[0], factors[1], self.layers[module].scale)
+        last, A, B = "", torch.empty(0), torch.empty(0)
+        with opened(self.path, self.name) as weights:
+            for name in self.layers if layers is None else layers:
+                if name not in self.layers:
+                    continue
+                layer = self.layers[name]
+                if layer.layout.module != last:  # a stack of experts is read once
+                    last = layer.layout.module
+                    A, B = (weights.read(each[last]).float() for each in (self.names.A, self.names.B))
+                    self._check_values(last, A, B, layer)
+                pairs[name] = LoraPair(*layer.layout.matrices(A, B), layer.scale)
         return Adapter(pairs)
+
+    def _check_values(self, module: str, A: Tensor, B: Tensor, layer: Layer) -> None:
+        largest = layer.scale * layer.rank
+        for name, factor in (("A", A), ("B", B)):
+            low, high = (float(value) for value in factor.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise FedeltaError(f"{self.name}: module {module}: {name} holds NaN or infinite values")
+            largest *= max(-low, high)
+        if largest > _LARGEST:
+            raise FedeltaError(
+                f"{self.name}: module {module}: the update s·B·A reaches {largest:.0e}, more than fp32 holds"
+            )
 
     def read_heads(self) -> dict[str, Tensor]:
         """Read the heads: `module.parameter` → tensor.
@@ -88,143 +99,114 @@ class PeftFolder:
             FedeltaError: naming the head that holds NaN or infinite values.
         """
         heads = {}
-        with _opened(self.path) as tensors:
-            for name in self.heads:
-                heads[name] = tensors.get_tensor(PREFIX + name)
+        with opened(self.path, self.name) as weights:
+            for name, entry in self.names.heads.items():
+                heads[name] = weights.read(entry)
                 if heads[name].is_floating_point() and not finite(heads[name]):
-                    raise FedeltaError(f"{self.path}: head {name} holds NaN or infinite values")
+                    raise FedeltaError(f"{self.name}: head {name} holds NaN or infinite values")
         return heads
 
 
 def open_adapter(folder: str | Path) -> PeftFolder:
     """Read the configuration and header of a PEFT LoRA folder and check that they are consistent.
 
+    Args:
+        folder: the folder, one with a single adapter in a subfolder, or the name of an adapter on the Hub.
+
     Raises:
         FedeltaError: naming the folder and what is missing, damaged or not supported.
     """
-    folder = _snapshot(Path(folder))
-    config = _read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).is_file():
+    location = locate(folder)
+    path, name = location.folder, location.name
+    config = read_config(path, name)
+    names = sort_names(name, read_entries(path, name))
+    patterns = len(config.ranks) + len(config.alphas) + len(config.fields.get("target_parameters") or [])
+    if patterns * len(names.A) > MAX_MATCHES:
+        raise FedeltaError(f"{name}: {CONFIG}: too many patterns for {len(names.A)} modules")
+    layers: dict[str, Layer] = {}
+    for module in sorted(names.A.keys() | names.B.keys()):
+        for layer in _layers(name, config, module, names):
+            layers[layer.layout.layer] = layer
+    notes = [location.note] if location.note else []
+    if names.repairs:
+        notes.append(f"{name}: {'; '.join(names.repairs)}")
+    if config.ignored:
+        rest = f" and {len(config.ignored) - 4} more" if len(config.ignored) > 4 else ""
+        notes.append(f"{name}: {CONFIG}: ignored, as PEFT does: {', '.join(config.ignored[:4])[:120]}{rest}")
+    heads = {head: entry.shape for head, entry in names.heads.items()}
+    return PeftFolder(path, name, config.fields, layers, heads, tuple(notes), names)
+
+
+def _layers(folder: str, config: AdapterConfig, module: str, names: Names) -> list[Layer]:
+    """Return the layer of a module, or those of its experts.
+
+    Raises:
+        FedeltaError: if the shapes do not fit each other, or the configuration.
+    """
+    where = f"{folder}: module {module}"
+    if module not in names.A or module not in names.B:
+        raise FedeltaError(f"{where} has no lora_{'A' if module in names.B else 'B'}")
+    A, B = names.A[module], names.B[module]
+    kind = _kind(folder, config, module, names)
+    for name, entry in (("A", A), ("B", B)):
+        if len(entry.shape) != 2 and kind != "convolution":
+            raise FedeltaError(f"{where}: {name} is {entry.shape}, expected a matrix; shards of FSDP must be gathered")
+    if A.shape[0] != B.shape[1]:
+        grouped = ": convolutions with groups are not supported" if kind == "convolution" else ""
+        raise FedeltaError(f"{where}: A {A.shape} and B {B.shape} do not share a rank{grouped}")
+    # PEFT matches patterns with the name of a parameter, and `_kind` has seen that none does.
+    stated = config.ranks.default if kind == "parameter" else config.ranks.value(module)
+    alpha = config.alphas.default if kind == "parameter" else config.alphas.value(module)
+    experts = A.shape[0] // stated if kind == "parameter" else 1
+    rank = A.shape[0] // experts if experts else A.shape[0]
+    if rank != stated or rank * experts != A.shape[0]:
+        raise FedeltaError(f"{where} has rank {rank}, but {CONFIG} says {stated}")
+    if rank > MAX_RANK:
+        raise FedeltaError(f"{where} has rank {rank}, expected at most {MAX_RANK}")
+    rule: Any = "alpha/sqrt(r)" if config.fields.get("use_rslora") else "alpha/r"
+    scale = lora_scale(float(alpha), rank, rule)
+    shape = (B.shape[0], math.prod(A.shape[1:]))
+    return [Layer(rank, shape, scale, Layout(module, kind, e, experts, A.shape[2:])) for e in range(experts)]
+
+
+def _kind(folder: str, config: AdapterConfig, module: str, names: Names) -> Kind:
+    if module in names.embeddings:
+        return "embedding"
+    A, B = names.A[module], names.B[module]
+    parameters = parameters_of(module, config.fields)
+    if parameters:
+        patterned = [each for each in parameters if config.ranks.matches(each) or config.alphas.matches(each)]
+        if patterned:
             raise FedeltaError(
-                f"{folder}: {PICKLE} is a pickle, which can run code and is never loaded; open it with PEFT if "
-                "you trust it and save it again: model.save_pretrained(folder, safe_serialization=True)"
+                f"{folder}: rank_pattern or alpha_pattern of the parameter {patterned[0]} is not supported: the file "
+                "does not say which parameter a factor belongs to"
             )
-        raise FedeltaError(f"{folder}: no {WEIGHTS}")
-    with _opened(folder) as tensors:
-        shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    A, B, heads = _sort_keys(folder, shapes)
-    layers = {}
-    for module in sorted(A | B):
-        if module not in A or module not in B:
-            raise FedeltaError(f"{folder}: module {module} has no lora_{'A' if module in B else 'B'}")
-        for name, shape in (("A", A[module]), ("B", B[module])):
-            if len(shape) != 2:
-                raise FedeltaError(f"{folder}: module {module}: {name} is {shape}, expected a matrix")
-        if A[module][0] != B[module][1]:
-            raise FedeltaError(f"{folder}: module {module}: A {A[module]} and B {B[module]} do not share a rank")
-        rank = A[module][0]
-        stated = _pattern(config.get("rank_pattern"), module, config["r"])
-        if rank != stated:
-            raise FedeltaError(f"{folder}: module {module} has rank {rank}, but {CONFIG} says {stated}")
-        alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        if not _positive(alpha):
-            raise FedeltaError(f"{folder}: module {module} has lora_alpha {alpha!r}, expected a positive number")
-        scale = lora_scale(float(alpha), rank, "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r")
-        layers[module] = Layer(rank, (B[module][0], A[module][1]), scale)
-    return PeftFolder(folder, config, layers, heads)
+        return "parameter"
+    if module.endswith(".base_layer"):
+        raise FedeltaError(f"{folder}: module {module} is a layer inside another adapter, expected target_parameters")
+    convolution = len(A.shape) in (3, 4, 5) and len(A.shape) == len(B.shape) and set(B.shape[2:]) == {1}
+    return "convolution" if convolution else "linear"
 
 
-def _snapshot(folder: Path) -> Path:
-    """Return the folder, or its newest revision if it is a folder of the Hub's cache (`models--owner--name`)."""
-    if (folder / CONFIG).exists() or not (folder / "snapshots").is_dir():
-        return folder
-    main = folder / "refs" / "main"
-    if main.is_file():
-        return folder / "snapshots" / main.read_text().strip()
-    revisions = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
-    return revisions[-1] if revisions else folder
+def parameters_of(module: str, config: Mapping[str, Any]) -> list[str]:
+    """Return the `target_parameters` that lie in a module; empty if its factors are those of the module itself.
+
+    PEFT nests the factors of several parameters of one module: their modules are `m`, `m.base_layer`, and so on.
+    """
+    owner = module
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    result = []
+    for parameter in config.get("target_parameters") or []:
+        parent = parameter.rpartition(".")[0]
+        inside = owner == parent or owner.endswith(f".{parent}")
+        if inside if parent else not _is_target(owner, config.get("target_modules")):
+            result.append(parameter)
+    return result
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    """Open the weights of a folder; errors of the library become a `FedeltaError`."""
-    try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as tensors:
-            yield tensors
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FedeltaError(f"{folder / WEIGHTS}: {error}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json` and raise if its update is not s·B·A."""
-    if folder.is_file():
-        raise FedeltaError(f"{folder}: a file, expected an adapter folder")
-    if not folder.is_dir():
-        raise FedeltaError(f"{folder}: no such folder")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except OSError as error:
-        raise FedeltaError(f"{folder}: no {CONFIG}") from error
-    except ValueError as error:
-        raise FedeltaError(f"{folder / CONFIG}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise FedeltaError(f"{folder / CONFIG}: a {type(config).__name__}, expected names and values")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise FedeltaError(f"{folder / CONFIG}: {key} is {config[key]!r}, expected names and numbers")
-    if config.get("peft_type") != "LORA":
-        raise FedeltaError(f"{folder}: a {config.get('peft_type')} adapter, expected LORA")
-    for key, reason in _REFUSED.items():
-        if config.get(key):
-            raise FedeltaError(f"{folder}: {key} is not supported: {reason}")
-    initial = str(config.get("init_lora_weights")).lower()
-    if initial.startswith(_CHANGES_BASE):
-        raise FedeltaError(
-            f"{folder}: init_lora_weights={initial!r} moves a part of the base weight into the adapter, so its "
-            "update is not s·B·A; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
-        )
-    if config.get("bias", "none") != "none":
-        raise FedeltaError(f"{folder}: bias={config['bias']!r} trains biases of the base, expected 'none'")
-    for key in ("r", "lora_alpha"):
-        if not _positive(config.get(key)):
-            raise FedeltaError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, expected a positive number")
-    return config
-
-
-Shape = tuple[int, ...]
-
-
-def _sort_keys(
-    folder: Path, tensors: Mapping[str, Shape]
-) -> tuple[dict[str, Shape], dict[str, Shape], dict[str, Shape]]:
-    """Split the shapes of all tensors into A and B by module, and heads by `module.parameter`."""
-    A, B, heads = {}, {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name == key or "lora_embedding" in name or "lora_magnitude" in name or name.endswith(".base_layer.weight"):
-            raise FedeltaError(f"{folder}: unexpected tensor {key}, expected only lora_A, lora_B and heads")
-        if name.endswith(".lora_A.weight"):
-            A[name.removesuffix(".lora_A.weight")] = tensor
-        elif name.endswith(".lora_B.weight"):
-            B[name.removesuffix(".lora_B.weight")] = tensor
-        elif ".lora_" in name:
-            raise FedeltaError(f"{folder}: tensor {key} is not supported, expected only weights of lora_A and lora_B")
-        else:
-            heads[name] = tensor
-    if not A:
-        raise FedeltaError(f"{folder / WEIGHTS}: no LoRA weights, found {len(tensors)} other tensors")
-    return A, B, heads
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
-
-
-def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return a module's value in `rank_pattern` or `alpha_pattern`, matched as PEFT does."""
-    if not pattern:
-        return default
-    from peft.utils.other import get_pattern_key
-
-    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+def _is_target(module: str, targets: Any) -> bool:
+    """Return True if a list of `target_modules` has a module. A regular expression has it unless it says otherwise."""
+    if not isinstance(targets, list):
+        return targets is not None
+    return any(module == each or module.endswith(f".{each}") for each in map(str, targets))

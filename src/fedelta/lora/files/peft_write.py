@@ -1,18 +1,22 @@
 """Writing of PEFT folders, one module at a time, and of base patches."""
 
-import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fedelta.errors import FedeltaError
 from fedelta.files import new_folder
-from fedelta.lora.adapter import Adapter, LoraPair, lora_alpha
-from fedelta.lora.files.peft_read import CONFIG, PREFIX, WEIGHTS
+from fedelta.lora.adapter import Adapter, LoraPair, finite
+from fedelta.lora.files.adapter_config import CONFIG
+from fedelta.lora.files.layout import Layout, pad_rank, stack
+from fedelta.lora.files.locate import WEIGHTS
+from fedelta.lora.files.output_config import output_config
 from fedelta.lora.files.tensor_file import TensorFile
+from fedelta.lora.files.tensor_names import PREFIX
 from fedelta.lora.lowrank import LowRank
 
 PATCH = "base_patch.safetensors"
@@ -28,44 +32,72 @@ class AdapterWriter:
 
     Args:
         folder: existing folder for the two files.
-        modules: names of all modules that will be added.
+        layouts: place of each layer that will be added.
         heads: `module.parameter` → tensor, of `modules_to_save`.
-        config: content of an `adapter_config.json`. Rank, α and related keys are replaced; the others are kept.
+        config: content of an `adapter_config.json`; `output_config` says what is kept of it.
         scale: s of all modules.
     """
 
     def __init__(
         self,
         folder: Path,
-        modules: Iterable[str],
+        layouts: Iterable[Layout],
         heads: Mapping[str, Tensor],
         config: Mapping[str, Any],
         scale: float = 1.0,
     ) -> None:
         self._folder = folder
+        self._layouts = {layout.layer: layout for layout in layouts}
         self._heads = heads
         self._config = config
         self._scale = scale
         self._ranks: dict[str, int] = {}
-        self._names = [_key(module, factor) for module in modules for factor in "AB"]
+        self._stacks: defaultdict[str, dict[int, LoraPair]] = defaultdict(dict)
+        # One layout of each module: experts of a stack share two tensors.
+        self._modules = {layout.module: layout for layout in self._layouts.values()}
+        self._names = [layout.key(factor) for layout in self._modules.values() for factor in "AB"]
         self._draft = self._open(_DRAFT)
 
     def _open(self, name: str) -> TensorFile:
         return TensorFile(self._folder / name, [*self._names, *map(_head_key, self._heads)], {"format": "pt"})
 
-    def add(self, module: str, pair: LoraPair) -> None:
-        """Write one module. Its pair may have any rank and scale."""
+    def add(self, layer: str, pair: LoraPair) -> None:
+        """Write one layer. Its pair may have any rank and scale. Experts are written once a stack is complete.
+
+        Raises:
+            FedeltaError: naming the layer whose values are not finite.
+        """
         pair = pair.with_scale(self._scale)
-        self._ranks[module] = pair.rank
-        self._draft.write(_key(module, "A"), pair.A)
-        self._draft.write(_key(module, "B"), pair.B)
+        for name, factor in (("A", pair.A), ("B", pair.B)):
+            if not finite(factor):
+                raise FedeltaError(f"module {layer}: {name} of the result does not fit into {factor.dtype}")
+        layout = self._layouts[layer]
+        if layout.experts == 1:
+            self._write(layout, pair.rank, *layout.tensors(pair.A, pair.B))
+            return
+        pairs = self._stacks[layout.module]
+        pairs[layout.expert] = pair
+        if len(pairs) == layout.experts:
+            ordered = [pairs[expert] for expert in range(layout.experts)]
+            del self._stacks[layout.module]
+            A, B = stack([each.A for each in ordered], [each.B for each in ordered])
+            self._write(layout, len(A) // layout.experts, A, B)
+
+    def _write(self, layout: Layout, rank: int, A: Tensor, B: Tensor) -> None:
+        self._ranks[layout.module] = rank
+        self._draft.write(layout.key("A"), A)
+        self._draft.write(layout.key("B"), B)
 
     def __enter__(self) -> "AdapterWriter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            _write_heads(self._draft, self._heads)
+        try:
+            if error is None:
+                _write_heads(self._draft, self._heads)
+        except FedeltaError as refused:
+            self._draft.__exit__(type(refused), refused, None)
+            raise
         self._draft.__exit__(kind, error, trace)
         if error is None:
             self._finish(max(self._ranks.values()))
@@ -75,32 +107,17 @@ class AdapterWriter:
         if any(each < rank for each in self._ranks.values()):
             with self._open(WEIGHTS) as padded:
                 for module in self._ranks:
-                    A, B = (self._draft.read(_key(module, factor)) for factor in "AB")
-                    missing = rank - len(A)
-                    padded.write(_key(module, "A"), torch.nn.functional.pad(A, (0, 0, 0, missing)))
-                    padded.write(_key(module, "B"), torch.nn.functional.pad(B, (0, missing)))
+                    layout = self._modules[module]
+                    factors = [self._draft.read(layout.key(factor)) for factor in "AB"]
+                    A, B = pad_rank(factors[0], factors[1], layout.experts, rank)
+                    padded.write(layout.key("A"), A)
+                    padded.write(layout.key("B"), B)
                 _write_heads(padded, self._heads)
             draft.unlink()
         else:
             draft.replace(self._folder / WEIGHTS)
-        self._write_config(rank)
-
-    def _write_config(self, rank: int) -> None:
-        alpha = lora_alpha(self._scale, rank)
-        config = {
-            **self._config,
-            "r": rank,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "use_rslora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "inference_mode": True,
-        }
-        (self._folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _key(module: str, factor: str) -> str:
-    return f"{PREFIX}{module}.lora_{factor}.weight"
+        text = output_config(self._config, self._layouts.values(), self._heads, rank, self._scale)
+        (self._folder / CONFIG).write_text(text)
 
 
 def _head_key(name: str) -> str:
@@ -109,6 +126,8 @@ def _head_key(name: str) -> str:
 
 def _write_heads(file: TensorFile, heads: Mapping[str, Tensor]) -> None:
     for name, tensor in sorted(heads.items()):
+        if tensor.is_floating_point() and not finite(tensor):
+            raise FedeltaError(f"head {name}: the result does not fit into {tensor.dtype}")
         file.write(_head_key(name), tensor)
 
 
@@ -133,20 +152,16 @@ def write_adapter(
         fan_in_fan_out: True if the adapted layers are Conv1D.
         task_type: PEFT's task type.
     """
-    import peft
-
-    config = peft.LoraConfig(
-        target_modules=sorted(adapter),
-        modules_to_save=modules_to_save,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type=task_type,
-        base_model_name_or_path=base_model,
-    ).to_dict()
-    # PEFT stores names in a set, whose order differs between processes. Sorted, equal runs write equal files.
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = {
+        "modules_to_save": modules_to_save,
+        "fan_in_fan_out": fan_in_fan_out,
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+    }
     scales = {pair.scale for pair in adapter.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    with new_folder(folder) as temporary, AdapterWriter(temporary, adapter, heads, config, scale) as writer:
+    layouts = map(Layout, adapter)
+    with new_folder(folder) as temporary, AdapterWriter(temporary, layouts, heads, config, scale) as writer:
         for module, pair in adapter.items():
             writer.add(module, pair)
 
@@ -168,9 +183,15 @@ class PatchWriter:
         self._written = False
 
     def add(self, module: str, product: LowRank) -> None:
-        """Write the patch of one module."""
+        """Write the patch of one module.
+
+        Raises:
+            FedeltaError: naming the module whose patch is not finite.
+        """
         self._written = True
         for part, tensor in product.tensors.items():
+            if not finite(tensor):
+                raise FedeltaError(f"module {module}: {part} of the base patch does not fit into {tensor.dtype}")
             self._file.write(f"{module}.{part}", tensor)
 
     def __enter__(self) -> "PatchWriter":

@@ -38,7 +38,7 @@ def plot_scores(runs: Sequence[Run], folder: Path) -> list[Path]:
         axes.axhline(constant_score, color="grey", linewidth=1, linestyle=":", label="most frequent class")
     axes.set(
         ylabel=f"validation {runs[0].config.task.judged.title}",
-        title=f"{runs[0].config.data.source}, {quantity(len(runs), 'run')}",
+        title=f"{runs[0].config.data.title}, {quantity(len(runs), 'run')}",
     )
     axes.legend(frameon=False)
     return save(figure, folder, "score")

@@ -11,6 +11,7 @@ from rich.table import Table
 from fedelta.errors import quantity
 from fedelta.files import write_file
 from fedelta.learning.tasks.metrics import Metric
+from fedelta.runs.identity import differing_inputs
 from fedelta.runs.runner import Run
 
 MB = 1e6
@@ -127,10 +128,12 @@ def caption(runs: Sequence[Run]) -> str:
     constant = [score for run in runs if (score := run.result["constant_score"]) is not None]
     frequent = f"; always answering the most frequent class: {100 * mean(constant):.2f} %" if constant else ""
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    differing = differing_inputs([run.result.get("inputs", {}) for run in runs])
+    warning = f" These runs differ in their {', '.join(differing)}." if differing else ""
     return (
         f"Final model after {quantity(runs[0].config.rounds, 'round')} on the test split, {spread}{frequent}. "
         f"Rounds until the validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as "
-        "serialized. Deviation: what averaging A and B apart loses of the mean product."
+        f"serialized. Deviation: what averaging A and B apart loses of the mean product.{warning}"
     )
 
 
@@ -148,7 +151,7 @@ def write_table(runs: Sequence[Run], folder: Path) -> Path:
 def console_table(runs: Sequence[Run]) -> Table:
     """Build the table for a terminal."""
     target = default_target(runs)
-    table = Table(title=runs[0].config.data.source, caption=caption(runs), caption_justify="left")
+    table = Table(title=runs[0].config.data.title, caption=caption(runs), caption_justify="left")
     metric = metric_of(runs)
     for i, name in enumerate(columns(metric, target)):
         table.add_column(name, justify="left" if i == 0 else "right")

@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rich.table
-from rich.markup import escape
+from rich.text import Text
 from tabulate import tabulate
 
+from fedelta.errors import printable
 from fedelta.files import write_file
+
+MAX_CELL = 200
+MAX_NOTE = 4000
+"""Maximum numbers of characters of a cell, and of a title or note. Names in them may come from data and clients."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class TextTable:
 
     def markdown(self) -> str:
         """The table in Markdown, without title and note."""
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in [self.head, *self.rows]]
+        rows = [[printable(cell, MAX_CELL).replace("|", "\\|") for cell in row] for row in [self.head, *self.rows]]
         return self._format("pipe", rows) + "\n"
 
     def latex(self) -> str:
@@ -40,11 +45,12 @@ class TextTable:
 
     def console(self) -> rich.table.Table:
         """The table for a terminal, with title and note."""
-        table = rich.table.Table(title=escape(self.title), caption=escape(self.note) or None, caption_justify="left")
+        title, note = Text(printable(self.title, MAX_NOTE)), Text(printable(self.note, MAX_NOTE)) if self.note else None
+        table = rich.table.Table(title=title, caption=note, caption_justify="left")
         for i, name in enumerate(self.head):
-            table.add_column(escape(name), justify="left" if i == 0 else "right")
+            table.add_column(Text(printable(name, MAX_CELL)), justify="left" if i == 0 else "right")
         for row in self.rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(Text(printable(cell, MAX_CELL)) for cell in row))
         return table
 
     def write(self, folder: Path) -> list[Path]:

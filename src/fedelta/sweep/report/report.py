@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedelta.errors import FedeltaError, quantity
+from fedelta.federation.records import Inputs
 from fedelta.files import write_file
+from fedelta.runs.identity import differing_inputs
 from fedelta.runs.report.text_table import TextTable
 from fedelta.sweep.cells import Expansion, Place, Tuned, chosen_by
 from fedelta.sweep.grid import Grid, View, load_grid
@@ -16,7 +18,7 @@ from fedelta.sweep.report import figures as grid_figures
 from fedelta.sweep.report import scores as grid_scores
 from fedelta.sweep.report import traffic_and_ranks as grid_tables
 from fedelta.sweep.report.results import Results, gather, places
-from fedelta.sweep.results import FILE, Row, late_score, metric_of, read_rows, score
+from fedelta.sweep.results import FILE, Row, late_score, metric_of, read_rows, score, stored_inputs
 
 TABLES: Mapping[View, Callable[[Results], TextTable]] = {
     "score": grid_scores.final,
@@ -136,6 +138,16 @@ def _cells(grid: Grid, ran: Sequence[Place], rows: Mapping[str, Row]) -> str:
     return TextTable("cells", "Cells", head, lines).markdown()
 
 
+def _differing_inputs(rows: Iterable[Row]) -> list[str]:
+    """Names of the parts in which cells differ that name the same data and the same model."""
+    alike: dict[str, list[Inputs]] = {}
+    for row in rows:
+        config = json.loads(row["config"])
+        named = json.dumps([config.get(part) for part in ("data", "model", "task", "partition")], sort_keys=True)
+        alike.setdefault(named, []).append(stored_inputs(row))
+    return list(dict.fromkeys(part for inputs in alike.values() for part in differing_inputs(inputs)))
+
+
 def provenance(rows: Mapping[str, Row], others: int = 0) -> str:
     """Summarize in one paragraph how many runs there are, when and where they ran, and with which versions.
 
@@ -155,6 +167,8 @@ def provenance(rows: Mapping[str, Row], others: int = 0) -> str:
     failed = sum(row["failed"] is not None for row in rows.values())
     days = sorted({row["finished"][:10] for row in rows.values()})
     lost = sum(r["sampled"] - r["clients"] for row in rows.values() for r in row["rounds"])
+    differing = _differing_inputs(rows.values())
+    warning = f" These runs differ in their {', '.join(differing)}." if differing else ""
     counts = [
         quantity(len(rows), "run"),
         *([f"{failed} of them diverged"] if failed else []),
@@ -165,4 +179,5 @@ def provenance(rows: Mapping[str, Row], others: int = 0) -> str:
         f"{hours:.2f} hours of rounds, summed over runs side by side, "
         f"{days[0]}{' to ' + days[-1] if days[-1] != days[0] else ''}, on {'; '.join(machines)}. "
         f"Versions: {'; '.join(versions)}.{f' Commits: {code}.' if code else ''}"
+        f"{warning}"
     )

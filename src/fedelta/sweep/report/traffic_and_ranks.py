@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from fedelta.federation.ranks import initial_ranks
-from fedelta.learning.shards import client_names
+from fedelta.learning.data.partition import client_names
 from fedelta.protocol.serialization import ByteCount
 from fedelta.runs.config import parse_config
 from fedelta.runs.report.statistics import spread
