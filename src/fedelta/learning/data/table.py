@@ -137,8 +137,8 @@ def join(name: str, tables: Sequence[Table]) -> Table:
             has, lacks = (first, table) if column in own else (table, first)
             with_it, without = (shorten(each.places.files[0], 70, end=True) for each in (has, lacks))
             raise FedeltaError(
-                f"data source {shorten(name, 60)}: {with_it} has a column {shorten(column, 40)!r} and {without} has not, "
-                "expected the same columns in all files"
+                f"data source {shorten(name, 60)}: {with_it} has a column {shorten(column, 40)!r} and {without} has "
+                "not, expected the same columns in all files"
             )
     try:
         rows = datasets.concatenate_datasets([table.rows for table in tables])
