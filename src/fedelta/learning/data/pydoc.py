@@ -1,12 +1,15 @@
-"""The built-in data set: docstrings of Python's standard library, labeled with their chapter.
+"""The built-in data sets: docstrings of Python's standard library, labeled with their chapter or beside a signature.
 
 It is real text that every machine has. Source files are parsed and never imported, so no code runs, and the same
 Python version gives the same rows in the same order. The task is to predict the chapter of the library reference
 from the docstring alone; small chapters are merged, which leaves eight. The column `module` gives a natural
 partition, in which a client is a group of modules.
+
+The second data set is for language models: the signature of a function, and the first sentence of its docstring.
 """
 
 import ast
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,15 +79,80 @@ def read_pydoc(library: Path | None = None) -> list[dict[str, str]]:
     return rows
 
 
+SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<=[a-z0-9)'\"`\]])[.!?](?=\s+[^a-z0-9\s]|$)")
+"""End of a sentence, but not the dots of `e.g.`, of an ellipsis or of a version number."""
+MIN_SUMMARY, MAX_SUMMARY, MAX_SIGNATURE = 15, 160, 160
+"""Characters of a first sentence and of a signature. Longer ones are lists of options, not sentences."""
+
+
+def read_functions(library: Path | None = None) -> list[dict[str, str]]:
+    """Read functions of the standard library: rows with `signature`, `summary`, `module` and `chapter`, by module.
+
+    The signature is that of a `def` statement, with the class of a method in front of its name. The summary is the
+    first sentence of the docstring. A summary that occurs twice is kept once, so no test row is a training row.
+
+    Args:
+        library: folder of the standard library. None means that of the running Python.
+
+    Raises:
+        FedeltaError: if the folder holds no source files.
+    """
+    library = library or Path(sysconfig.get_paths()["stdlib"])
+    chapter_of = {module: chapter for chapter, modules in CHAPTERS.items() for module in modules.split()}
+    rows, seen = [], set()
+    for module in sorted(chapter_of):
+        for name, node in _functions(library, module):
+            summary = _first_sentence(ast.get_docstring(node) or "")
+            signature = f"def {name}({ast.unparse(node.args)})"
+            fits = MIN_SUMMARY <= len(summary) <= MAX_SUMMARY and len(signature) <= MAX_SIGNATURE
+            if fits and summary not in seen:
+                seen.add(summary)
+                rows.append(
+                    {"signature": signature, "summary": summary, "module": module, "chapter": chapter_of[module]}
+                )
+    if not rows:
+        raise FedeltaError(f"data source pydoc-functions: no sources of the standard library under {library}")
+    return rows
+
+
+def _first_sentence(docstring: str) -> str:
+    """Return the first sentence in one line, without its quotes and with one period; empty if there is none."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    end = SENTENCE_END.search(paragraph)
+    sentence = (paragraph[: end.start()] if end else paragraph).rstrip(" :")
+    # Some docstrings begin with the signature itself: `name(arguments) -> result`.
+    is_sentence = sentence[:1].isupper() and " " in sentence and "->" not in sentence and sentence.isprintable()
+    return f"{sentence}." if is_sentence else ""
+
+
+def _functions(library: Path, module: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Yield the functions and methods of a module with their qualified names, in the order of its source."""
+    for tree in _trees(library, module):
+        nodes: list[tuple[str, ast.AST]] = [("", tree)]
+        while nodes:
+            prefix, node = nodes.pop(0)
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield f"{prefix}{child.name}", child
+                elif isinstance(child, ast.ClassDef):
+                    nodes.append((f"{child.name}.", child))
+
+
 def _docstrings(library: Path, module: str) -> Iterator[str]:
+    for tree in _trees(library, module):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    yield text
+
+
+def _trees(library: Path, module: str) -> Iterator[ast.Module]:
+    """Parse the source files of a module, without its tests and copies of other projects."""
     package = library / module
     files = sorted(package.rglob("*.py")) if package.is_dir() else [library / f"{module}.py"]
     for file in files:
         parts = file.relative_to(library).parts
         if not file.is_file() or "test" in parts or "tests" in parts or "_vendor" in parts:
             continue
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text:
-                    yield text
+        yield ast.parse(file.read_bytes())

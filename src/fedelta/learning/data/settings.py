@@ -11,6 +11,7 @@ from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from fedelta.settings import Settings
 
 BUILT_IN = "pydoc"
+BUILT_IN_FUNCTIONS = "pydoc-functions"
 SplitName = Literal["train", "validation", "test"]
 Use = Literal["text", "cell", "class", "number"]
 """Use of a column: a text, a cell that a template shows (anything but lists and objects), a class, or a number."""
@@ -58,10 +59,10 @@ class DataSettings(Settings):
     """Texts, labels and splits.
 
     Args:
-        source: `pydoc`, a file (CSV, TSV, JSON, JSONL, Parquet, Excel; also compressed), a pattern such as `data/*.csv`
-            or a list of files (all of them training rows), a folder of files named by split, a folder that
-            `save_to_disk` wrote, or a hub name. A path may name an environment variable, `${NAME}/folder` or
-            `${NAME:-default}/folder`.
+        source: `pydoc` (docstrings and their chapters), `pydoc-functions` (signatures and first sentences of docstrings)
+            a file (CSV, TSV, JSON, JSONL, Parquet, Excel; also compressed), a pattern such as `data/*.csv` or a list of
+            files (all of them training rows), a folder of files named by split, a folder that `save_to_disk` wrote, or
+            a hub name. A path may name an environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
         configuration: configuration of a hub data set, for example `mrpc` of `glue`.
         text: column of the text, or two columns for pairs of texts.
         label: column of the label.

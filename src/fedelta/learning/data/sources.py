@@ -13,11 +13,14 @@ from fedelta.learning.data.files import Loader, chosen_files, expand, folder_loa
 from fedelta.learning.data.hub import load_hub
 from fedelta.learning.data.in_memory import PREFIX, remembered_data
 from fedelta.learning.data.labels import resolve_labels
-from fedelta.learning.data.pydoc import read_pydoc
-from fedelta.learning.data.settings import BUILT_IN, Columns, DataSettings, SplitName
+from fedelta.learning.data.pydoc import read_functions, read_pydoc
+from fedelta.learning.data.settings import BUILT_IN, BUILT_IN_FUNCTIONS, Columns, DataSettings, SplitName
 from fedelta.learning.data.splits import draw, hold_out
 from fedelta.learning.data.streams import named
 from fedelta.learning.data.table import Table, listed, loaded_table, shorten
+
+READERS = {BUILT_IN: read_pydoc, BUILT_IN_FUNCTIONS: read_functions}
+"""Built-in data set → the function that reads its rows."""
 
 
 def load_splits(settings: DataSettings, columns: Columns, together: str | None = None) -> dict[str, Any]:
@@ -117,9 +120,9 @@ def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
     source = expand_variables(settings.source)
     if source.startswith(PREFIX):
         return {name: lambda table=table: table for name, table in remembered_data(source).items()}  # type: ignore[misc]
-    if source == BUILT_IN:
-        rows = datasets.Dataset.from_list(read_pydoc())
-        return {"train": lambda: loaded_table(BUILT_IN, rows)}
+    if source in READERS:
+        rows = datasets.Dataset.from_list(READERS[source]())
+        return {"train": lambda: loaded_table(source, rows)}
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -141,7 +144,7 @@ def _loaders(settings: DataSettings, columns: Columns) -> dict[str, Loader]:
 def local_places(settings: DataSettings) -> Iterator[Path]:
     """Yield the files and folders of this machine that the rows come from, whether they exist or not."""
     for source in (settings.source,) if isinstance(settings.source, str) else settings.source:
-        if source.startswith(PREFIX) or source == BUILT_IN:
+        if source.startswith(PREFIX) or source in READERS:
             continue
         path = Path(expand_variables(source)).expanduser()
         if is_pattern(str(path)) and not path.exists():

