@@ -99,7 +99,10 @@ def test_nothing_of_a_sites_rows_labels_paths_or_environment_leaves_it(
         for name in (first, second):
             assert federation.wait(name, 60) == 0
             last_line = federation.output(name).splitlines()[-1]
-            assert last_line.partition(" ")[2] == f"the run has ended after {len(REASONS)} rounds; its adapter is in site/adapter"
+            assert (
+                last_line.partition(" ")[2]
+                == f"the run has ended after {len(REASONS)} rounds; its adapter is in site/adapter"
+            )
             adapter = federation.folder / name / "site" / "adapter" / "adapter_model.safetensors"
             assert adapter.read_bytes() == (config.folder / "adapter" / "adapter_model.safetensors").read_bytes()
         outputs = {name: federation.output(name) for name in ("server", "stray", bad)}
