@@ -59,7 +59,7 @@ class DataSettings(Settings):
     """Texts, labels and splits.
 
     Args:
-        source: `pydoc` (docstrings and their chapters), `pydoc-functions` (signatures and first sentences of docstrings)
+        source: `pydoc` (docstrings and their chapters), `pydoc-functions` (signatures and what the functions do), or
             a file (CSV, TSV, JSON, JSONL, Parquet, Excel; also compressed), a pattern such as `data/*.csv` or a list of
             files (all of them training rows), a folder of files named by split, a folder that `save_to_disk` wrote, or
             a hub name. A path may name an environment variable, `${NAME}/folder` or `${NAME:-default}/folder`.
