@@ -271,6 +271,11 @@ def test_a_site_joins_and_another_is_removed_between_rounds(
         assert federation.wait(NAMES[0], 120) == 2
         assert "does not know the key" in federation.output(NAMES[0])
         federation.wait_for_rounds(removed + 6)
+        # A server that is killed now resumes with clients that are not those of the first round.
+        federation.processes["server"].kill()
+        federation.processes["server"].wait()
+        federation.serve("--resume")
+        federation.wait_for_rounds(done(config) + 2)
         assert list(scratch.glob("fedelta-*"))
         for name, number, line in (
             ("server", signal.SIGTERM, "--resume continues from them"),
