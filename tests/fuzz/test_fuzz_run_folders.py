@@ -3,7 +3,8 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,22 @@ def files(folder: Path) -> list[str]:
     )
 
 
-@fuzz(examples=25)
-@given(data=st.data())
-def test_a_damaged_run_is_reported_and_exported_or_refused(finished: dict[str, Any], data: st.DataObject) -> None:
+@contextmanager
+def damaged_copy(finished: dict[str, Any], data: st.DataObject) -> Iterator[Path]:
+    """Copy the run into a new folder and damage one of its files."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "runs" / "run"
         shutil.copytree(finished["folder"], folder)
-        data.draw(damage_to_folder(files(finished["folder"])))(folder)
-        exported = Path(scratch) / "exported"
+        damage: Callable[[Path], str] = data.draw(damage_to_folder(files(finished["folder"])))
+        damage(folder)
+        yield folder
+
+
+@fuzz(examples=25)
+@given(data=st.data())
+def test_a_damaged_run_is_reported_and_exported_or_refused(finished: dict[str, Any], data: st.DataObject) -> None:
+    with damaged_copy(finished, data) as folder:
+        exported = folder.parent.parent / "exported"
         if data.draw(st.booleans()):
             outcome("run folders", "report", str(folder))
         else:
@@ -67,13 +76,10 @@ def test_a_damaged_run_is_reported_and_exported_or_refused(finished: dict[str, A
 @fuzz(examples=20)
 @given(data=st.data())
 def test_a_damaged_run_is_resumed_to_the_same_bytes_or_refused(finished: dict[str, Any], data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "runs" / "run"
-        shutil.copytree(finished["folder"], folder)
-        damage: Callable[[Path], str] = data.draw(damage_to_folder(files(finished["folder"])))
-        damage(folder)
+    with damaged_copy(finished, data) as folder:
+        file = folder.parent.parent / "config.yaml"
         config = copy.deepcopy(finished["config"]) | {"output": str(folder.parent), "rounds": 3}
-        write_file(Path(scratch) / "config.yaml", yaml.safe_dump(config))
-        if outcome("resumed runs", "run", str(Path(scratch) / "config.yaml"), "--resume") is None:
+        write_file(file, yaml.safe_dump(config))
+        if outcome("resumed runs", "run", str(file), "--resume") is None:
             for name in ("adapter/adapter_model.safetensors", "result.json"):
                 assert (folder / name).read_bytes() == finished["expected"][name], name

@@ -11,7 +11,7 @@ The second data set is for language models: the signature of a function, and the
 import ast
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedelta.errors import FedeltaError
@@ -53,6 +53,7 @@ CHAPTERS = {
 }
 """Chapter → top-level modules. Other modules (GUI, tests, obsolete packaging) are omitted."""
 
+Row = dict[str, str]
 MIN_CHARACTERS = 20
 """Length below which a docstring has no content of its own ("See above.")."""
 
@@ -66,17 +67,35 @@ def read_pydoc(library: Path | None = None) -> list[dict[str, str]]:
     Raises:
         FedeltaError: if the folder holds no source files.
     """
+
+    def texts(library: Path, module: str, chapter: str) -> Iterator[tuple[str, Row]]:
+        for text in _docstrings(library, module):
+            if len(text) >= MIN_CHARACTERS:
+                yield text, {"text": text, "label": chapter, "module": module}
+
+    return _rows("pydoc", library, texts)
+
+
+def _rows(source: str, library: Path | None, read: Callable[[Path, str, str], Iterator[tuple[str, Row]]]) -> list[Row]:
+    """Collect the rows of all modules, sorted by module, without a text that has come before.
+
+    Args:
+        source: name of the data set in errors.
+        library: folder of the standard library. None means that of the running Python.
+        read: library, module and chapter → each row with the text that makes it unique.
+
+    Raises:
+        FedeltaError: if there are no rows.
+    """
     library = library or Path(sysconfig.get_paths()["stdlib"])
     chapter_of = {module: chapter for chapter, modules in CHAPTERS.items() for module in modules.split()}
-    rows, seen = [], set()
-    for module in sorted(chapter_of):
-        for text in _docstrings(library, module):
-            if len(text) >= MIN_CHARACTERS and text not in seen:
-                seen.add(text)
-                rows.append({"text": text, "label": chapter_of[module], "module": module})
+    rows: dict[str, Row] = {}
+    for module, chapter in sorted(chapter_of.items()):
+        for text, row in read(library, module, chapter):
+            rows.setdefault(text, row)
     if not rows:
-        raise FedeltaError(f"data source pydoc: no sources of the standard library under {library}")
-    return rows
+        raise FedeltaError(f"data source {source}: no sources of the standard library under {library}")
+    return list(rows.values())
 
 
 SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<=[a-z0-9)'\"`\]])[.!?](?=\s+[^a-z0-9\s]|$)")
@@ -97,22 +116,15 @@ def read_functions(library: Path | None = None) -> list[dict[str, str]]:
     Raises:
         FedeltaError: if the folder holds no source files.
     """
-    library = library or Path(sysconfig.get_paths()["stdlib"])
-    chapter_of = {module: chapter for chapter, modules in CHAPTERS.items() for module in modules.split()}
-    rows, seen = [], set()
-    for module in sorted(chapter_of):
+
+    def functions(library: Path, module: str, chapter: str) -> Iterator[tuple[str, Row]]:
         for name, node in _functions(library, module):
             summary = _first_sentence(ast.get_docstring(node) or "")
             signature = f"def {name}({ast.unparse(node.args)})"
-            fits = MIN_SUMMARY <= len(summary) <= MAX_SUMMARY and len(signature) <= MAX_SIGNATURE
-            if fits and summary not in seen:
-                seen.add(summary)
-                rows.append(
-                    {"signature": signature, "summary": summary, "module": module, "chapter": chapter_of[module]}
-                )
-    if not rows:
-        raise FedeltaError(f"data source pydoc-functions: no sources of the standard library under {library}")
-    return rows
+            if MIN_SUMMARY <= len(summary) <= MAX_SUMMARY and len(signature) <= MAX_SIGNATURE:
+                yield summary, {"signature": signature, "summary": summary, "module": module, "chapter": chapter}
+
+    return _rows("pydoc-functions", library, functions)
 
 
 def _first_sentence(docstring: str) -> str:

@@ -5,6 +5,7 @@ template. From then on it loads as any folder does.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -58,7 +59,16 @@ def smollm2_folder() -> Path:
 def _is_whole(folder: Path) -> bool:
     """Tell whether the weights are those that were converted."""
     digest, weights = folder / DIGEST_FILE, folder / "model.safetensors"
-    return digest.is_file() and weights.is_file() and digest.read_text().strip() == _sha256(weights)
+    if not (digest.is_file() and weights.is_file()):
+        return False
+    found = weights.stat()
+    return digest.read_text().strip() == _sha256_of_state(weights, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _sha256_of_state(file: Path, size: int, modified: int) -> str:  # noqa: ARG001
+    """Digest of a file, computed once in a process for each size and time: a run asks for the folder many times."""
+    return _sha256(file)
 
 
 def _gguf_file() -> Path:
