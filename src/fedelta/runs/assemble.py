@@ -19,7 +19,7 @@ from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.model.padding import longest_text
 from fedelta.learning.model.token_check import check_tokens
 from fedelta.learning.shards import FederatedData, TokenizedSplits, build_data, read_splits, tokenize_splits
-from fedelta.learning.tasks import Completion
+from fedelta.learning.tasks import LanguageTask
 from fedelta.learning.tasks.lm_harness import check_harness
 from fedelta.runs.config import Config, parse_config
 from fedelta.seeds import derive_seed
@@ -128,7 +128,7 @@ def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
     model = make_model(config, classes, tokenizer)
     if config.data.max_length > (longest := longest_text(model.peft, tokenizer)):
         raise FedeltaError(f"data.max_length is {config.data.max_length}, but the model takes {longest} tokens")
-    if isinstance(config.task, Completion) and config.task.generate is not None:
+    if isinstance(config.task, LanguageTask) and config.task.generate is not None:
         prompt_length, new_tokens = config.data.max_length, config.task.generate.max_new_tokens
         if prompt_length + new_tokens > longest:
             raise FedeltaError(

@@ -18,7 +18,7 @@ from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
 from fedelta.files import write_file
 from fedelta.learning.shards import Shard, TokenizedSplits
-from fedelta.learning.tasks import Completion
+from fedelta.learning.tasks import LanguageTask
 from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.learning.tasks.lm_harness import check_harness, harness_scores
 from fedelta.learning.training.flops import text_cost
@@ -242,11 +242,11 @@ class _RunSteps:
 
     def _harness_scores(self) -> dict[str, float]:
         task, settings = self.config.task, self.config.evaluation.harness
-        assert isinstance(task, Completion)
+        assert isinstance(task, LanguageTask)
         assert settings is not None
-        makes_turns = task.makes_turns(self.trainer.tokenizer)
-        chat = ChatTemplate(self.trainer.tokenizer, task.date) if makes_turns else None
-        return harness_scores(self.trainer.model, self.trainer.tokenizer, settings, chat)
+        tokenizer = self.trainer.tokenizer
+        chat = ChatTemplate(tokenizer, task.date) if task.turns(tokenizer) else None
+        return harness_scores(self.trainer.model, tokenizer, settings, chat)
 
     def _profile(self, caches: ActivationCaches) -> Profile:
         profile = read_profile(self.folder, _limit(self.trainer, caches))
