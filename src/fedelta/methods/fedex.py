@@ -87,7 +87,9 @@ class FedEx(Method):
         if self.target != "start-relative" or client.rank >= state.adapter.rank:
             return ClientStart(adapter)
         rest = torch.arange(client.rank, state.adapter.rank)
-        return ClientStart(adapter, {module: pair.select(rest).product() for module, pair in state.adapter.items()})
+        tail = {module: pair.select(rest).product() for module, pair in state.adapter.items()}
+        # In round 0 and after a refresh, B is zero.
+        return ClientStart(adapter, {module: product for module, product in tail.items() if not product.is_zero()})
 
     def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product:
         mean = moments.mean(module)

@@ -40,10 +40,10 @@ def test_round_0_is_trained_once_and_the_files_are_those_of_each_run_alone(
     tiny_config: Any, rounds: list[int], stack: int
 ) -> None:
     training = {"steps": 2, "batch_size": 4, "stack": stack}
-    finished = compare(tiny_config, ("zero-padding", "replication", "fedex"), 2, training=training)
+    finished = compare(tiny_config, ("zero-padding", "replication", "fedex", "flora"), 2, training=training)
     per_round = len(finished[0].records[0]["clients"])
     assert rounds.count(0) == 2 * per_round
-    assert rounds.count(1) == 2 * 3 * per_round
+    assert rounds.count(1) == 2 * 4 * per_round
     for one in finished:
         alone = run(one.config.model_copy(update={"output": str(one.folder.path.parent.with_name("alone"))}))
         assert files(alone) == files(one)

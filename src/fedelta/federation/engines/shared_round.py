@@ -74,11 +74,18 @@ class SharingEngine(LocalEngine):
         """True if clients do nothing but train the factors that they receive, and keep nothing."""
         method, kind = self.server.method, type(self.server.method)
         own_steps = kind.penalty is not Method.penalty or kind.finish is not Method.finish
-        return not own_steps and not method.factors(state.round).keep and self.server.settings.precision == LOSSLESS
+        plan = method.factors(state.round)
+        # `fed-sb` trains a core, which a start of A and B does not hold.
+        whole = not plan.keep and "core" not in plan.train | plan.up
+        return whole and not own_steps and self.server.settings.precision == LOSSLESS
 
     def _key(self, state: ServerState, draw: Draw) -> str:
         digest = hashlib.sha256(str((self.trainer.seed, self.stack, draw.attempt)).encode())
         for client in draw.clients:
-            broadcast = self.server.broadcast(state, client)
-            digest.update(replace(broadcast, method={"name": "", "options": {}}).to_bytes())
+            sent = self.server.broadcast(state, client)
+            # A factor that is drawn from the seed is as good as one that is sent.
+            start = sent.adapter(state.log.shapes)
+            factors = {name: {module: getattr(pair, name) for module, pair in start.items()} for name in "AB"}
+            plan = sent.plan._replace(down=frozenset("AB"))
+            digest.update(replace(sent, factors=factors, plan=plan, method={"name": "", "options": {}}).to_bytes())
         return digest.hexdigest()
