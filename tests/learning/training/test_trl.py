@@ -11,9 +11,9 @@ What must be set in TRL for this:
 
 Its loss is that of fedelta: the sum over the labels of a step divided by their number, computed in chunks.
 
-Tokens differ in two places. The line break that a chat template puts after an end token is not part of fedelta's text;
-TRL reads it without a label. Where a token spans the end of a prompt, fedelta tokenizes prompt and completion separately,
-and TRL trains on another prompt than generation sees. No text of these cases has such a token.
+Tokens differ in two places. The line break that a chat template puts after an end token is not part of fedelta's text,
+but TRL reads it, without a label. Where a token spans the end of a prompt, fedelta tokenizes prompt and completion
+separately, while TRL trains on another prompt than generation sees. No text of these cases has such a token.
 """
 
 import json
@@ -46,8 +46,8 @@ Row = dict[str, Any]
 
 GENERATED = CHATML.replace(
     "{{ m.content }}<end>",
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>{% endgeneration %}{% else %}{{ m.content }}<end>"
-    "{% endif %}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>{% endgeneration %}"
+    "{% else %}{{ m.content }}<end>{% endif %}",
 )
 """A template that marks what an assistant writes, including the end token, as `assistant_only_loss` needs it."""
 
