@@ -101,6 +101,10 @@ def test_loss_and_gradients_equal_those_of_padded_texts(name: str, attention: st
     assert sorted(map(len, rows)) == [1, 1, 3, 3]
     packed = packed_batch(examples, rows, tokenizer, CPU)
     padded = examples.batch(range(len(examples)), tokenizer)
+    if name == "gemma3":
+        # Older versions of transformers ask in training which tokens are images.
+        for batch in (packed, padded):
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     assert packed["input_ids"].numel() == 0.5 * padded["input_ids"].numel()
     (loss, own), (expected_loss, expected) = gradients(model, packed), gradients(model, padded)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -122,16 +126,26 @@ def test_loss_and_gradients_are_equal_with_checkpointing() -> None:
     assert all(distance(gradient, other) < 1e-5 for gradient, other in zip(own, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_whose_packed_texts_see_each_other_is_refused_in_one_line(name: str) -> None:
+def test_a_model_whose_packed_texts_see_each_other_is_refused_in_one_line(name: str, dtype: torch.dtype) -> None:
     model = new_model(REFUSED[name], targets="all-linear" if name != "mamba" else r".*in_proj")
+    model.peft.to(dtype)
     model.peft.train()
     for _ in range(2):
         with pytest.raises(FedeltaError, match=r"^training\.packing is true, but a \w+ model can't train on") as raised:
             check_packing(model, build_tokenizer())
-        assert "when another text is before it in its row" in str(raised.value)
+        reason = "one text of a row to the next" if name == "mamba" else "when another text is before it in its row"
+        assert reason in str(raised.value)
         assert "\n" not in str(raised.value)
     assert model.peft.training
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rounding_to_bfloat16_is_not_a_reason_to_refuse(name: str) -> None:
+    model = new_model(EXACT[name])
+    model.peft.to(torch.bfloat16)
+    check_packing(model, build_tokenizer())
 
 
 def test_a_model_whose_forward_pass_fails_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,10 +98,12 @@ def check_packing(model: LoraModel, tokenizer: Any) -> None:
 
 @torch.no_grad()
 def _reason_not_to_pack(model: LoraModel, tokenizer: Any) -> str | None:
+    base = model.peft.get_base_model()
+    if getattr(base, "_is_stateful", False):
+        return "its layers carry a state from one text of a row to the next"
     lengths = [length for row in TRIAL_LENGTHS for length in row]
     # Special tokens are often the first or last ones, and may stand for images.
     half = model.peft.get_input_embeddings().num_embeddings // 2
-    base = model.peft.get_base_model()
     exact = model.dtype == torch.float32 and not getattr(base, "is_quantized", False)
     texts = [[half + (5 * text + 3 * place) % half for place in range(n)] for text, n in enumerate(lengths)]
     examples = Examples([{"input_ids": tokens} for tokens in texts], texts)
