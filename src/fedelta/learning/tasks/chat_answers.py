@@ -69,7 +69,7 @@ class Answers:
                 f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}"
             )
         begin, end = len(question), len(question) + self._end_in(whole[len(question) :])
-        if not marked:
+        if not self._template.marks:
             return Answer(message, whole[:end], begin, [(begin, end)])
         trained = [(max(start, begin), min(stop, end)) for start, stop in marked]
         trained = [(start, stop) for start, stop in trained if start < stop]

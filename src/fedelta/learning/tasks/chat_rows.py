@@ -35,6 +35,7 @@ class Chat:
         left_over: number of messages after the last answer, which are not trained.
         unasked: number of answers that no user asked for, which are not trained.
         own_system: whether the conversation has a system turn of its own, although one is configured.
+        added: number of messages that are not in the data: 1 if a system turn was added.
     """
 
     messages: list[dict[str, Any]]
@@ -43,6 +44,7 @@ class Chat:
     left_over: int
     unasked: int
     own_system: bool
+    added: int
 
 
 @dataclass(frozen=True)
@@ -94,27 +96,26 @@ class ChatRows:
         messages, trained, begin = self._messages(row)
         configured = self.system.format(**{name: _cell(row[name]) for name in fields_of(self.system)}).strip()
         own_system = bool(messages) and messages[0]["role"] == "system"
-        if configured and not own_system:
-            messages, trained, begin = (
-                [{"role": "system", "content": configured}, *messages],
-                [False, *trained],
-                begin + 1,
-            )
-        turn = next((i for i, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
+        added = int(bool(configured) and not own_system)
+        if added:
+            messages = [{"role": "system", "content": configured}, *messages]
+            trained, begin = [False, *trained], begin + 1
+        asked = next((i for i, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
         every = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= begin]
-        answers = [i for i in every if i > turn and trained[i]]
+        answers = [i for i in every if i > asked and trained[i]]
         for i in answers:
             if not messages[i].get("tool_calls") and not messages[i]["content"].strip():
-                raise IncompleteRow(f"turn {i + 1 - (len(messages) - len(trained))}: the assistant's answer is empty")
+                raise IncompleteRow(f"turn {i + 1 - added}: the assistant's answer is empty")
         if not answers:
-            raise IncompleteRow(_without_answer(messages, every, turn))
+            raise IncompleteRow(_without_answer(messages[added:], bool(every), not every or asked > every[-1]))
         return Chat(
             messages[: answers[-1] + 1],
             answers,
             self._tools(row),
-            len(messages) - 1 - every[-1],
-            sum(i < turn and trained[i] for i in every),
-            own_system and bool(configured),
+            left_over=len(messages) - 1 - every[-1],
+            unasked=sum(i < asked and trained[i] for i in every),
+            own_system=own_system and bool(configured),
+            added=added,
         )
 
     def _messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[bool], int]:
@@ -236,12 +237,12 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _without_answer(messages: list[dict[str, Any]], every: list[int], turn: int) -> str:
+def _without_answer(messages: list[dict[str, Any]], answered: bool, unasked: bool) -> str:
     """Why a conversation has nothing to train."""
     if not messages:
         return "an empty conversation"
-    if not every:
+    if not answered:
         return f"a conversation without an answer of the assistant ({listed(m['role'] for m in messages)})"
-    if turn > every[-1]:
+    if unasked:
         return "a conversation in which no user's turn comes before an answer of the assistant"
     return "a conversation whose answers are all excluded from training"

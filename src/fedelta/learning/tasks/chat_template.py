@@ -14,6 +14,7 @@ Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
 Spans = list[tuple[int, int]]
 """Parts of a text: begin and end of each, in characters."""
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MARK = re.compile("|".join(map(re.escape, MARKS)))
 
 
@@ -23,6 +24,9 @@ class ChatTemplate:
     Args:
         tokenizer: tokenizer with a chat template.
         date: date that a template sees as today's, as `2024-07-26`.
+
+    Attributes:
+        marks: whether the template has `generation` blocks.
     """
 
     def __init__(self, tokenizer: Any, date: str) -> None:
@@ -32,6 +36,7 @@ class ChatTemplate:
             raise FedeltaError(f"the tokenizer's chat template fails: {one_line(error)[:150]}") from error
         self._special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         self._date = date
+        self.marks = _GENERATION.search(self._source) is not None
 
     def render(self, messages: Sequence[Message], more: bool, tools: Tools = None) -> str:
         """Render a chat as text.

@@ -102,7 +102,8 @@ class ChatTokens:
         try:
             return self._answers.read(chat, message)
         except FedeltaError as error:
-            raise FedeltaError(f"turn {message + 1}: {error}") from error
+            hint = "; task.system or the column system adds a system turn" if chat.added else ""
+            raise FedeltaError(f"turn {message + 1 - chat.added}: {error}{hint}") from error
 
     def _encoded(self, answers: Sequence[Answer]) -> tuple[Text, list[tuple[int, int]], Tokens]:
         """Tokenize the text of the last of these answers, which has all of them.

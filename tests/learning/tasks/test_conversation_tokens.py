@@ -1,0 +1,297 @@
+"""Tokens that are trained in conversations, written out for the chat templates of well-known families."""
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from families import FAMILIES, byte_tokenizer, word_tokenizer
+from fedelta.errors import FedeltaError
+from fedelta.learning.data import DataSettings
+from fedelta.learning.data.examples import IGNORED, Completions
+from fedelta.learning.data.table import DataWarning
+from fedelta.learning.tasks import Conversation
+from fedelta.learning.tasks.chat_template import ChatTemplate
+
+DATE = "2024-07-26"
+SYSTEM = [{"role": "system", "content": "be kind"}]
+ONE = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+TWO = [*ONE, {"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+CHATS = {"one": ONE, "two": TWO, "system, one": [*SYSTEM, *ONE], "system, two": [*SYSTEM, *TWO]}
+
+LLAMA = "<|begin_of_text|> <|start_header_id|> system <|end_header_id|> ⏎ ⏎ Today : ␣26 ␣Jul ␣2024 ⏎ ⏎"
+LLAMA_ONE = (
+    "<|eot_id|> <|start_header_id|> user <|end_header_id|> ⏎ ⏎ hi <|eot_id|> "
+    "<|start_header_id|> assistant <|end_header_id|> ⏎ ⏎ → yo <|eot_id|>"
+)
+LLAMA_TWO = (
+    LLAMA_ONE + " → <|start_header_id|> user <|end_header_id|> ⏎ ⏎ why <|eot_id|> "
+    "<|start_header_id|> assistant <|end_header_id|> ⏎ ⏎ → so <|eot_id|>"
+)
+CHATML_ONE = "<|im_start|> user ⏎ hi <|im_end|> ⏎ <|im_start|> assistant ⏎ → yo <|im_end|>"
+CHATML_TWO = CHATML_ONE + " → ⏎ <|im_start|> user ⏎ why <|im_end|> ⏎ <|im_start|> assistant ⏎ → so <|im_end|>"
+CHATML_KIND = "<|im_start|> system ⏎ be ␣kind <|im_end|> ⏎ "
+CHATML_HELP = "<|im_start|> system ⏎ You ␣help . <|im_end|> ⏎ "
+QWEN_ONE = "<|im_start|> user ⏎ hi <|im_end|> ⏎ <|im_start|> assistant ⏎ → <think> ⏎ ⏎ </think> ⏎ ⏎ yo <|im_end|>"
+QWEN_SECOND = (
+    "<|im_start|> user ⏎ hi <|im_end|> ⏎ <|im_start|> assistant ⏎ yo <|im_end|> ⏎ "
+    "<|im_start|> user ⏎ why <|im_end|> ⏎ <|im_start|> assistant ⏎ → <think> ⏎ ⏎ </think> ⏎ ⏎ so <|im_end|>"
+)
+GEMMA_ONE = "hi <end_of_turn> ⏎ <start_of_turn> model ⏎ → yo <end_of_turn>"
+GEMMA_TWO = GEMMA_ONE + " → ⏎ <start_of_turn> user ⏎ why <end_of_turn> ⏎ <start_of_turn> model ⏎ → so <end_of_turn>"
+MISTRAL_ONE = "<s> [INST] ␣hi ␣ [/INST] → ␣yo </s>"
+PHI_ONE = "<|user|> ⏎ hi <|end|> ⏎ <|assistant|> ⏎ → yo <|end|>"
+PHI_TWO = PHI_ONE + " → ⏎ <|user|> ⏎ why <|end|> ⏎ <|assistant|> ⏎ → so <|end|>"
+ZEPHYR_ONE = "< | user | > ⏎ hi </s> ⏎ < | assistant | > ⏎ → yo </s>"
+ZEPHYR_TWO = ZEPHYR_ONE + " → ⏎ < | user | > ⏎ why </s> ⏎ < | assistant | > ⏎ → so </s>"
+
+# Tokens of each text: an arrow where training begins or ends, ␣ for a space and ⏎ for a line break.
+EXPECTED = {
+    "llama-3": {
+        "one": [f"{LLAMA} {LLAMA_ONE}"],
+        "two": [f"{LLAMA} {LLAMA_TWO}"],
+        "system, one": [f"{LLAMA} be ␣kind {LLAMA_ONE}"],
+        "system, two": [f"{LLAMA} be ␣kind {LLAMA_TWO}"],
+    },
+    "qwen-2.5": {
+        "one": [CHATML_HELP + CHATML_ONE],
+        "two": [CHATML_HELP + CHATML_TWO],
+        "system, one": [CHATML_KIND + CHATML_ONE],
+        "system, two": [CHATML_KIND + CHATML_TWO],
+    },
+    "qwen-3": {
+        "one": [QWEN_ONE],
+        "two": [QWEN_ONE, QWEN_SECOND],
+        "system, one": [CHATML_KIND + QWEN_ONE],
+        "system, two": [CHATML_KIND + QWEN_ONE, CHATML_KIND + QWEN_SECOND],
+    },
+    "gemma-2": {
+        "one": [f"<bos> <start_of_turn> user ⏎ {GEMMA_ONE}"],
+        "two": [f"<bos> <start_of_turn> user ⏎ {GEMMA_TWO}"],
+    },
+    "gemma-3": {
+        "one": [f"<bos> <start_of_turn> user ⏎ {GEMMA_ONE}"],
+        "two": [f"<bos> <start_of_turn> user ⏎ {GEMMA_TWO}"],
+        "system, one": [f"<bos> <start_of_turn> user ⏎ be ␣kind ⏎ ⏎ {GEMMA_ONE}"],
+        "system, two": [f"<bos> <start_of_turn> user ⏎ be ␣kind ⏎ ⏎ {GEMMA_TWO}"],
+    },
+    "mistral": {
+        "one": [MISTRAL_ONE],
+        "two": [MISTRAL_ONE + " → [INST] ␣why ␣ [/INST] → ␣so </s>"],
+        "system, one": ["<s> [INST] ␣be ␣kind ⏎ ⏎ hi ␣ [/INST] → ␣yo </s>"],
+        # The template moves the system turn to the last turn of the user.
+        "system, two": [
+            "<s> [INST] ␣be ␣kind ⏎ ⏎ hi ␣ [/INST] → ␣yo </s>",
+            "<s> [INST] ␣hi ␣ [/INST] ␣yo </s> [INST] ␣be ␣kind ⏎ ⏎ why ␣ [/INST] → ␣so </s>",
+        ],
+    },
+    "phi-3": {
+        "one": [PHI_ONE],
+        "two": [PHI_TWO],
+        "system, one": ["<|system|> ⏎ be ␣kind <|end|> ⏎ " + PHI_ONE],
+        "system, two": ["<|system|> ⏎ be ␣kind <|end|> ⏎ " + PHI_TWO],
+    },
+    "smollm2": {
+        "one": [CHATML_HELP + CHATML_ONE],
+        "two": [CHATML_HELP + CHATML_TWO],
+        "system, one": [CHATML_KIND + CHATML_ONE],
+        "system, two": [CHATML_KIND + CHATML_TWO],
+    },
+    "zephyr": {
+        "one": [ZEPHYR_ONE],
+        "two": [ZEPHYR_TWO],
+        "system, one": ["< | system | > ⏎ be ␣kind </s> ⏎ " + ZEPHYR_ONE],
+        "system, two": ["< | system | > ⏎ be ␣kind </s> ⏎ " + ZEPHYR_TWO],
+    },
+    "marked": {
+        "one": [CHATML_ONE],
+        "two": [CHATML_TWO],
+        "system, one": [CHATML_KIND + CHATML_ONE],
+        "system, two": [CHATML_KIND + CHATML_TWO],
+    },
+}
+CASES = [(family, name) for family, chats in EXPECTED.items() for name in chats]
+WORDS = [" ", "\n", "cold", " cold", " hi", " you", " there", "a", " b"]
+WORDS += sorted(
+    {token for chats in EXPECTED.values() for texts in chats.values() for t in texts for token in t.split()}
+)
+WORDS = [word.replace("␣", " ").replace("⏎", "\n") for word in WORDS if word != "→"]
+
+
+def examples(tokenizer: Any, rows: list[dict[str, Any]], length: int = 1000, **task: Any) -> Completions:
+    """Examples of rows; a row is a conversation if it has no other columns."""
+    settings = DataSettings(source="x.jsonl", max_length=length)
+    return Conversation(**task).examples(Dataset.from_list(rows), settings, [], tokenizer)
+
+
+def shown(tokenizer: Any, told: Completions) -> list[str]:
+    """Each text as `EXPECTED` has it."""
+    texts = []
+    for features, labels in zip(told.features, told.labels, strict=True):
+        assert all(label in (IGNORED, token) for token, label in zip(features["input_ids"], labels, strict=True))
+        parts = []
+        for _, run in itertools.groupby(
+            zip(features["input_ids"], labels, strict=True), lambda pair: pair[1] != IGNORED
+        ):
+            tokens = [tokenizer.convert_ids_to_tokens(token) for token, _ in run]
+            parts.append(" ".join(token.replace(" ", "␣").replace("\n", "⏎") for token in tokens))
+        texts.append(" → ".join(parts))
+    return texts
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_the_trained_tokens_of_a_family_are_those_that_are_written_out(family: str, name: str) -> None:
+    tokenizer = word_tokenizer(family, WORDS)
+    told = examples(tokenizer, [{"messages": CHATS[name]}])
+    assert shown(tokenizer, told) == EXPECTED[family][name]
+    assert told.prompts == [told.prompts[-1]] * len(told)
+    whole = EXPECTED[family][name][-1]
+    prompt = [
+        token.replace("␣", " ").replace("⏎", "\n") for token in whole[: whole.rindex("→")].split() if token != "→"
+    ]
+    assert tokenizer.convert_ids_to_tokens(told.prompts[0]) == prompt
+    assert told.references == [CHATS[name][-1]["content"]] * len(told)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_answer_alone_can_be_trained(family: str) -> None:
+    tokenizer = word_tokenizer(family, WORDS)
+    told = examples(tokenizer, [{"messages": TWO}], train="last")
+    (text,) = shown(tokenizer, told)
+    expected = EXPECTED[family]["two"][-1]
+    context, _, answer = expected.rpartition(" → ")
+    assert text == f"{context.replace('→ ', '')} → {answer}"
+
+
+def test_a_template_without_a_system_role_refuses_the_row_in_one_line() -> None:
+    tokenizer = word_tokenizer("gemma-2", WORDS)
+    with pytest.raises(FedeltaError, match="row 2: turn 3: .*there is no system role$"):
+        examples(tokenizer, [{"messages": ONE}, {"messages": CHATS["system, one"]}])
+    with pytest.raises(FedeltaError, match="row 1: turn 2: .*no system role; task.system or the column system adds"):
+        examples(tokenizer, [{"messages": ONE}], system="be kind")
+
+
+def test_a_split_is_said_with_its_reason() -> None:
+    rows = [{"messages": ONE}, {"messages": TWO}]
+    with pytest.warns(DataWarning, match=r"1 of 2 conversations become 2 texts, because the chat template .* becomes "):
+        told = examples(word_tokenizer("qwen-3", WORDS), rows)
+    assert list(told.rows) == [0, 1, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not examples(word_tokenizer("qwen-2.5", WORDS), rows).rows
+
+
+def test_answers_after_the_last_question_keep_their_thoughts_and_share_a_text() -> None:
+    """Qwen 3 keeps thoughts between calls of tools, so these answers agree; the one before them does not."""
+    call = {"role": "assistant", "content": "<think>\na\n</think>\n\nyo"}
+    chat = [*ONE, {"role": "user", "content": "why"}, call, {"role": "tool", "content": "cold"}, TWO[-1]]
+    tokenizer = word_tokenizer("qwen-3", WORDS)
+    context = QWEN_SECOND.partition(" ⏎ <|im_start|> assistant ⏎ →")[0]
+    assert shown(tokenizer, examples(tokenizer, [{"messages": chat}])) == [
+        QWEN_ONE,
+        f"{context} ⏎ <|im_start|> assistant ⏎ → <think> ⏎ a ⏎ </think> ⏎ ⏎ yo <|im_end|> → ⏎ "
+        "<|im_start|> <unk> ⏎ cold <|im_end|> ⏎ <|im_start|> assistant ⏎ → "
+        "<think> ⏎ ⏎ </think> ⏎ ⏎ so <|im_end|>",
+    ]
+
+
+def test_a_call_of_a_tool_ends_with_its_own_token() -> None:
+    """Llama 3 ends a call with another token than an answer."""
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "a", "arguments": {}}}]}
+    chat = [ONE[0], call, {"role": "tool", "content": "cold"}, ONE[1]]
+    tokenizer = word_tokenizer("llama-3", WORDS)
+    (text,) = shown(tokenizer, examples(tokenizer, [{"messages": chat}]))
+    parts = text.split(" → ")
+    assert parts[1].endswith("<unk> <|eom_id|>")
+    assert parts[3] == "yo <|eot_id|>"
+    assert len(parts) == 4
+
+
+def test_marked_parts_are_those_of_transformers() -> None:
+    tokenizer = word_tokenizer("marked", WORDS)
+    for chat in CHATS.values():
+        theirs = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+        told = examples(tokenizer, [{"messages": chat}])
+        mask = [int(label != IGNORED) for label in told.labels[0]]
+        # The text ends with the end of the last answer, without the line break that follows it.
+        assert theirs["input_ids"] == [*told.features[0]["input_ids"], tokenizer.convert_tokens_to_ids("\n")]
+        assert theirs["assistant_masks"] == [*mask, 0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (
+            "{%- generation %}\n            {{- turn.content",
+            "{{- 'a' }}{%- generation %}{{- turn.content",
+            "changes|block",
+        ),
+        (
+            "+ '<|im_end|>' }}\n        {%- endgeneration %}",
+            "}}{%- endgeneration %}{{- '<|im_end|>' }}",
+            "block is not",
+        ),
+        ("{%- generation %}", "{%- generation %}{%- generation %}{%- endgeneration %}", "inside each other"),
+    ],
+)
+def test_a_generation_block_that_is_not_the_answer_is_refused(old: str, new: str, reason: str) -> None:
+    tokenizer = word_tokenizer("marked", WORDS)
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    with pytest.raises(FedeltaError, match=reason):
+        examples(tokenizer, [{"messages": ONE}])
+
+
+def test_an_answer_outside_of_generation_blocks_is_not_trained() -> None:
+    tokenizer = word_tokenizer("marked", WORDS)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "== 'assistant' %}", "== 'assistant' and turn.content != 'yo' %}"
+    )
+    (text,) = shown(tokenizer, examples(tokenizer, [{"messages": TWO}]))
+    assert text == CHATML_TWO.replace("→ yo <|im_end|> →", "yo <|im_end|>")
+    with pytest.raises(FedeltaError, match="row 1: .* no generation block for any of the answers"):
+        examples(tokenizer, [{"messages": ONE}])
+
+
+texts = st.text(st.sampled_from("ab: \n.é蓝🙂<>"), min_size=1, max_size=8).filter(str.strip)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(chat=st.lists(st.tuples(texts, texts), min_size=1, max_size=4), system=st.none() | texts)
+def test_each_answer_is_trained_once_as_the_template_renders_it(
+    family: str, chat: list[tuple[str, str]], system: str | None
+) -> None:
+    tokenizer = byte_tokenizer(family)
+    messages = [{"role": "system", "content": system}] if system and family != "gemma-2" else []
+    for question, answer in chat:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        told = examples(tokenizer, [{"messages": messages}], generate={"max_new_tokens": 1000})
+    template = ChatTemplate(tokenizer, DATE)
+    expected = {}
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = template.render(messages[:i], True)
+            expected[before] = template.render(messages[: i + 1], False)
+    found = {}
+    for features, labels in zip(told.features, told.labels, strict=True):
+        tokens = features["input_ids"]
+        begins = [i for i in range(1, len(labels)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
+        for begin in begins:
+            end = next((i for i in range(begin, len(labels)) if labels[i] == IGNORED), len(labels))
+            found[tokenizer.decode(tokens[:begin])] = tokenizer.decode(tokens[begin:end])
+    assert found.keys() == expected.keys(), "each answer is trained once, after the text from which it is generated"
+    for before, whole in expected.items():
+        after = whole.removeprefix(before + found[before])
+        assert after != whole
+        assert after in ("", "\n", "\n" + tokenizer.eos_token), "only what follows the end is not trained"
+        assert tokenizer(found[before], add_special_tokens=False)["input_ids"][-1] in tokenizer.all_special_ids
+    last = template.render(messages[:-1], True)
+    assert told.prompts[-1] == tokenizer(last, add_special_tokens=False)["input_ids"]
+    assert told.features[-1]["input_ids"][: len(told.prompts[-1])] == told.prompts[-1] or len(chat) > 1
+    assert told.references[-1] == messages[-1]["content"].strip()
