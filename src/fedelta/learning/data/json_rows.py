@@ -163,10 +163,17 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 def _holds(array: pa.Array, values: list[Any]) -> bool:
-    """Tell whether lists and objects in Arrow are those that were given: it may turn 1 into 1.0, or reorder keys."""
+    """Tell whether lists and objects in Arrow are those that were given.
+
+    It may turn 1 into 1.0, reorder keys, or cut a key at a null character.
+    """
     if not pa.types.is_nested(array.type):
         return True
-    return all(json_text(own) == json_text(value) for own, value in zip(array.to_pylist(), values, strict=True))
+    given = map(json_text, values)
+    return all(
+        text is None or (json_text(own) == text and r"\u0000" not in text)
+        for own, text in zip(array.to_pylist(), given, strict=True)
+    )
 
 
 def _not_unicode(name: str, values: Sequence[Any], places: Places) -> FedeltaError:
