@@ -55,7 +55,7 @@ def build(family: str, folder: Path) -> Path:
 def configuration(family: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
         "output": str(tmp_path / "runs"),
-        "rounds": 4,
+        "rounds": 7,
         "workers": 1,
         "method": "fedex",
         "task": {"kind": "conversation", "generate": {"max_new_tokens": 8}, "answer": "text", "metric": "exact"},
@@ -64,14 +64,14 @@ def configuration(family: str, tmp_path: Path, **changes: Any) -> dict[str, Any]
         "ranks": {"allocation": "fixed", "low": 8, "high": 8},
         "data": {"source": str(write_conversations(tmp_path / "talks.jsonl")), "max_length": 100},
         "partition": {"kind": "natural", "by": "site"},
-        "training": {"epochs": 5, "batch_size": 4, "learning_rate": 0.01},
+        "training": {"epochs": 5, "batch_size": 16, "learning_rate": 0.005},
     }
     return data | changes
 
 
 @pytest.mark.parametrize("family", ["qwen-3", "qwen-2.5"])
 def test_two_clients_teach_a_model_to_answer_in_conversations(family: str, tmp_path: Path) -> None:
-    run = fedelta.run(configuration(family, tmp_path), rounds=7)
+    run = fedelta.run(configuration(family, tmp_path))
     assert set(run.result["clients"]) == {"north", "south"}
     assert run.test["exact"] > 0.9
     assert run.test["loss"] < 0.3
