@@ -1,12 +1,13 @@
 """Tokens that are trained in conversations, written out for the chat templates of well-known families."""
 
 import warnings
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversations import CHATML_TWO, CHATS, EXPECTED, ONE, QWEN_ONE, QWEN_SECOND, TWO, WORDS, examples, shown
+from conversations import CHATML_TWO, CHATS, EXPECTED, ONE, QWEN_ONE, QWEN_SECOND, SYSTEM, TWO, WORDS, examples, shown
 from families import FAMILIES, byte_tokenizer, word_tokenizer
 from fedelta.errors import FedeltaError
 from fedelta.learning.data.examples import IGNORED
@@ -14,6 +15,8 @@ from fedelta.learning.data.table import DataWarning
 from fedelta.learning.tasks.chat_template import ChatTemplate
 
 DATE = "2024-07-26"
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"n": 1}}}
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"n": {"type": "number"}}}}
 CASES = [(family, name) for family, chats in EXPECTED.items() for name in chats]
 
 
@@ -125,10 +128,41 @@ def test_an_answer_outside_of_generation_blocks_is_not_trained() -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "== 'assistant' %}", "== 'assistant' and turn.content != 'yo' %}"
     )
-    (text,) = shown(tokenizer, examples(tokenizer, [{"messages": TWO}]))
+    with pytest.warns(DataWarning, match="1 of 1 conversations have answers that are not trained, because the chat"):
+        (text,) = shown(tokenizer, examples(tokenizer, [{"messages": TWO}]))
     assert text == CHATML_TWO.replace("→ yo <|im_end|> →", "yo <|im_end|>")
     with pytest.raises(FedeltaError, match="row 1: .* no generation block for any of the answers"):
         examples(tokenizer, [{"messages": ONE}])
+
+
+@pytest.mark.parametrize(
+    ("family", "row", "reason"),
+    [
+        (
+            "phi-3",
+            {"messages": [*TWO[:3], {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+            "the tool_calls",
+        ),
+        ("zephyr", {"messages": ONE, "tools": [TOOL]}, r"the tools \(task.tools: null reads none\)"),
+        ("no tools", {"messages": [ONE[0], {"role": "tool", "content": "cold"}, ONE[1]]}, "turns of the role tool"),
+        ("no system", {"messages": [*SYSTEM, *ONE]}, "the system turn"),
+    ],
+)
+def test_what_a_template_does_not_write_is_refused(family: str, row: dict[str, Any], reason: str) -> None:
+    tokenizer = word_tokenizer(family if family in FAMILIES else "zephyr", WORDS)
+    if family not in FAMILIES:
+        known = "['user', 'assistant', 'system']" if family == "no tools" else "['user', 'assistant']"
+        loop = "{% for turn in messages %}"
+        tokenizer.chat_template = tokenizer.chat_template.replace(loop, loop[:-2] + f"if turn.role in {known} %}}")
+    with pytest.raises(FedeltaError, match=f"row 2: .*the tokenizer's chat template does not write {reason}"):
+        examples(tokenizer, [{"messages": ONE, "tools": []}, row])
+
+
+def test_special_tokens_that_directly_follow_the_end_are_trained() -> None:
+    tokenizer = word_tokenizer("phi-3", WORDS)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>\\n'", "'<|end|><|user|>'")
+    (text,) = shown(tokenizer, examples(tokenizer, [{"messages": ONE}]))
+    assert text.endswith("→ yo <|end|> <|user|> <|endoftext|>")
 
 
 texts = st.text(st.sampled_from("ab: \n.é蓝🙂<>"), min_size=1, max_size=8).filter(str.strip)

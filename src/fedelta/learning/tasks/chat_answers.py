@@ -7,6 +7,7 @@ answer is trained in one in which everything before it is as the model sees it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fedelta.errors import FedeltaError, one_line
@@ -48,10 +49,33 @@ class Answers:
         self._template = ChatTemplate(tokenizer, date)
         self._end = str(tokenizer.convert_ids_to_tokens(end))
         self._special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())} - {""}
+        self._written: set[str] = set()
 
     def question(self, chat: Chat, message: int) -> str:
         """The text from which the answer with this index is generated."""
         return self._template.render(chat.messages[:message], True, chat.tools)
+
+    def check_written(self, chat: Chat) -> None:
+        """Check that the template writes a conversation's system turn, tools and what tools return.
+
+        Some templates leave out what they do not know. Each is checked in the first conversation that has it.
+
+        Raises:
+            FedeltaError: if it leaves one of them out.
+        """
+        last = chat.answers[-1]
+        others: dict[str, Chat] = {}
+        for role, name in {"system": "the system turn", "tool": "turns of the role tool"}.items():
+            if any(message["role"] == role for message in chat.messages[:last]):
+                changed = [{**m, "content": m["content"] + "x"} if m["role"] == role else m for m in chat.messages]
+                others[name] = replace(chat, messages=changed)
+        if chat.tools:
+            others["the tools (task.tools: null reads none)"] = replace(chat, tools=None)
+        for name, other in others.items():
+            if name not in self._written:
+                if self.question(chat, last) == self.question(other, last):
+                    raise FedeltaError(f"the tokenizer's chat template does not write {name}")
+                self._written.add(name)
 
     def read(self, chat: Chat, message: int) -> Answer | None:
         """Render the answer with this index; None if the template has no `generation` block for it, but for others.
@@ -69,6 +93,9 @@ class Answers:
                 f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}"
             )
         begin, end = len(question), len(question) + self._end_in(whole[len(question) :])
+        for call in chat.messages[message].get("tool_calls", ()):
+            if call.get("function", call)["name"] not in whole[begin:end]:
+                raise FedeltaError("the tokenizer's chat template does not write the tool_calls of an answer")
         if not self._template.marks:
             return Answer(message, whole[:end], begin, [(begin, end)])
         trained = [(max(start, begin), min(stop, end)) for start, stop in marked]
@@ -84,9 +111,12 @@ class Answers:
         return Answer(message, whole[:end], begin, trained)
 
     def _end_in(self, answer: str) -> int:
-        """Position in the text of an answer at which its end token ends."""
+        """Position in the text of an answer at which its end token ends, and special tokens that directly follow it."""
         if self._end in answer:
-            return answer.rindex(self._end) + len(self._end)
+            end = answer.rindex(self._end) + len(self._end)
+            while follows := [token for token in self._special if answer.startswith(token, end)]:
+                end += max(map(len, follows))
+            return end
         # Some templates end a tool call with another token than an answer.
         ends = [answer.rindex(token) + len(token) for token in self._special if token in answer]
         if not ends or answer[max(ends) :].strip():

@@ -41,6 +41,7 @@ class Tokenized(NamedTuple):
         shortened: whether turns at the begin of a text were left out.
         cut: whether a turn was cut.
         split: the answers, if they are in several texts.
+        unmarked: number of answers for which the template has no `generation` block.
     """
 
     texts: list[Text]
@@ -51,6 +52,7 @@ class Tokenized(NamedTuple):
     shortened: bool
     cut: bool
     split: list[Answer]
+    unmarked: int
 
 
 class ChatTokens:
@@ -79,6 +81,7 @@ class ChatTokens:
         answers = [answer for message in wanted if (answer := self._read(chat, message))]
         if not answers:
             raise FedeltaError("the tokenizer's chat template has no generation block for any of the answers")
+        self._answers.check_written(chat)
         groups = texts_of(answers)
         encoded = [self._encoded(group) for group in groups]
         texts, kept = [], 0
@@ -96,7 +99,17 @@ class ChatTokens:
         if len(prompt) > self._length:
             prompt = self._shorter_prompt(chat, last.message)
         split = answers if len(groups) > 1 else []
-        return Tokenized(texts, prompt, last_answer, last.question, len(answers) - kept, shortened, cut, split)
+        return Tokenized(
+            texts,
+            prompt,
+            last_answer,
+            last.question,
+            len(answers) - kept,
+            shortened,
+            cut,
+            split,
+            len(wanted) - len(answers),
+        )
 
     def _read(self, chat: Chat, message: int) -> Answer | None:
         try:

@@ -122,6 +122,11 @@ class Conversation(LanguageTask):
             say(f"data: {unasked} of {every} conversations begin with an answer, which is not trained")
         if own := sum(chat.own_system for chat in chats):
             say(f"data: {own} of {every} conversations have a system turn of their own and keep it")
+        if unmarked := sum(one.unmarked > 0 for one in read):
+            say(
+                f"data: {unmarked} of {every} conversations have answers that are not trained, because the chat "
+                "template has no generation block for them"
+            )
         if split := [one for one in read if one.split]:
             texts = sum(len(one.texts) for one in split)
             say(
