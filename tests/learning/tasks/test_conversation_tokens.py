@@ -135,6 +135,20 @@ def test_an_answer_outside_of_generation_blocks_is_not_trained() -> None:
         examples(tokenizer, [{"messages": ONE}])
 
 
+def test_tools_and_calls_are_written_as_the_template_writes_them() -> None:
+    tokenizer = byte_tokenizer("qwen-2.5")
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    chat = [ONE[0], call, {"role": "tool", "content": "cold", "name": "find"}, ONE[1]]
+    rows = [{"messages": chat, "tools": [TOOL]}, {"messages": ONE, "tools": []}]
+    told = examples(tokenizer, rows)
+    theirs = tokenizer.apply_chat_template(chat, tools=[TOOL], tokenize=False)
+    assert '"parameters": {"n": {"type": "number"}}' in theirs
+    assert tokenizer.decode(told.features[0]["input_ids"]) == theirs.removesuffix("\n")
+    taught = tokenizer.decode([label for label in told.labels[0] if label != IGNORED])
+    assert taught == '<tool_call>\n{"name": "find", "arguments": {"n": 1}}\n</tool_call><|im_end|>yo<|im_end|>'
+    assert "find" not in tokenizer.decode(told.features[1]["input_ids"])
+
+
 @pytest.mark.parametrize(
     ("family", "row", "reason"),
     [
