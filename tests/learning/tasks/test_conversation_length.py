@@ -4,10 +4,13 @@ import warnings
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conversations import CHATML_KIND, WORDS, examples, shown
-from families import word_tokenizer
+from families import FAMILIES, byte_tokenizer, word_tokenizer
 from fedelta.errors import FedeltaError
+from fedelta.learning.data.examples import IGNORED
 from fedelta.learning.tasks.plain import CutWarning
 
 CHAT = [{"role": "system", "content": "be kind"}] + [
@@ -101,3 +104,44 @@ def test_a_length_that_has_no_space_after_the_system_turn_is_refused() -> None:
 def test_a_generated_answer_that_may_not_fit_is_said() -> None:
     _, _, said = cut(WHOLE, generate={"max_new_tokens": 1})
     assert said == "1 of 1 last answers are longer than task.generate.max_new_tokens 1"
+
+
+contents = st.text(st.sampled_from("ab \n"), min_size=1, max_size=12).filter(str.strip)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(
+    st.lists(st.tuples(contents, contents), min_size=1, max_size=4),
+    st.integers(8, 250),
+    st.sampled_from(["all", "last"]),
+)
+def test_a_text_of_any_length_has_whole_answers_unless_it_says_so(
+    family: str, pairs: list[tuple[str, str]], length: int, train: str
+) -> None:
+    tokenizer = byte_tokenizer(family)
+    chat = [
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            told = examples(tokenizer, [{"messages": chat}], length, train=train)
+        except FedeltaError as error:
+            if "leaves no space" in str(error):
+                return
+            raise
+    said = " ".join(str(one.message) for one in caught)
+    answers = 0
+    for features, labels, prompt in zip(told.features, told.labels, told.prompts, strict=True):
+        assert len(labels) == len(features["input_ids"]) <= length
+        assert len(prompt) <= length
+        assert labels[0] == IGNORED
+        ends = [i for i, label in enumerate(labels) if label != IGNORED and [*labels, IGNORED][i + 1] == IGNORED]
+        answers += len(ends)
+        whole = all(features["input_ids"][i] in tokenizer.all_special_ids for i in ends)
+        assert ends
+        assert whole or "cut within a turn" in said
+    expected = 1 if train == "last" else len(pairs)
+    assert answers == expected or (answers < expected and "lose turns at their end" in said)
