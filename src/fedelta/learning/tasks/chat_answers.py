@@ -110,6 +110,10 @@ class Answers:
             )
         return Answer(message, whole[:end], begin, trained)
 
+    def special_before(self, text: str, end: int) -> int:
+        """Begin of the special token that ends at this position of a text; the position itself if there is none."""
+        return end - max((len(token) for token in self._special if text.endswith(token, 0, end)), default=0)
+
     def _end_in(self, answer: str) -> int:
         """Position in the text of an answer at which its end token ends, and special tokens that directly follow it."""
         if self._end in answer:

@@ -127,23 +127,30 @@ class ChatTokens:
         """
         text = answers[-1].text
         spans = [span for answer in answers for span in answer.trained]
-        encoded = self._encode([text[:place] for span in spans for place in span])
+        # What precedes a special token does not change the tokens after it, so that each answer is tokenized from the
+        # end of the one before it, and a long conversation takes no longer than its length.
+        starts = [0]
+        for _, end in spans:
+            start = self._answers.special_before(text, end)
+            starts.append(start if start < end else starts[-1])
+        encoded = self._encode(
+            [text[start:place] for start, span in zip(starts, spans, strict=False) for place in span]
+        )
         tokens: Tokens = []
         labels: Tokens = []
         places: dict[int, int] = {}
-        before: Tokens = []
-        stop = 0
         for i, (begin, end) in enumerate(spans):
             # A token may span the begin of an answer. Generation sees the text up to there alone, so the answer then
             # has tokens of its own.
             question, whole = encoded[2 * i], encoded[2 * i + 1]
-            between = _rest(question, before) or self._encode([text[stop:begin]])[0]
+            stop = spans[i - 1][1] if i else 0
+            known = tokens[-1:] if starts[i] > starts[i - 1] else encoded[2 * i - 1] if i else []
+            between = _rest(question, known) or self._encode([text[stop:begin]])[0]
             trained = _rest(whole, question) or self._encode([text[begin:end]])[0]
             places |= {begin: len(tokens) + len(between), end: len(tokens) + len(between) + len(trained)}
             tokens += [*between, *trained]
             labels += [*([IGNORED] * len(between)), *trained]
-            before, stop = whole, end
-        last = encoded[2 * (len(spans) - len(answers[-1].trained))]
+        last = self._encode([answers[-1].question])[0]
         return Text(tokens, labels), [(places[answer.begin], places[len(answer.text)]) for answer in answers], last
 
     def _from_the_front(self, chat: Chat, answer: Answer) -> tuple[Text, bool]:
