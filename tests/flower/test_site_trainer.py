@@ -242,7 +242,7 @@ def test_the_last_message_ends_the_site_and_leaves_an_adapter_that_peft_loads(
     folder = tmp_path / "quokkapath" / "adapter"
     assert line == f"the run has ended after 3 rounds; its adapter is in {folder}"
     assert (folder / "adapter_model.safetensors").read_bytes() == (written / "adapter_model.safetensors").read_bytes()
-    base = load_base(site.config.model, len(CLASSES), site.trainer.tokenizer, 0, site.config.task.kind)
+    base = load_base(site.config.model, len(CLASSES), site.trainer.tokenizer, 0, site.config.task.model_kind)
     loaded = peft.PeftModel.from_pretrained(base, str(folder))
     (B,) = [p for name, p in loaded.named_parameters() if f"{pair}.lora_B" in name]
     assert torch.allclose(B, torch.tensor(1 / server.scale(2)))

@@ -27,7 +27,10 @@ EARLY = [
     ("evaluation.harness.taks=3", "unknown key 'evaluation.harness.taks'; did you mean 'tasks'"),
     ("task={kind: completion, promt: x}", "unknown key 'task.promt'; did you mean 'prompt'"),
     ("task.prompt=x", "unknown key 'task.prompt'"),
-    ("task=summary", "'kind' should be one of 'classification', 'regression', 'completion', found 'summary'"),
+    (
+        "task=summary",
+        "'kind' should be one of 'classification', 'regression', 'completion', 'conversation', found 'summary'",
+    ),
     ("task={kind: completion, prompt: 3}", "task.prompt: input should be a valid string, found 3"),
     ("task=3", "task: input should be keys and values, found 3"),
     ("rounds=x", "rounds: input should be a whole number, found 'x'"),

@@ -83,7 +83,9 @@ def build_data(
         FedeltaError: if the rows can't be divided as configured.
     """
     shards = {}
-    parts = partition(tokenized.rows, list(tokenized.train.labels), sharing, seed)
+    # Only classes decide where a row goes. A row of a language model may be several texts, with a label for each token.
+    labels = list(tokenized.train.labels) if tokenized.classes else [0] * tokenized.rows.num_rows
+    parts = partition(tokenized.rows, labels, sharing, seed)
     for client, rows in parts.items():
         shards[client] = _shard(tokenized.train, rows, client, settings.client_validation, seed)
     single = [client for client, rows in parts.items() if len(rows) == 1]
@@ -98,7 +100,7 @@ def _shard(examples: Examples, rows: Sequence[int], client: str, share: float, s
     """A client's rows. It keeps at least one row to train on, so a client with a single row holds none out."""
     held = min(max(1, round(share * len(rows))), len(rows) - 1) if share > 0 else 0
     order = np.random.default_rng(derive_seed(seed, "held out", client)).permutation(rows).tolist()
-    return Shard(examples.select(sorted(order[held:])), examples.select(sorted(order[:held])))
+    return Shard(examples.of_rows(sorted(order[held:])), examples.of_rows(sorted(order[:held])))
 
 
 def build_shard(
@@ -109,5 +111,6 @@ def build_shard(
     Raises:
         FedeltaError: if the rows can't be read, or one has a label that the server does not know.
     """
-    examples = task.examples(load_rows(settings, task.columns(settings)), settings, classes, tokenizer)
-    return _shard(examples, range(len(examples)), client, settings.client_validation, seed)
+    rows = load_rows(settings, task.columns(settings))
+    examples = task.examples(rows, settings, classes, tokenizer)
+    return _shard(examples, range(rows.num_rows), client, settings.client_validation, seed)

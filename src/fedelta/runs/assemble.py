@@ -41,7 +41,7 @@ def make_server(config: Config) -> Server:
 def make_model(config: Config, classes: int, tokenizer: Any) -> LoraModel:
     """Load the base model and add LoRA. A new head depends on the seed of the run, not on its method."""
     seed = derive_seed(config.seed, "head") % 2**32
-    base = load_base(config.model, classes, tokenizer, seed, config.task.kind)
+    base = load_base(config.model, classes, tokenizer, seed, config.task.model_kind)
     return LoraModel(base, config.lora)
 
 

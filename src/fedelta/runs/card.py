@@ -19,6 +19,7 @@ from fedelta import __version__
 from fedelta.errors import quantity
 from fedelta.federation.server import ServerState
 from fedelta.learning.in_memory import PREFIX
+from fedelta.learning.model.base_model import ModelKind
 from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.config import Config
 
@@ -27,12 +28,16 @@ PACKAGES = ("torch", "transformers", "peft")
 NOT_ABOUT_THE_MODEL = ("name", "output", "workers", "compare")
 """Keys of a configuration on which the model does not depend."""
 
-_LOADERS = {
+_LOADERS: dict[ModelKind, str] = {
     "classification": "SequenceClassification",
     "regression": "SequenceClassification",
     "completion": "CausalLM",
 }
-_TAGS = {"classification": "text-classification", "regression": "text-classification", "completion": "text-generation"}
+_TAGS: dict[ModelKind, str] = {
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "completion": "text-generation",
+}
 
 
 def class_names(classes: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def adapter_card(
         folder: folder of the adapter, for its files.
         scores: split → scores of the final model, as far as they are known.
     """
-    base, method, kind = _name(config.model.name), config.method.make(), config.task.kind
+    base, method, kind = _name(config.model.name), config.method.make(), config.task.model_kind
     front = {"base_model": base, "library_name": "peft", "tags": ["lora", "federated-learning", "fedelta", _TAGS[kind]]}
     counts = sorted(Counter(state.ranks.values()).items())
     ranks = ", ".join(f"rank {rank}: {quantity(number, 'client')}" for rank, number in counts)
@@ -115,18 +120,18 @@ def _scores(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def _example(config: Config, folder: Path) -> str:
     """Program that loads the adapter with PEFT, from the folder in which the card is."""
-    loader, options = f"AutoPeftModelFor{_LOADERS[config.task.kind]}", ""
+    loader, options = f"AutoPeftModelFor{_LOADERS[config.task.model_kind]}", ""
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     tokenizer = "folder" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
     lines = [f"from peft import {loader}", "from transformers import AutoTokenizer", "folder = '.'  # of this card"]
-    if config.task.kind == "classification":
+    if config.task.model_kind == "classification":
         lines = ["import json", *lines, f"labels = json.load(open(f'{{folder}}/{LABELS}'))['label2id']"]
         options = ", label2id=labels, id2label={i: name for name, i in labels.items()}"
-    elif config.task.kind == "regression":
+    elif config.task.model_kind == "regression":
         options = ", num_labels=1"
     lines.append(f"model = {loader}.from_pretrained(folder{options})")
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})")
-    if config.task.kind != "completion":
+    if config.task.model_kind != "completion":
         lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from fedelta.federation.settings import FederationSettings
 from fedelta.learning.data import DataSettings, PartitionSettings
 from fedelta.learning.model.base_model import ModelSettings
 from fedelta.learning.model.lora_model import LoraSettings
-from fedelta.learning.tasks import Classification, Completion, LanguageTask, Regression
+from fedelta.learning.tasks import Classification, Completion, Conversation, LanguageTask, Regression
 from fedelta.learning.tasks.lm_harness import HarnessSettings
 from fedelta.learning.training import TrainingSettings
 from fedelta.methods import Method, make_method, resolve
@@ -31,7 +31,7 @@ class EvaluationSettings(Settings):
         clients: number of first rounds in which the server also evaluates the model of each client on the validation
             split, after local training and before aggregation. 0 evaluates no client models.
         harness: tasks that lm-evaluation-harness runs once on the final model, in addition to the test split. Only for
-            `task: completion`. None does not run the harness.
+            tasks of language models. None does not run the harness.
         target: validation score for "rounds to target" in reports. None uses a score that is 5 % short of the best
             final score among the compared runs.
     """
@@ -101,8 +101,8 @@ class Config(Settings):
         threads: number of torch threads per process. More than 1 needs `workers: 1`. It is meant for models so large
             that a single client uses the whole machine. Results can differ in their last bits between thread counts.
         method: aggregation method, as a name or as a mapping with its options.
-        task: what the model learns. The key `kind` is `classification`, `regression` or `completion`; without it, the
-            task is a classification.
+        task: what the model learns. The key `kind` is `classification`, `regression`, `completion` or
+            `conversation`; without it, the task is a classification.
         model: base model.
         lora: scaling, dropout and target modules of the adapters.
         ranks: rank of each client's adapter.
@@ -121,7 +121,9 @@ class Config(Settings):
     workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     threads: int = Field(default=1, ge=1, le=1024)
     method: MethodSettings = MethodSettings()
-    task: Annotated[Classification | Regression | Completion, Field(discriminator="kind")] = Classification()
+    task: Annotated[Classification | Regression | Completion | Conversation, Field(discriminator="kind")] = (
+        Classification()
+    )
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     ranks: RankSettings = RankSettings()
@@ -156,9 +158,10 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_harness_task(self) -> "Config":
-        if self.evaluation.harness is not None and self.task.kind != "completion":
+        if self.evaluation.harness is not None and self.task.model_kind != "completion":
             raise ValueError(
-                f"evaluation.harness needs a language model, expected task: completion, found {self.task.kind}"
+                "evaluation.harness needs a language model, expected task: completion or conversation, "
+                f"found {self.task.kind}"
             )
         return self
 
@@ -172,7 +175,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_partition_labels(self) -> "Config":
-        if self.task.kind != "classification" and self.partition.kind not in ("iid", "natural"):
+        if self.task.model_kind != "classification" and self.partition.kind not in ("iid", "natural"):
             raise ValueError(
                 f"partition.kind: {self.partition.kind} needs classes, but task {self.task.kind} has none; "
                 "expected iid, or natural by a column"

@@ -240,7 +240,7 @@ def export_run(
         if merged:
             # Merge in fp32 for every training dtype: rounding to bf16 would lose most of a small update.
             full_precision = config.model.model_copy(update={"dtype": "float32", "quantization": "none"})
-            base = load_base(full_precision, len(state.classes), tokenizer, 0, config.task.kind)
+            base = load_base(full_precision, len(state.classes), tokenizer, 0, config.task.model_kind)
             for name, value in class_names(state.classes).items():
                 setattr(base.config, name, value)
             export_merged(merged, target, base, tokenizer)

@@ -54,7 +54,7 @@ def _text_parts(key: str, group_column: str | None) -> Mapping[str, InputPart]:
     """Digests of the rows and of the tokenizer, once for all seeds and methods of a comparison."""
     config = parse_config(json.loads(key)["config"])
     splits, _, tokenizer = read_inputs(config)
-    columns = config.task.columns(config.data).uses
+    columns = config.task.columns(config.data).among(splits["train"].column_names).uses
     names = {"train": "training", "validation": "validation", "test": "test"}
     parts: dict[str, InputPart] = {
         f"{name} rows": {"digest": rows_digest(splits[split], columns), "rows": splits[split].num_rows}
@@ -73,7 +73,7 @@ def identify_site(config: Config, rows: Any, tokenizer: Any) -> dict[str, InputP
         rows: its rows, a `datasets.Dataset`.
         tokenizer: its tokenizer.
     """
-    columns = config.task.columns(config.data).uses
+    columns = config.task.columns(config.data).among(rows.column_names).uses
     parts: dict[str, InputPart] = {"training rows": {"digest": rows_digest(rows, columns), "rows": rows.num_rows}}
     return parts | _tokenizer_parts(tokenizer) | _base_parts(config)
 

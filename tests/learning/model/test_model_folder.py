@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from fedelta.errors import FedeltaError
-from fedelta.learning.model.base_model import ModelSettings, TaskKind, load_base, load_tokenizer
+from fedelta.learning.model.base_model import ModelKind, ModelSettings, load_base, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
 
-def load(folder: Path, kind: TaskKind = "completion", classes: int = 0) -> Any:
+def load(folder: Path, kind: ModelKind = "completion", classes: int = 0) -> Any:
     settings = ModelSettings(name=str(folder))
     return load_base(settings, classes, load_tokenizer(settings), 0, kind)
 
 
-def refusal(folder: Path, kind: TaskKind = "completion", classes: int = 0) -> str:
+def refusal(folder: Path, kind: ModelKind = "completion", classes: int = 0) -> str:
     start = time.monotonic()
     with pytest.raises(FedeltaError) as refused:
         load(folder, kind, classes)

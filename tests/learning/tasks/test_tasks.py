@@ -21,8 +21,8 @@ from fedelta.learning.model.base_model import ModelSettings, load_base, load_tok
 from fedelta.learning.model.lora_model import LoraModel, LoraSettings
 from fedelta.learning.shards import read_splits
 from fedelta.learning.tasks import Completion, Regression, Unit, evaluate
-from fedelta.learning.tasks.completion import CutWarning
 from fedelta.learning.tasks.generation import Generation, generate
+from fedelta.learning.tasks.plain import CutWarning
 from fedelta.learning.training import TrainingSettings, local, train
 from fedelta.learning.training.loss import mean_loss, row_losses
 from fedelta.learning.training.stacked import StackedClient, reason_not_to_stack, train_stacked

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedelta.learning.data.cells import counts
 from fedelta.learning.data.settings import Columns
-from fedelta.learning.data.table import Table, say
+from fedelta.learning.data.table import Table, json_text, say
 
 PRECEDENCE = ("test", "validation", "train")
 """A row that several splits have stays in the first of these, so that a test split never shrinks to what is easy."""
@@ -48,7 +48,12 @@ def report_duplicates(splits: Mapping[str, Any], columns: Columns) -> None:
 
 
 def _keys(rows: Any, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    return list(zip(*(rows[column][:] for column in columns), strict=True))
+    return list(zip(*(_comparable(rows[column][:]) for column in columns), strict=True))
+
+
+def _comparable(values: list[Any]) -> list[Any]:
+    """The values of a column; lists and objects as JSON."""
+    return [json_text(value) if isinstance(value, list | dict) else value for value in values]
 
 
 def _conflicts(splits: Mapping[str, Any], columns: Columns) -> int:

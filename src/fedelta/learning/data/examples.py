@@ -30,6 +30,10 @@ class Examples:
     def select(self, indices: Sequence[int]) -> "Examples":
         return Examples([self.features[i] for i in indices], [self.labels[i] for i in indices])
 
+    def of_rows(self, rows: Sequence[int]) -> "Examples":
+        """All texts of these rows of the data, in the order of the rows."""
+        return self.select(rows)
+
     def length(self, index: int) -> int:
         """Number of tokens in one text."""
         return len(self.features[index]["input_ids"])
@@ -76,24 +80,40 @@ class Completions(Examples):
         groups: group of each text. Texts in a group share a prompt, and its one answer is compared with the
             references of all of them.
         kinds: kind of each text if answers are counted by kind, else empty.
+        rows: row of the data that each text belongs to; empty if each row is one text. Texts of a row stay together
+            wherever rows are drawn, and have the same prompt, reference, group and kind.
     """
 
     prompts: Sequence[list[int]]
     references: Sequence[str]
     groups: Sequence[str]
     kinds: Sequence[str] = ()
+    rows: Sequence[int] = ()
 
     def select(self, indices: Sequence[int]) -> "Completions":
         plain = super().select(indices)
         prompts = [self.prompts[i] for i in indices]
         references, groups = ([values[i] for i in indices] for values in (self.references, self.groups))
         kinds = [self.kinds[i] for i in indices] if self.kinds else ()
-        return Completions(plain.features, plain.labels, prompts, references, groups, kinds)
+        rows = [self.rows[i] for i in indices] if self.rows else ()
+        return Completions(plain.features, plain.labels, prompts, references, groups, kinds, rows)
+
+    def of_rows(self, rows: Sequence[int]) -> "Completions":
+        if not self.rows:
+            return self.select(rows)
+        texts: dict[int, list[int]] = {}
+        for text, row in enumerate(self.rows):
+            texts.setdefault(row, []).append(text)
+        return self.select([text for row in rows for text in texts[row]])
 
     @property
     def by_group(self) -> list[list[int]]:
-        """Rows of each group, in the order in which the groups first occur."""
-        return rows_by_value(self.groups)
+        """Texts of each group, one of each row, in the order in which the groups first occur."""
+        first = list(
+            dict(zip(reversed(self.rows or range(len(self))), reversed(range(len(self))), strict=True)).values()
+        )
+        first.sort()
+        return [[first[i] for i in group] for group in rows_by_value([self.groups[i] for i in first])]
 
 
 def rows_by_value(values: Sequence[Any]) -> list[list[int]]:

@@ -59,10 +59,14 @@ def _table(name: str, rows: Any) -> Table:
             twice = rows.columns[rows.columns.duplicated()][0]
             raise FedeltaError(f"data: split {shorten(name, 40)} has two columns named {shorten(twice, 60)!r}")
         try:
-            return loaded_table(place, as_dataset(pa.Table.from_pandas(rows, preserve_index=False)))
+            table = pa.Table.from_pandas(rows, preserve_index=False)
+            # Arrow may change numbers inside of lists and objects, which are therefore read row by row.
+            if not any(pa.types.is_nested(column.type) for column in table.schema):
+                return loaded_table(place, as_dataset(table))
         except (pa.ArrowException, TypeError, ValueError, NotImplementedError):
             # Columns of different types: read row by row, which names the rows.
-            return _table(name, [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")])
+            pass
+        return _table(name, [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")])
     if isinstance(rows, Dataset) and rows.num_rows:
         return loaded_table(place, rows)
     raise FedeltaError(
@@ -78,9 +82,13 @@ def _is_frame(rows: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy as Python's, and the missing values of pandas as None."""
+    """Numbers and arrays of NumPy as Python's, and the missing values of pandas as None, also inside lists."""
     import pandas as pd
 
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, np.generic):
         value = value.item()
     if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value):

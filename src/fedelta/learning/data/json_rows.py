@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from fedelta.errors import FedeltaError
 from fedelta.learning.data.streams import lines_of, named, text_of
-from fedelta.learning.data.table import Places, Table, as_dataset, listed, shorten
+from fedelta.learning.data.table import NESTED, Places, Table, as_dataset, json_text, listed, shorten
 
 MAX_DOCUMENT = 2**31
 """Longest JSON document that is read as a whole, in characters."""
@@ -120,7 +120,8 @@ def table_of_rows(rows: Sequence[Row], places: Places) -> Table:
     """Put rows into columns. A key that a row lacks is an empty cell there.
 
     A column with whole numbers and others, or very large ones, keeps how each is written, as text. A column with values
-    of different types is kept as JSON text and marked, because it matters only if it is used.
+    of different types is kept as JSON text and marked, because it matters only if it is used. So is a column of lists
+    or objects that Arrow can't hold as they are.
 
     Raises:
         FedeltaError: if a text is not valid Unicode, or there are too many columns.
@@ -141,19 +142,43 @@ def table_of_rows(rows: Sequence[Row], places: Places) -> Table:
         ):
             values = [None if value is None else repr(value) for value in values]
         try:
-            arrays.append(_array(values))
+            array = _array(values)
+            held = _holds(array, values)
         except UnicodeEncodeError as error:
-            bad = next(i for i, value in enumerate(values) if not _valid(value))
-            raise FedeltaError(f"{places.name(bad)}: column {shorten(name, 40)!r} is not valid Unicode") from error
-        except (pa.ArrowException, OverflowError, TypeError, ValueError):
-            mixed.setdefault(name, "nested values of different types")
-            arrays.append(_array([None if value is None else json.dumps(value, default=str) for value in values]))
+            raise _not_unicode(name, values, places) from error
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            held = False
+            if not all(map(_valid, values)):
+                raise _not_unicode(name, values, places) from error
+        if not held:
+            mixed.setdefault(name, NESTED)
+            array = _array([json_text(value) for value in values])
+        arrays.append(array)
     return Table(as_dataset(pa.table(dict(zip(names, arrays, strict=True)))), places, mixed)
 
 
 def _array(values: list[Any]) -> pa.Array:
     texts = all(value is None or isinstance(value, str) for value in values)
     return pa.array(values, pa.large_string() if texts else None)
+
+
+def _holds(array: pa.Array, values: list[Any]) -> bool:
+    """Tell whether lists and objects in Arrow are those that were given.
+
+    It may turn 1 into 1.0, reorder keys, or cut a key at a null character.
+    """
+    if not pa.types.is_nested(array.type):
+        return True
+    given = map(json_text, values)
+    return all(
+        text is None or (json_text(own) == text and r"\u0000" not in text)
+        for own, text in zip(array.to_pylist(), given, strict=True)
+    )
+
+
+def _not_unicode(name: str, values: Sequence[Any], places: Places) -> FedeltaError:
+    bad = next(i for i, value in enumerate(values) if not _valid(value))
+    return FedeltaError(f"{places.name(bad)}: column {shorten(name, 40)!r} is not valid Unicode")
 
 
 def _valid(value: Any) -> bool:

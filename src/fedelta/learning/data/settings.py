@@ -2,9 +2,9 @@
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
@@ -13,8 +13,9 @@ from fedelta.settings import Settings
 BUILT_IN = "pydoc"
 BUILT_IN_FUNCTIONS = "pydoc-functions"
 SplitName = Literal["train", "validation", "test"]
-Use = Literal["text", "cell", "class", "number"]
-"""Use of a column: a text, a cell that a template shows (anything but lists and objects), a class, or a number."""
+Use = Literal["text", "cell", "messages", "class", "number"]
+"""Use of a column: a text, a cell that a template shows (anything but lists and objects), messages of a conversation
+(lists of objects, or texts, which may be JSON), a class, or a number."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,23 @@ class Columns:
     Args:
         uses: column → its use.
         required: groups of columns. A row is complete if at least one cell of each group is not empty.
+        choose: if the columns depend on those that a source has, a function that finds them by the names of these.
+        check: function that raises a `FedeltaError` if the cells of a row (column → cell) can't be used together: an
+            `IncompleteRow` if it lacks something. None checks nothing.
     """
 
     uses: Mapping[str, Use]
     required: tuple[tuple[str, ...], ...]
+    choose: "Callable[[Collection[str]], Columns] | None" = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
+
+    def among(self, names: Collection[str]) -> "Columns":
+        """The columns that the task reads from a source with columns of these names.
+
+        Raises:
+            FedeltaError: if the source has no columns that the task can read.
+        """
+        return self.choose(names) if self.choose else self
 
     @property
     def label(self) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from fedelta.errors import FedeltaError, in_one_line
 from fedelta.files import expand_variables
-from fedelta.learning.data.cells import check_columns, complete_rows
+from fedelta.learning.data.cells import check_columns, complete_rows, usable_rows
 from fedelta.learning.data.duplicates import report_duplicates, without_duplicates
 from fedelta.learning.data.files import Loader, chosen_files, expand, folder_loaders, is_path, is_pattern, read_files
 from fedelta.learning.data.hub import load_hub
@@ -33,7 +33,8 @@ def load_splits(settings: DataSettings, columns: Columns, together: str | None =
     Raises:
         FedeltaError: if the source does not exist, can't be read, or lacks a column. The line names the file and row.
     """
-    splits = {name: table.rows for name, table in _checked_tables(settings, columns).items()}
+    tables, columns = _checked_tables(settings, columns)
+    splits = {name: table.rows for name, table in tables.items()}
     splits = hold_out(splits, settings, together, columns.classes)
     limits = {"train": settings.limit, "validation": settings.evaluation_limit, "test": settings.evaluation_limit}
     splits = {
@@ -49,7 +50,8 @@ def load_rows(settings: DataSettings, columns: Columns) -> Any:
     Raises:
         FedeltaError: for the same reasons as `load_splits`.
     """
-    rows = _checked_tables(settings, columns, ("train",))["train"].rows
+    tables, columns = _checked_tables(settings, columns, ("train",))
+    rows = tables["train"].rows
     drawn = draw(rows, settings.limit, "train", settings, classes=columns.classes)
     report_duplicates({"train": drawn}, columns)
     return drawn
@@ -57,19 +59,28 @@ def load_rows(settings: DataSettings, columns: Columns) -> Any:
 
 def _checked_tables(
     settings: DataSettings, columns: Columns, names: tuple[SplitName, ...] = get_args(SplitName)
-) -> dict[str, Table]:
-    """The splits that the source has, with valid labels and without empty cells or, if set so, duplicates."""
+) -> tuple[dict[str, Table], Columns]:
+    """The splits that the source has, with valid labels and without empty cells or, if set so, duplicates.
+
+    Returns:
+        The splits, and the columns that the task reads from this source.
+    """
     source = shorten(settings.title, 100, end=True)
     tables: dict[str, Table] = {
         name: load() for name, load in _named_loaders(settings, columns).items() if name in names
     }
+    try:
+        columns = columns.among(tables["train"].rows.column_names)
+    except FedeltaError as error:
+        raise FedeltaError(f"data source {source}: {error}") from error
     for name, table in tables.items():
         if not len(table):
             raise FedeltaError(f"data source {source}: split {name} has no rows")
         check_columns(source, name, table, columns)
     tables = complete_rows(source, tables, columns, settings)
+    tables = usable_rows(source, tables, columns, settings)
     tables = resolve_labels(source, tables, columns, settings)
-    return without_duplicates(tables, columns) if settings.deduplicate else tables
+    return (without_duplicates(tables, columns) if settings.deduplicate else tables), columns
 
 
 def _named_loaders(settings: DataSettings, columns: Columns) -> dict[SplitName, Loader]:

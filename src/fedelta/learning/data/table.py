@@ -1,7 +1,8 @@
 """Rows with the place where each stands in its source, so that a message can name the file and the line."""
 
+import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from fedelta.errors import FedeltaError
 
 FILE_COLUMN = "__file__"
 """Column that a source of several files gets: the name of the row's file, for a natural partition by file."""
+
+NESTED = "nested values of different types"
+"""Why a column of lists or objects is kept as JSON text: Arrow can't hold its values as they are written."""
 
 
 class DataWarning(UserWarning):
@@ -140,6 +144,7 @@ def join(name: str, tables: Sequence[Table]) -> Table:
                 f"data source {shorten(name, 60)}: {with_it} has a column {shorten(column, 40)!r} and {without} has "
                 "not, expected the same columns in all files"
             )
+    tables = _alike(tables)
     try:
         rows = datasets.concatenate_datasets([table.rows for table in tables])
     except Exception as error:
@@ -148,6 +153,45 @@ def join(name: str, tables: Sequence[Table]) -> Table:
         ) from error
     mixed = {column: why for table in tables for column, why in table.mixed.items()}
     return Table(rows, Places.joined([table.places for table in tables]), mixed)
+
+
+def _alike(tables: Sequence[Table]) -> list[Table]:
+    """The same tables. A column of lists or objects whose types differ between them becomes JSON text in all.
+
+    Messages differ so if only one file has tool calls, for example.
+    """
+    import datasets
+
+    result = list(tables)
+    for name in tables[0].rows.column_names:
+        features = [table.rows.features[name] for table in tables]
+        nested = [not isinstance(feature, datasets.Value) and not hasattr(feature, "names") for feature in features]
+        if not any(nested) or all(feature == features[0] for feature in features):
+            continue
+        if all(own or table.mixed.get(name) == NESTED for own, table in zip(nested, tables, strict=True)):
+            for i, own in enumerate(nested):
+                table = result[i]
+                values = [json_text(value) if own else value for value in table.rows[name][:]]
+                table = table.with_column(name, values, datasets.Value("large_string"))
+                result[i] = Table(table.rows, table.places, {**table.mixed, name: NESTED})
+    return result
+
+
+def json_text(value: Any) -> str | None:
+    """JSON of a list or object, without the keys that have no value."""
+    return None if value is None else json.dumps(without_none(value), default=str)
+
+
+def without_none(value: Any) -> Any:
+    """A value without the keys of its objects that have no value.
+
+    Arrow gives all objects of a column the same keys, and those that one lacks have no value there.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(inner) for inner in value]
+    return value
 
 
 def shorten(text: object, length: int, end: bool = False) -> str:

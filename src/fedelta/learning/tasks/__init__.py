@@ -2,8 +2,19 @@
 
 from fedelta.learning.tasks.classification import Classification
 from fedelta.learning.tasks.completion import Completion
+from fedelta.learning.tasks.conversation import Conversation
 from fedelta.learning.tasks.language import LanguageTask
 from fedelta.learning.tasks.regression import Regression
 from fedelta.learning.tasks.task import Outcome, Task, Unit, evaluate
 
-__all__ = ["Classification", "Completion", "LanguageTask", "Outcome", "Regression", "Task", "Unit", "evaluate"]
+__all__ = [
+    "Classification",
+    "Completion",
+    "Conversation",
+    "LanguageTask",
+    "Outcome",
+    "Regression",
+    "Task",
+    "Unit",
+    "evaluate",
+]

@@ -1,7 +1,7 @@
 """Classification of a text, or of a pair of texts."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Examples, tokenize
 from fedelta.learning.data.labels import class_order
 from fedelta.learning.data.table import listed, say, shorten
+from fedelta.learning.model.base_model import ModelKind
 from fedelta.learning.tasks.metrics import classification_scores
 from fedelta.learning.tasks.task import Task, labeled_texts
 
@@ -21,6 +22,7 @@ class Classification(Task):
         metric: score by which runs are compared.
     """
 
+    model_kind: ClassVar[ModelKind] = "classification"
     kind: Literal["classification"] = "classification"
     metric: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
 

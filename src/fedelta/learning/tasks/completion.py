@@ -1,6 +1,5 @@
 """Completion of a prompt: supervised fine-tuning of a causal language model, with the loss on the completion only."""
 
-import string
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,13 +10,10 @@ from fedelta.errors import FedeltaError
 from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import IGNORED, Completions
 from fedelta.learning.tasks import plain
+from fedelta.learning.tasks.column_template import check_template, fields_of
 from fedelta.learning.tasks.language import LanguageTask
-from fedelta.learning.tasks.plain import fit
+from fedelta.learning.tasks.plain import CutWarning, fit
 from fedelta.learning.tasks.turns import Turns
-
-
-class CutWarning(UserWarning):
-    """Texts do not fit into the configured length."""
 
 
 class Completion(LanguageTask):
@@ -38,17 +34,13 @@ class Completion(LanguageTask):
     @field_validator("prompt", "completion")
     @classmethod
     def _template(cls, template: str) -> str:
-        fields = [(part[1], *part[2:]) for part in string.Formatter().parse(template) if part[1] is not None]
-        if not fields:
+        if not fields_of(template):
             raise ValueError("expected a column in braces, such as {question}")
-        # A width could ask for gigabytes, and an attribute or index could read more than the column.
-        if not all(name.isidentifier() and not spec and not conversion for name, spec, conversion in fields):
-            raise ValueError("expected only names of columns in braces, such as {question}; write {{ and }} for braces")
-        return template
+        return check_template(template)
 
     def columns(self, data: DataSettings) -> Columns:  # noqa: ARG002
         # A template of several columns may have empty ones, such as the `input` of Alpaca, but not only empty ones.
-        groups = (tuple(_fields(self.prompt)), tuple(_fields(self.completion)))
+        groups = (tuple(fields_of(self.prompt)), tuple(fields_of(self.completion)))
         required = (*groups, *((name,) for name in (self.group, self.by) if name))
         return Columns(dict.fromkeys((name for group in required for name in group), "cell"), required)
 
@@ -87,9 +79,9 @@ class Completion(LanguageTask):
 
     def turns(self, tokenizer: Any) -> Turns | None:
         """The chat whose turns prompt and completion become, or None for plain texts."""
-        return Turns(tokenizer, self.date) if self.makes_turns(tokenizer) else None
+        return Turns(tokenizer, self.date) if self._makes_turns(tokenizer) else None
 
-    def makes_turns(self, tokenizer: Any) -> bool:
+    def _makes_turns(self, tokenizer: Any) -> bool:
         """Tell whether prompt and completion become turns of a chat.
 
         Raises:
@@ -98,7 +90,3 @@ class Completion(LanguageTask):
         if self.chat and tokenizer.chat_template is None:
             raise FedeltaError("task.chat is true, but the tokenizer has no chat template")
         return tokenizer.chat_template is not None and self.chat is not False
-
-
-def _fields(template: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]

@@ -5,13 +5,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from statistics import fmean as mean
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from fedelta.learning.data.examples import Completions, Examples
 from fedelta.learning.model.activation_cache import ActivationCache
+from fedelta.learning.model.base_model import ModelKind
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks.answers import ANSWERS, AnswerForm
 from fedelta.learning.tasks.generation import Generation, generate
@@ -40,6 +41,7 @@ class LanguageTask(Task):
         metric: score by which runs are compared.
     """
 
+    model_kind: ClassVar[ModelKind] = "completion"
     metric: Literal["loss", "perplexity", "bleu", "nist", "meteor", "rouge_l", "cider", "exact", "exact_macro"] = "loss"
     date: str = "2024-07-26"
     group: str | None = None

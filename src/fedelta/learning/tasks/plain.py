@@ -8,6 +8,10 @@ from fedelta.errors import FedeltaError
 Tokens = list[int]
 
 
+class CutWarning(UserWarning):
+    """Texts do not fit into the configured length."""
+
+
 def read(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
     """Yield for each text the tokens that begin it, the prompt's tokens, and the completion's tokens with an end token.
 

@@ -1,12 +1,13 @@
 """Regression: a number for a text or a pair of texts, such as the similarity of two sentences."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Examples, tokenize
+from fedelta.learning.model.base_model import ModelKind
 from fedelta.learning.tasks.metrics import regression_scores
 from fedelta.learning.tasks.task import Task, labeled_texts
 
@@ -18,6 +19,7 @@ class Regression(Task):
         metric: score by which runs are compared.
     """
 
+    model_kind: ClassVar[ModelKind] = "regression"
     kind: Literal["regression"] = "regression"
     metric: Literal["pearson", "spearman", "loss"] = "pearson"
 

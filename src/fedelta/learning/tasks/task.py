@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.settings import Use
 from fedelta.learning.model.activation_cache import ActivationCache, replayed
+from fedelta.learning.model.base_model import ModelKind
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.learning.training.loss import row_losses
@@ -38,8 +39,13 @@ After a forward pass: its summed loss, the number of terms in that sum, and its 
 
 
 class Task(Settings, ABC):
-    """A kind of problem that a model learns. A subclass also holds the task's settings."""
+    """A kind of problem that a model learns. A subclass also holds the task's settings.
 
+    Class attributes:
+        model_kind: the kind of model that learns it.
+    """
+
+    model_kind: ClassVar[ModelKind]
     metric: str
 
     @property

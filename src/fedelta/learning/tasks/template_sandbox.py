@@ -31,14 +31,20 @@ class TooMuch(jinja2.TemplateError):
     """A template takes more steps, time or memory than any chat needs."""
 
 
+MARKS = ("\ufdd0the model writes from here\ufdd0", "\ufdd0to here\ufdd0")
+"""What a rendered text has around a `generation` block. No text of a user has these characters."""
+
+
 class _Generation(Extension):
-    """The tag with which templates mark what a model writes. It has no effect on the text."""
+    """The tag with which templates mark what a model writes. The text gets `MARKS` there."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in MARKS)
+        return [begin, *body, end]
 
 
 class _Limits(NodeTransformer):

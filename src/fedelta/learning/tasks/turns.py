@@ -20,6 +20,7 @@ class Turns:
     Args:
         tokenizer: tokenizer with a chat template.
         date: date that a template sees as today's.
+        advice: end of an error, with a way out.
 
     Attributes:
         end: special token that ends an answer.
@@ -28,8 +29,9 @@ class Turns:
         FedeltaError: if the template fails, puts no end after an answer, or does not write an answer after a prompt.
     """
 
-    def __init__(self, tokenizer: Any, date: str) -> None:
+    def __init__(self, tokenizer: Any, date: str, advice: str = _NO_CHAT) -> None:
         self._tokenizer = tokenizer
+        self._advice = advice
         self._template = ChatTemplate(tokenizer, date)
         one, other = ("".join(self._texts("a", answer)[1:]) for answer in ("b", "c"))
         # The common end of both chats follows the answer, and their common begin precedes it.
@@ -40,7 +42,7 @@ class Turns:
         ends = [token for token in self._encode([after])[0] if token in special]
         if not ends:
             raise FedeltaError(
-                f"the tokenizer's chat template puts no special token after an answer, so it has no end{_NO_CHAT}"
+                f"the tokenizer's chat template puts no special token after an answer, so it has no end{advice}"
             )
         self.end = ends[0]
 
@@ -86,7 +88,7 @@ class Turns:
             common = len(_common_begin(question, whole))
             raise FedeltaError(
                 "the tokenizer's chat template changes the prompt's turn when an answer follows it: "
-                f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}{_NO_CHAT}"
+                f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}{self._advice}"
             )
         return question, whole[len(question) :]
 
