@@ -51,6 +51,13 @@ class Run:
 
         return pandas.DataFrame([_row(record) for record in self.records]).set_index("round")
 
+    @property
+    def generations(self) -> "pandas.DataFrame":
+        """Table with one row per generated answer: round, split, row, prompt, answer, references. It may be empty."""
+        import pandas
+
+        return pandas.DataFrame(self.folder.generations.records())
+
     def export(
         self, *, adapter: Path | str | None = None, merged: Path | str | None = None, rank: int | None = None
     ) -> list[str]:

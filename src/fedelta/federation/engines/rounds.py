@@ -20,6 +20,7 @@ from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import RoundOutcome, Server, ServerState
 from fedelta.learning.data import Examples
 from fedelta.learning.device import DeviceError
+from fedelta.learning.tasks import Answer
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.protocol.failures import FAILURE, read_failure
 from fedelta.protocol.messages import ClientUpdate
@@ -196,7 +197,10 @@ class Engine(ABC):
         # Evaluate clients before the round's patch is folded, on the base that they trained on.
         own = {r.client: self._evaluate_client(state, r) for r in used if r.client in outcome.contributors}
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
-        scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
+        answers: list[Answer] = []
+        scores = None
+        if evaluation_due:
+            scores = self.evaluator.evaluate(after, self.validation, "validation", inside, answers)
         watch.lap("evaluation")
         record = _record(state, after, outcome, scores, traffic, self.trainer.task.metric, failed, own, self.events())
         timing = {
@@ -205,7 +209,7 @@ class Engine(ABC):
             "in_workers": dict(inside.seconds),
             "counts": dict(inside.counts),
         }
-        self.folder.finish_round(after, self.trainer.kept, self.trainer.error_feedback, record, timing)
+        self.folder.finish_round(after, self.trainer.kept, self.trainer.error_feedback, record, timing, answers)
         self.observer.round_done(record)
         return after
 

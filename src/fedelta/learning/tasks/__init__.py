@@ -4,6 +4,6 @@ from fedelta.learning.tasks.classification import Classification
 from fedelta.learning.tasks.completion import Completion
 from fedelta.learning.tasks.language import LanguageTask
 from fedelta.learning.tasks.regression import Regression
-from fedelta.learning.tasks.task import Outcome, Task, Unit, evaluate
+from fedelta.learning.tasks.task import Answer, Outcome, Task, Unit, evaluate
 
-__all__ = ["Classification", "Completion", "LanguageTask", "Outcome", "Regression", "Task", "Unit", "evaluate"]
+__all__ = ["Answer", "Classification", "Completion", "LanguageTask", "Outcome", "Regression", "Task", "Unit", "evaluate"]
