@@ -100,9 +100,7 @@ class RunFolder(RunPaths):
 
     @property
     def _history(self) -> History:
-        return History(
-            self.inputs, self.accepted, self._rounds.digest, self.generations.digest, self.test_before
-        )
+        return History(self.inputs, self.accepted, self._rounds.digest, self.generations.digest, self.test_before)
 
     def saved(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest checkpoint that can be used, see `load_newest`; None if no run has begun."""

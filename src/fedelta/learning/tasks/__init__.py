@@ -6,4 +6,14 @@ from fedelta.learning.tasks.language import LanguageTask
 from fedelta.learning.tasks.regression import Regression
 from fedelta.learning.tasks.task import Answer, Outcome, Task, Unit, evaluate
 
-__all__ = ["Answer", "Classification", "Completion", "LanguageTask", "Outcome", "Regression", "Task", "Unit", "evaluate"]
+__all__ = [
+    "Answer",
+    "Classification",
+    "Completion",
+    "LanguageTask",
+    "Outcome",
+    "Regression",
+    "Task",
+    "Unit",
+    "evaluate",
+]

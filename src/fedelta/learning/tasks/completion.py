@@ -85,6 +85,11 @@ class Completion(LanguageTask):
                     references[row] = self.answer_text(text, turns)
         return Completions(features, labels, prompt_tokens, references, groups, kinds)
 
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Columns of the template of the prompts."""
+        return list(dict.fromkeys(_fields(self.prompt)))
+
     def turns(self, tokenizer: Any) -> Turns | None:
         """The chat whose turns prompt and completion become, or None for plain texts."""
         return Turns(tokenizer, self.date) if self.makes_turns(tokenizer) else None
