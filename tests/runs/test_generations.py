@@ -90,9 +90,7 @@ def test_a_crashed_run_resumes_to_the_same_lines(
         assert getattr(resumed.folder, file).read_bytes() == getattr(straight.folder, file).read_bytes(), file
 
 
-def test_a_crash_after_the_last_answers_and_a_half_written_line_lose_nothing(
-    causal_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_after_the_last_answers_and_a_half_written_line_lose_nothing(causal_config: Any) -> None:
     config = causal_config(task=GENERATES, **BEFORE)
     finished = run(config)
     files = [finished.folder.generations_file, finished.folder.result_file]

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from fedelta.cli.printing import print_path, print_text
-from fedelta.cli.results import Base, Client, Device, Dtype, Place, dtype_name
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
 from fedelta.cli.terminal import err, out
 from fedelta.errors import FedeltaError, quantity
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedelta.cli.printing import print_path, print_text
-from fedelta.cli.results import Base, Client, Device, Dtype, Place, dtype_name
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
 from fedelta.cli.terminal import err, out
 from fedelta.errors import quantity
 
@@ -25,7 +25,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Number of texts per batch.", min=1)] = 64,
     client: Client = None,
     base: Base = None,
-    device: Device = "auto",
+    device: Device = DeviceName.auto,
     dtype: Dtype = None,
 ) -> None:
     """Predict the labels of new rows with the classifier or regression of a run, or with an adapter."""

@@ -94,7 +94,7 @@ def predict_table(
     columns: Sequence[str],
     probabilities: bool = False,
     batch_size: int = BATCH,
-    progress: Progress = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> Predictions:
     """Predict the label of each row.
 
@@ -104,7 +104,7 @@ def predict_table(
         columns: columns of the text.
         probabilities: add the probability of each class.
         batch_size: number of texts per batch.
-        progress: receives the numbers of finished texts and of all texts.
+        progress: receives the numbers of finished texts and of all texts, if given.
     """
     outputs = _outputs(result, table, columns, batch_size, progress)
     rows = table.rows.with_format("arrow")[:]
@@ -125,7 +125,7 @@ def predict_table(
 
 @torch.no_grad()
 def _outputs(
-    result: ResultModel, table: Table, columns: Sequence[str], batch_size: int, progress: Progress
+    result: ResultModel, table: Table, columns: Sequence[str], batch_size: int, progress: Progress | None
 ) -> np.ndarray:
     """Logits of each row, in float64: (rows, outputs)."""
     model, tokenizer = result.model, result.tokenizer
@@ -141,7 +141,8 @@ def _outputs(
         outputs = np.zeros((len(table), found.shape[1])) if outputs is None else outputs
         outputs[rows] = found
         done += len(rows)
-        progress(done, len(table))
+        if progress is not None:
+            progress(done, len(table))
     assert outputs is not None
     bad = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
     if len(bad):

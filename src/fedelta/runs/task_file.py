@@ -1,4 +1,4 @@
-"""`task.json` beside an adapter: how new texts become inputs of the model, so that the adapter works without its run."""
+"""`task.json` beside an adapter: how texts become inputs of the model, so that the adapter works without its run."""
 
 import json
 from pathlib import Path
