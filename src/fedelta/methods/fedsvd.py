@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from fedelta.lora.adapter import Adapter, LoraPair
+from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -54,6 +55,11 @@ class FedSVD(Method):
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(train=frozenset("B"), up=frozenset("B"))
+
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
+        # All clients share one factor. A rank index that a client lacks is unchanged in the other one.
+        mean = moments.mean(module, "unchanged")
+        return add([LowRank(mean.B, mean.A), moments.covariance(module)])
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means("unchanged")

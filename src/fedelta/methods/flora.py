@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fedelta.lora.adapter import LoraPair
+from fedelta.lora.lowrank import Product
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -41,6 +42,10 @@ class FLoRA(Method):
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(down=frozenset())
+
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
+        # A rank index that a client lacks is zero.
+        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         stacks = {module: moments.mean_product(module) for module in state.adapter}

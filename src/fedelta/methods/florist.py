@@ -46,6 +46,10 @@ class FLoRIST(Method):
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(down=frozenset())
 
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
+        # A rank index that a client lacks is zero.
+        return moments.mean_product(module)
+
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         patch: dict[str, Product] = {}
         for module in state.adapter:

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedelta.lora.adapter import Adapter
+from fedelta.lora.lowrank import Product
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -73,6 +74,10 @@ class HetLoRA(Method):
         if rank < trained.rank and bool(self._tail(trained) < self._tail(start)):
             return trained.truncate(rank)
         return trained
+
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
+        # A rank index that a client lacks is zero.
+        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         return replace(state, adapter=moments.means("zeros")), {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedelta.errors import FedeltaError
 from fedelta.lora.adapter import Adapter, Shapes, initial_adapter
 from fedelta.lora.contribution import Contribution
-from fedelta.lora.lowrank import LowRank
+from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import Covariance, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer
@@ -222,6 +222,20 @@ class Method(ABC):
         Returns:
             The state with the next adapter (scale 1), and the patch of the base, which may be empty.
         """
+
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
+        """Return the mean of the clients' products that `aggregate` approximates, (m, n), at scale 1.
+
+        By default, the mean of the contributors stands in for a rank index that a client lacks. None if the method
+        does not approximate a mean.
+
+        Args:
+            state: state as broadcast in this round.
+            moments: moments of the round, kept with a covariance.
+            module: name of the adapted layer.
+        """
+        mean = moments.mean(module)
+        return add([LowRank(mean.B, mean.A), moments.covariance(module)])
 
     def step(
         self, state: MethodState, contributions: Iterable[Contribution], ranks: frozenset[int] = frozenset()

@@ -13,7 +13,7 @@ added to the base (docs/methods.md 3).
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter
-from fedelta.lora.lowrank import LowRank, add
+from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -43,14 +43,18 @@ class RaFLoRA(Method):
     def holds(self) -> Properties:
         return self.properties._replace(exact="equal ranks", identity="always") if self.exact else self.properties
 
+    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product:  # noqa: ARG002
+        # Σ_{S_j} (p_i/c_j) s_i b_ij a_ij = b̄_j ā_j + cov_j/c_j, and means hold b⁰_j, a⁰_j where c_j = 0.
+        mean = moments.mean(module)
+        return add([LowRank(mean.B, mean.A), moments.normalized_covariance(module)])
+
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
-        means = moments.means()
-        rest = {module: moments.normalized_covariance(module) for module in means}
         if self.exact:
-            return replace(state, adapter=means), {m: product for m, product in rest.items() if not product.is_zero()}
-        pairs = {}
-        for module, mean in means.items():
-            # Σ_{S_j} (p_i/c_j) s_i b_ij a_ij = b̄_j ā_j + cov_j/c_j, and means hold b⁰_j, a⁰_j where c_j = 0.
-            target = add([LowRank(mean.B, mean.A), rest[module]])
-            pairs[module] = balanced_pair(target.svd(), state.adapter[module], module, state.seed)
+            rest = {module: moments.normalized_covariance(module) for module in state.adapter}
+            patch = {module: product for module, product in rest.items() if not product.is_zero()}
+            return replace(state, adapter=moments.means()), patch
+        pairs = {
+            module: balanced_pair(self.exact_mean(state, moments, module).svd(), before, module, state.seed)
+            for module, before in state.adapter.items()
+        }
         return replace(state, adapter=Adapter(pairs)), {}

@@ -1,10 +1,12 @@
 """Compare several methods, with one or more seeds each, on the same data and initial weights."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fedelta.errors import FedeltaError, listed
 from fedelta.federation.engines import Observer
+from fedelta.federation.engines.shared_round import SharedRound, SharingEngine
 from fedelta.federation.run_folder import RunFolder
 from fedelta.methods import make_method, resolve
 from fedelta.runs.assemble import make_server
@@ -75,8 +77,12 @@ def run_comparison(
             RunFolder(each.folder, {}).refuse_existing()
     # Run every method with one seed before the next seed, so that even an interrupted comparison has every method.
     by_seed = sorted(configs, key=lambda each: each.seed)
+    engine = partial(SharingEngine, shared=SharedRound())
     return in_order(
-        [run(each, resume=resume, observer=observer, accept_changed_data=accept_changed_data) for each in by_seed]
+        [
+            run(each, resume=resume, observer=observer, engine=engine, accept_changed_data=accept_changed_data)
+            for each in by_seed
+        ]
     )
 
 

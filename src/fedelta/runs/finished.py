@@ -77,6 +77,7 @@ def _row(record: RoundRecord) -> dict[str, float | int | None]:
         "bytes_down": record["bytes_down"]["total"],
         "bytes_up": record["bytes_up"]["total"],
         "deviation": record["deviation_mean"],
+        "lost": record.get("lost_mean"),
         "patch_width": record["patch_width"],
     }
 

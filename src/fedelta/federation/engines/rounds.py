@@ -269,6 +269,8 @@ def _record(
     events: Events,
 ) -> RoundRecord:
     ranks = Counter(after.ranks.values())
+    # A loss below the rounding of fp32 is none; its digits depend on where tensors lie in memory.
+    lost = {module: float(f"{share:.6g}") if share > 1e-6 else 0.0 for module, share in outcome.lost.items()}
     relative = {module: deviation.relative for module, deviation in outcome.deviation.items()}
     return {
         "round": before.round,
@@ -288,7 +290,9 @@ def _record(
         "bytes_by_client": {client: [count.total, traffic.up[client].total] for client, count in traffic.down.items()},
         "deviation": relative,
         "scaled_deviation": {module: deviation.scaled for module, deviation in outcome.deviation.items()},
-        "deviation_mean": sum(relative.values()) / len(relative) if relative else None,
+        "deviation_mean": _mean(relative),
+        "lost": lost,
+        "lost_mean": _mean(lost),
         "patch_width": outcome.patch_width,
         "energy_by_rank": outcome.energy,
         "version": after.log.version,
@@ -296,3 +300,7 @@ def _record(
         "clients_validation": clients_validation,
         **events,
     }
+
+
+def _mean(by_module: Mapping[str, float]) -> float | None:
+    return sum(by_module.values()) / len(by_module) if by_module else None

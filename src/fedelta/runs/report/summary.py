@@ -30,7 +30,7 @@ class MethodSummary:
         rounds_to_target: rounds until the target, mean over the seeds that reached it; None if no seed did.
         reached: number of seeds that reached the target.
         mb_down, mb_up: mean megabytes (10⁶ bytes) of all messages of a run, to and from the clients.
-        deviation: loss from averaging the factors separately, mean over rounds and modules; None if not measured.
+        lost: what the method's steps lost of the mean product, mean over rounds and modules; None if not measured.
     """
 
     method: str
@@ -41,7 +41,7 @@ class MethodSummary:
     reached: int
     mb_down: float
     mb_up: float
-    deviation: float | None
+    lost: float | None
 
 
 def default_target(runs: Sequence[Run]) -> float:
@@ -76,7 +76,7 @@ def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
         traffic = [
             [sum(r[key]["total"] for r in run.records) / MB for run in own] for key in ("bytes_down", "bytes_up")
         ]
-        measured = [d for run in own for r in run.records if (d := r["deviation_mean"]) is not None]
+        measured = [d for run in own for r in run.records if (d := r.get("lost_mean")) is not None]
         rows.append(
             MethodSummary(
                 method=method,
@@ -87,7 +87,7 @@ def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
                 reached=len(hits),
                 mb_down=mean(traffic[0]),
                 mb_up=mean(traffic[1]),
-                deviation=mean(measured) if measured else None,
+                lost=mean(measured) if measured else None,
             )
         )
     return rows
@@ -101,7 +101,7 @@ def columns(metric: Metric, target: float) -> list[str]:
         f"rounds to {metric.format(target, 1)}",
         "MB down",
         "MB up",
-        "deviation",
+        "lost, %",
     ]
 
 
@@ -118,7 +118,7 @@ def cells(metric: Metric, row: MethodSummary) -> list[str]:
         rounds,
         f"{row.mb_down:.2f}",
         f"{row.mb_up:.2f}",
-        "–" if row.deviation is None else f"{row.deviation:.3f}",
+        "–" if row.lost is None else f"{100 * row.lost:.1f}",
     ]
 
 
@@ -133,7 +133,7 @@ def caption(runs: Sequence[Run]) -> str:
     return (
         f"Final model after {quantity(runs[0].config.rounds, 'round')} on the test split, {spread}{frequent}. "
         f"Rounds until the validation {metric_of(runs).title} reached the target. Megabytes of a whole run, as "
-        f"serialized. Deviation: what averaging A and B apart loses of the mean product.{warning}"
+        f"serialized. Lost: what the method's averages lost of the mean of what the clients learned.{warning}"
     )
 
 
