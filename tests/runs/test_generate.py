@@ -215,7 +215,7 @@ def test_what_an_answer_holds_cannot_control_the_terminal(
     finished: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hostile = "\x1b]0;title\x07\x1b[2J[red]x[/red] \u202eback"
-    monkeypatch.setattr(Writer, "_text", lambda self, tokens: hostile)
+    monkeypatch.setattr(Writer, "_text", lambda *_: hostile)
     assert command("generate", str(finished.folder.path), "--prompt", PROMPTS[0]) == 0
     shown = capsys.readouterr().out.removesuffix("\n")
     assert shown.isprintable()
@@ -285,7 +285,7 @@ def test_an_adapter_that_lacks_layers_is_refused(finished: Run, tmp_path: Path) 
 
 
 def test_mistakes_are_one_line(
-    finished: Run, tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Run, tiny_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place, empty = str(finished.folder.path), tmp_path / "empty"
     empty.mkdir()
