@@ -9,6 +9,7 @@ from rich.text import Text
 
 from fedelta.cli.printing import print_text
 from fedelta.errors import one_line
+from fedelta.learning.data.table import shorten
 from fedelta.runs.report.examples import pick_examples
 
 MAX_METHODS = 3
@@ -36,9 +37,9 @@ def print_examples(console: Console, runs: Sequence[Any]) -> None:
         table.add_column(width=labels, no_wrap=True, overflow="ellipsis", style="dim")
         table.add_column()
         # A prompt takes one line, and each other text at most two.
-        table.add_row("prompt", Text(one_line(example.prompt, width), style="bold"))
+        table.add_row("prompt", Text(shorten(one_line(example.prompt, 10_000), width), style="bold"))
         for name, text in [("reference", example.reference), *before, *example.answers]:
-            table.add_row(Text(one_line(name, 60)), Text(one_line(text, 2 * width - 20) or "(empty)"))
+            table.add_row(Text(one_line(name, 60)), Text(shorten(one_line(text, 10_000), 2 * width - 20) or "(empty)"))
         console.print(table, highlight=False)
         if example is not examples[-1]:
             console.print()
