@@ -35,7 +35,7 @@ def pick_examples(runs: Sequence[Run], count: int, max_methods: int | None = Non
     Args:
         runs: finished runs. Each method is represented by its first run.
         count: maximum number of prompts.
-        max_methods: maximum number of methods, those with the best test scores. None is no limit.
+        max_methods: maximum number of methods, those with the best test scores. None takes all of them.
 
     Returns:
         The examples; none if the runs have not generated text.
