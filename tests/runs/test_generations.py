@@ -1,10 +1,17 @@
 """Generated answers are kept in `generations.jsonl`, and the initial model can be evaluated before the first round."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import fedelta
 from causal import TASK
@@ -88,6 +95,27 @@ def test_a_crashed_run_resumes_to_the_same_lines(
     resumed = run(config, resume=True)
     for file in ("generations_file", "rounds_file", "result_file"):
         assert getattr(resumed.folder, file).read_bytes() == getattr(straight.folder, file).read_bytes(), file
+
+
+def test_a_run_that_is_killed_at_a_random_moment_resumes_to_the_same_answers(
+    causal_config: Any, tmp_path: Path
+) -> None:
+    straight = run(causal_config(name="straight", task=EXACT, rounds=12, **BEFORE))
+    killed = causal_config(name="killed", task=EXACT, rounds=12, workers=2, **BEFORE)
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump(killed.dump()))
+    command = [sys.executable, "-m", "fedelta.cli", "run", str(file), "--resume"]
+    answers = killed.folder / "generations.jsonl"
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (answers.exists() and b'"round": 2' in answers.read_bytes()):
+        time.sleep(0.002)
+    time.sleep(random.Random().uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed.folder / "result.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("generations.jsonl", "rounds.jsonl", "result.json"):
+        assert (killed.folder / name).read_bytes() == (straight.folder.path / name).read_bytes(), name
 
 
 def test_a_crash_after_the_last_answers_and_a_half_written_line_lose_nothing(causal_config: Any) -> None:

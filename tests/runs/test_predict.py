@@ -18,6 +18,7 @@ from command import fedelta as command
 from command import refusal
 from fedelta.errors import FedeltaError
 from fedelta.learning.data.sources import load_splits
+from fedelta.runs.config import parse_config
 from fedelta.runs.runner import Run, run
 
 LEARNS = {"method": "fedex", "rounds": 4, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}}
@@ -27,6 +28,15 @@ TEXTS = ["a ship in the tide", "the bright moon", "old barn and field near the r
 @pytest.fixture
 def finished(tiny_config: Any) -> Run:
     return run(tiny_config(**LEARNS))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_bert: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of a short run."""
+    data = {"source": str(texts), "max_length": 16}
+    output = str(tmp_path_factory.mktemp("runs"))
+    config = {"output": output, "model": {"name": str(tiny_bert)}, "data": data, "rounds": 1, "workers": 1}
+    return run(parse_config(config | {"partition": {"clients": 2}, "training": {"steps": 1}})).adapter
 
 
 def plain_probabilities(folder: Path, texts: list[Any], length: int = 16) -> torch.Tensor:
@@ -254,3 +264,32 @@ def test_mistakes_are_one_line_and_write_nothing(
     capsys.readouterr()
     line = refusal(capsys, "predict", place, str(good), "-o", str(tmp_path / "other.csv"))
     assert "no adapter_model.safetensors" in line
+
+
+def test_whole_numbers_are_classes_however_they_are_written(
+    tiny_config: Any, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with texts.open(newline="") as stream:
+        rows = [{"text": row["text"], "label": int(row["label"] == "sea")} for row in csv.DictReader(stream)]
+    data = {"source": str(write_csv(tmp_path / "numbers.csv", rows)), "max_length": 16}
+    finished = run(tiny_config(data=data, partition={"clients": 4}, rounds=1))
+    predicted = list(fedelta.predict(finished, TEXTS)["prediction"])
+    assert set(predicted) <= {"0", "1"}
+    file = write_csv(
+        tmp_path / "rows.csv", [{"text": t, "label": f"{p}.0"} for t, p in zip(TEXTS, predicted, strict=True)]
+    )
+    assert command("predict", str(finished.folder.path), str(file), "-o", str(tmp_path / "out.csv")) == 0
+    assert "accuracy 100.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"id2label": {"0": "a"}}', '{"id2label": {"0": "a", "7": "b"}}'])
+@pytest.mark.parametrize("name", ["labels.json", "task.json", "adapter_config.json"])
+def test_a_damaged_file_of_an_adapter_is_named(name: str, content: str, adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / name).write_text(content)
+    if name == "task.json" and content.startswith('{"'):
+        assert len(fedelta.predict(folder, TEXTS)) == len(TEXTS), "missing keys have their defaults"
+        return
+    with pytest.raises(FedeltaError, match=str(folder)) as caught:
+        fedelta.predict(folder, TEXTS)
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,5 +1,6 @@
 """Predictions of a classifier or a regression for new rows."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,8 @@ from fedelta.runs.result_model import ResultModel, load_result
 PREDICTION, PROBABILITY, PREFIX = "prediction", "probability", "probability_"
 TABLES = ("csv", "tsv")
 BATCH = 64
+_WHOLE = re.compile(r"^([+-]?\d+)\.0*$")
+"""A whole number that is written as a decimal one: 1.0 and 1 are one class."""
 Progress = Callable[[int, int], None]
 
 
@@ -160,7 +163,8 @@ def _scores(result: ResultModel, table: Table, predicted: np.ndarray) -> tuple[d
     known: list[Any]
     if result.classes:
         index = {name: i for i, name in enumerate(result.classes)}
-        known = [index.get(_class_name(value, names)) for value in values]
+        written = [_class_name(value, names) for value in values]
+        known = [index.get(name, index.get(_WHOLE.sub(r"\1", name))) for name in written]
     else:
         known = [_number(value, result.data.decimal) for value in values]
     rows = [i for i, value in enumerate(known) if value is not None]
@@ -171,11 +175,9 @@ def _scores(result: ResultModel, table: Table, predicted: np.ndarray) -> tuple[d
 
 
 def _class_name(value: Any, names: Sequence[str] | None) -> str:
-    """The name of a class as it is written in the data: 1.0 and 1 are one class."""
+    """The name of a class as it is written in the data."""
     if names is not None and isinstance(value, int) and 0 <= value < len(names):
         return str(names[value])
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     return str(value).strip()
 
 

@@ -10,12 +10,12 @@ from fedelta.errors import FedeltaError, listed
 from fedelta.learning.data import DataSettings
 from fedelta.learning.in_memory import PREFIX
 from fedelta.learning.model.base_model import ModelSettings, TaskKind, load_base, load_tokenizer, locate_model
+from fedelta.learning.model.model_folder import read_json
 from fedelta.learning.model.padding import with_padding
 from fedelta.learning.model.weights import library_errors
 from fedelta.learning.tasks import LanguageTask, Task
 from fedelta.lora.files.locate import WEIGHTS
 from fedelta.lora.files.peft_read import CONFIG
-from fedelta.reading import read_json
 from fedelta.runs.card import LABELS
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.task_file import read_task_file
@@ -199,8 +199,7 @@ def _classes(found: ResultFolder, kind: TaskKind) -> tuple[str, ...]:
     file = found.adapter / LABELS
     if not file.is_file():
         raise FedeltaError(f"{found.adapter}: no {LABELS}, which has the names of the classes")
-    content = read_json(file)
-    names = content.get("id2label") if isinstance(content, dict) else None
+    names = read_json(file).get("id2label")
     indices = [str(i) for i in range(len(names))] if isinstance(names, dict) else []
     if not isinstance(names, dict) or len(names) < 2 or sorted(names) != sorted(indices):
         raise FedeltaError(f"{file}: expected id2label with the names of the classes 0, 1, …")

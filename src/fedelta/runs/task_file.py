@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedelta.errors import FedeltaError
 from fedelta.learning.model.base_model import BUILT_IN, SMOLLM2
-from fedelta.reading import read_json
+from fedelta.learning.model.model_folder import read_json
 from fedelta.runs.config import Config, parse_config
 
 TASK_FILE = "task.json"
@@ -48,8 +47,6 @@ def read_task_file(folder: Path) -> TaskFacts | None:
     if not file.is_file():
         return None
     content = read_json(file)
-    if not isinstance(content, dict):
-        raise FedeltaError(f"{file} holds a {type(content).__name__}, expected keys and values")
     built_in = content.get("built_in_model")
     config = parse_config({key: content.get(key, {}) for key in ("task", "data", "model")}, str(file))
     return TaskFacts(config, built_in if built_in in (*BUILT_IN, SMOLLM2) else None)
