@@ -197,3 +197,14 @@ def test_the_interface_reads_them_as_a_table(causal_config: Any) -> None:
     finished = run(causal_config(rounds=1, task=GENERATES))
     table = fedelta.open_run(Path(finished.folder.path)).generations
     assert ["round", "split", "row", "prompt", "answer", "references", "exact"] == list(table.columns)
+
+
+@pytest.mark.slow
+def test_a_run_over_flower_keeps_the_same_answers(causal_config: Any) -> None:
+    from fedelta.federation.engines import Observer
+    from fedelta.flower.loopback import run_on_loopback
+
+    alone = run(causal_config(name="alone", task=EXACT, **BEFORE))
+    apart = run_on_loopback(causal_config(name="apart", task=EXACT, **BEFORE), False, Observer())
+    assert apart.folder.generations_file.read_bytes() == alone.folder.generations_file.read_bytes()
+    assert apart.result == alone.result
