@@ -196,7 +196,7 @@ def test_a_comparison_computes_the_initial_model_once_for_each_seed(
 def test_the_interface_reads_them_as_a_table(causal_config: Any) -> None:
     finished = run(causal_config(rounds=1, task=GENERATES))
     table = fedelta.open_run(Path(finished.folder.path)).generations
-    assert ["round", "split", "row", "prompt", "answer", "references", "exact"] == list(table.columns)
+    assert list(table.columns) == ["round", "split", "row", "prompt", "answer", "references", "exact"]
 
 
 @pytest.mark.slow
