@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from causal import TASK
 from fedelta.errors import FedeltaError
 from fedelta.federation import checkpoint, run_folder
 from fedelta.federation.checkpoint import load_checkpoint
 from fedelta.federation.round_lines import RoundLines
 from fedelta.federation.run_folder import RunFolder
+from fedelta.learning.model.smollm2 import smollm2_folder
+from fedelta.runs.config import Config
 from fedelta.runs.runner import Run, run
 
 # Dropout, partial participation, loss-based ranks and patches: all the state that a checkpoint must save.
@@ -54,22 +57,113 @@ def test_kill_at_three_random_moments_and_resume_to_the_same_bytes(
     rng = random.Random()  # other moments in every test run; the assertions hold for all of them
     finished = []
     for target in sorted(rng.sample(range(2, rounds - 4), 3)):
-        process = subprocess.Popen(command(config, "--resume"), env=environment, stderr=subprocess.PIPE)
-        while _lines(folder) < target and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode() if process.stderr else ""
+        kill_after(target, config, folder, environment, rng.uniform(0, 0.05))
         finished.append(_lines(folder))
-        assert not (folder / "adapter").exists()
     assert finished[0] < finished[-1] <= rounds
     subprocess.run(command(config, "--resume"), env=environment, check=True, capture_output=True)
     assert outcome(folder) == outcome(straight.folder.path)
 
 
+def kill_after(rounds: int, config: Path, folder: Path, environment: dict[str, str], wait: float) -> None:
+    """Start or resume a run, and kill its process some seconds after it has finished `rounds` rounds."""
+    process = subprocess.Popen(command(config, "--resume"), env=environment, stderr=subprocess.PIPE)
+    while _lines(folder) < rounds and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode() if process.stderr else ""
+    assert not (folder / "adapter").exists()
+
+
 def _lines(folder: Path) -> int:
     file = folder / "rounds.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def language_model(method: str, packing: bool, **changes: Any) -> dict[str, Any]:
+    """Settings of a language model in bfloat16 with unequal ranks and dropout, which answers prompts at the end."""
+    return {
+        "method": method,
+        "task": {**TASK, "generate": {"max_new_tokens": 4, "limit": 12}, "answer": "text"},
+        "lora": {"alpha": 8, "target_modules": "all-linear", "dropout": 0.1},
+        "federation": {"participation": 0.5},
+        "training": {"steps": 2, "batch_size": 8, "learning_rate": 0.02, "packing": packing},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(("method", "packing"), [("fedex", False), ("replication", True)])
+def test_a_killed_language_model_resumes_to_the_same_bytes(
+    method: str, packing: bool, causal: Any, causal_config: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    model = {"name": str(causal("llama")), "dtype": "bfloat16"}
+    settings = language_model(method, packing, model=model, rounds=12)
+    straight = run(causal_config(name="straight", **settings))
+    assert "exact" in straight.result["test"], "it has answered prompts"
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(causal_config(name="killed", **settings | {"workers": 2}).dump()))
+    folder = tmp_path / "runs" / "killed"
+    rng = random.Random()
+    kill_after(rng.randint(2, 7), config, folder, environment, rng.uniform(0, 0.05))
+    assert 2 <= _lines(folder) < 12
+    subprocess.run(command(config, "--resume"), env=environment, check=True, capture_output=True)
+    assert outcome(folder) == outcome(straight.folder.path)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("method", ["fedex", "replication"])
+def test_a_language_model_that_stops_between_rounds_resumes_to_the_same_bytes(
+    method: str, packing: bool, causal: Any, causal_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = language_model(method, packing, model={"name": str(causal("llama")), "dtype": "bfloat16"}, rounds=5)
+    straight = run(causal_config(name="straight", **settings))
+    assert _resumed_after(3, causal_config(name="stopped", **settings), monkeypatch) == outcome(straight.folder.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_built_in_chat_model_resumes_to_the_same_bytes(
+    packing: bool, causal_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        smollm2_folder()
+    except FedeltaError as error:
+        pytest.skip(str(error))
+    settings = language_model(
+        "fedex",
+        packing,
+        model={"name": "smollm2", "dtype": "bfloat16"},
+        rounds=3,
+        task={
+            "kind": "completion",
+            "prompt": "Describe this Python function in one sentence.\n\n{signature}",
+            "completion": "{summary}",
+            "generate": {"max_new_tokens": 4, "limit": 2},
+            "answer": "text",
+        },
+        data={"source": "pydoc-functions", "max_length": 96, "limit": 40, "evaluation_limit": 4},
+        training={"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "packing": packing},
+    )
+    straight = run(causal_config(name="straight", **settings))
+    assert _resumed_after(2, causal_config(name="stopped", **settings), monkeypatch) == outcome(straight.folder.path)
+
+
+def _resumed_after(checkpoints: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Outcome of a run that stops before it writes its next checkpoint, and is resumed."""
+    written = [0]
+    save = run_folder.save_checkpoint
+
+    def stop(*arguments: Any) -> None:
+        if written[0] == checkpoints:
+            raise KeyboardInterrupt
+        written[0] += 1
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    return outcome(run(config, resume=True).folder.path)
 
 
 @pytest.mark.parametrize("moment", ["before the line", "between line and checkpoint", "in the checkpoint's rename"])
@@ -114,21 +208,7 @@ def test_state_that_methods_keep_between_rounds_survives_a_crash(
     settings = {"rounds": 6, "method": {"name": name, **options}, "federation": {"participation": 0.5}}
     settings |= {"ranks": ranks} if ranks else {}
     straight = run(tiny_config(name="straight", **settings))
-    config = tiny_config(name="crashed", **settings)
-    calls = [0]
-    save = run_folder.save_checkpoint
-
-    def crash(*arguments: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 5:
-            raise KeyboardInterrupt
-        save(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run_folder, "save_checkpoint", crash)
-        with pytest.raises(KeyboardInterrupt):
-            run(config)
-    assert outcome(run(config, resume=True).folder.path) == outcome(straight.folder.path)
+    assert _resumed_after(4, tiny_config(name="crashed", **settings), monkeypatch) == outcome(straight.folder.path)
 
 
 def test_a_half_written_line_is_dropped(tiny_config: Any) -> None:

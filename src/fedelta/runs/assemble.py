@@ -21,6 +21,7 @@ from fedelta.learning.model.token_check import check_tokens
 from fedelta.learning.shards import FederatedData, TokenizedSplits, build_data, read_splits, tokenize_splits
 from fedelta.learning.tasks import LanguageTask
 from fedelta.learning.tasks.lm_harness import check_harness
+from fedelta.learning.training.packing import check_packing
 from fedelta.runs.config import Config, parse_config
 from fedelta.seeds import derive_seed
 
@@ -122,7 +123,7 @@ def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
         classes: number of classes of the new head.
 
     Raises:
-        FedeltaError: if the model cannot be loaded, or does not accept texts as long as configured.
+        FedeltaError: if the model cannot be loaded, or does not accept texts as long as configured or packed texts.
     """
     torch.set_num_threads(config.threads)
     model = make_model(config, classes, tokenizer)
@@ -135,6 +136,8 @@ def make_trainer(config: Config, classes: int, tokenizer: Any) -> Trainer:
                 f"data.max_length {prompt_length} and task.generate.max_new_tokens {new_tokens} are together more than "
                 f"the {longest} tokens that the model takes"
             )
+    if config.training.packing:
+        check_packing(model, tokenizer)
     return Trainer(model, tokenizer, config.task, config.training, config.evaluation.batch_size, config.seed)
 
 

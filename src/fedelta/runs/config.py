@@ -13,7 +13,7 @@ from fedelta.federation.settings import FederationSettings
 from fedelta.learning.data import DataSettings, PartitionSettings
 from fedelta.learning.model.base_model import ModelSettings
 from fedelta.learning.model.lora_model import LoraSettings
-from fedelta.learning.tasks import Classification, Completion, Regression
+from fedelta.learning.tasks import Classification, Completion, LanguageTask, Regression
 from fedelta.learning.tasks.lm_harness import HarnessSettings
 from fedelta.learning.training import TrainingSettings
 from fedelta.methods import Method, make_method, resolve
@@ -162,6 +162,14 @@ class Config(Settings):
         if self.evaluation.harness is not None and self.task.kind != "completion":
             raise ValueError(
                 f"evaluation.harness needs a language model, expected task: completion, found {self.task.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_packing_task(self) -> "Config":
+        if self.training.packing and not isinstance(self.task, LanguageTask):
+            raise ValueError(
+                f"training.packing: true needs a language model, expected task: completion, found {self.task.kind}"
             )
         return self
 

@@ -203,8 +203,8 @@ class _RunSteps:
         if count > 1 and not can_fork():
             raise FedeltaError(f"workers: {count} needs Linux and a model on the CPU, expected 1 or auto")
         workers = Workers(count, config.threads)
-        # Stacked clients run through the whole model, so their texts need no activation cache.
-        shards = self.data.shards if self._stack == 1 else {}
+        # Stacked clients and packed texts run through the whole model, so their texts need no activation cache.
+        shards = self.data.shards if self._stack == 1 and not config.training.packing else {}
         max_bytes = config.model.activation_cache * 1e9
         caches = ActivationCaches(trainer.activation_cache, workers, self.data.validation, shards, max_bytes)
         return Evaluator(self.server, trainer, workers, self.observer, caches)

@@ -50,7 +50,8 @@ def fastest_stack(trainer: Trainer, examples: Examples, ranks: Sequence[int], st
         steps: training steps of each client in a trial.
     """
     model = trainer.model
-    if trainer.settings.micro_batch_size is not None or reason_not_to_stack(model):
+    one_by_one_only = trainer.settings.packing or trainer.settings.micro_batch_size is not None
+    if one_by_one_only or reason_not_to_stack(model):
         return 1
     heads = model.head_tensors()
     settings = trainer.settings.model_copy(update={"steps": steps})

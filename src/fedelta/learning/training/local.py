@@ -16,6 +16,7 @@ from fedelta.learning.model.activation_cache import ActivationCache, replayed
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.training.flops import count_texts
 from fedelta.learning.training.micro_batches import split_by_length
+from fedelta.learning.training.packing import pack, packed_batch
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.seeds import derive_seed, torch_seed
 from fedelta.settings import Settings
@@ -37,11 +38,14 @@ class TrainingSettings(Settings):
         micro_batches: split the batch of a step into texts of similar length, which saves padding. The gradient is
             that of the whole batch.
         micro_batch_size: maximum number of texts per pass, for when memory is short. A step's gradient is accumulated
-            over its passes.
+            over its passes. With `packing`, it is the number of packed rows.
+        packing: put several texts into one row of a batch, none longer than the longest text of the step. This saves
+            padding, and the gradient is that of the whole batch. No text sees another one; models that can't do this
+            are refused. Only for language models, and with `stack` 1 or `auto`.
         stack: number of clients that train in one pass over the base. This is faster if each has few tokens for a
             GPU. The result equals that of training one by one, except for rounding and for which elements are
             dropped out. `auto` measures the best number when a run starts, and stores it with the run; it is 1 if
-            `micro_batch_size` limits a pass.
+            `micro_batch_size` limits a pass or `packing` is on.
         deterministic: use only GPU kernels that give the same bits each time, so that a resumed run ends
             bit-identical. `false` can be faster. On a CPU the bits are the same either way.
     """
@@ -57,6 +61,7 @@ class TrainingSettings(Settings):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     micro_batches: bool = True
     micro_batch_size: int | None = Field(default=None, ge=1)
+    packing: bool = False
     stack: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     deterministic: bool = True
 
@@ -64,6 +69,8 @@ class TrainingSettings(Settings):
     def _passes_of_a_stack(self) -> "TrainingSettings":
         if self.micro_batch_size is not None and self.stack not in (1, "auto"):
             raise ValueError(f"micro_batch_size needs stack: 1 or stack: auto, found stack: {self.stack}")
+        if self.packing and self.stack not in (1, "auto"):
+            raise ValueError(f"packing: true needs stack: 1 or stack: auto, found stack: {self.stack}")
         return self
 
 
@@ -137,7 +144,7 @@ def train(
         seed: seed of the order of batches and of dropout.
         penalty: term that a method adds to the loss, computed at each step. None adds nothing.
         watch: stopwatch for the seconds of each phase and the numbers of texts and tokens.
-        cache: cache of activations, which are not computed again.
+        cache: cache of activations, which are not computed again. Packed texts don't use it.
 
     Returns:
         Mean training loss over the steps, without the penalty.
@@ -152,15 +159,13 @@ def train(
     with torch_seed(seed, model.device), deterministic(model.device, settings.deterministic):
         model.peft.train()
         for rows in steps.batches():
-            parts = _parts(rows, examples, settings, model)
             whole = examples.weight(rows)
             losses.append([])
-            for part in parts:
-                batch = examples.batch(part, tokenizer, model.device)
+            for part, batch in _passes(rows, examples, tokenizer, settings, model):
                 count_tokens(watch, examples, part, batch)
                 watch.lap("batches")
                 # The model's loss is a mean over texts or tokens, so weight a part by its share of them.
-                with replayed(cache, examples, part, batch):
+                with replayed(None if settings.packing else cache, examples, part, batch):
                     loss = model.peft(**batch).loss * (examples.weight(part) / whole)
                 # The number is read after the last step, because reading it here would make a GPU wait.
                 losses[-1].append(loss.detach())
@@ -175,12 +180,29 @@ def train(
     return sum(sum(map(float, parts)) for parts in losses) / len(losses)
 
 
-def _parts(rows: list[int], examples: Examples, settings: TrainingSettings, model: LoraModel) -> list[list[int]]:
-    """Split the rows of a step into passes."""
+def _passes(
+    rows: list[int], examples: Examples, tokenizer: Any, settings: TrainingSettings, model: LoraModel
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Split the rows of a step into passes, and yield the rows and the batch of each."""
+    if not settings.packing:
+        for part in _parts(rows, examples.length, settings, model):
+            yield part, examples.batch(part, tokenizer, model.device)
+        return
+    packed = pack(rows, examples.length)
+    lengths = [sum(map(examples.length, texts)) for texts in packed]
+    for part in _parts(range(len(packed)), lengths.__getitem__, settings, model):
+        texts = [packed[row] for row in part]
+        yield list(itertools.chain(*texts)), packed_batch(examples, texts, tokenizer, model.device)
+
+
+def _parts(
+    rows: Sequence[int], length: Callable[[int], int], settings: TrainingSettings, model: LoraModel
+) -> list[list[int]]:
+    """Split the rows of a batch into those of each pass."""
     max_rows = settings.micro_batch_size or len(rows)
     if settings.micro_batches:
-        return split_by_length(rows, examples.length, model.device, model.dtype, max_rows)
-    return [rows[begin : begin + max_rows] for begin in range(0, len(rows), max_rows)]
+        return split_by_length(rows, length, model.device, model.dtype, max_rows)
+    return [list(rows[begin : begin + max_rows]) for begin in range(0, len(rows), max_rows)]
 
 
 def count_tokens(watch: Stopwatch, examples: Examples, rows: Sequence[int], batch: Mapping[str, Tensor]) -> None:
