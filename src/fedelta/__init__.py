@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fedelta.runs.api import run as run
     from fedelta.runs.config import Config as Config
     from fedelta.runs.config import load_config as load_config
+    from fedelta.runs.generate import generate as generate
+    from fedelta.runs.predict import predict as predict
     from fedelta.runs.runner import Run as Run
     from fedelta.runs.runner import open_run as open_run
 
@@ -40,9 +42,11 @@ _HOMES = {
     "compare": "fedelta.runs.api",
     "configure": "fedelta.runs.api",
     "export": "fedelta.runs.api",
+    "generate": "fedelta.runs.generate",
     "load_config": "fedelta.runs.config",
     "make_method": "fedelta.methods",
     "open_run": "fedelta.runs.runner",
+    "predict": "fedelta.runs.predict",
     "run": "fedelta.runs.api",
 }
 """Public name → the module that defines it, with the name there if it differs."""

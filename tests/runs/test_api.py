@@ -16,7 +16,7 @@ from fedelta.runs import api
 
 NAMES = [
     *("Config", "FedeltaError", "Progress", "Run", "aggregate_folders", "compare", "configure", "export"),
-    *("load_config", "make_method", "open_run", "run", "__version__"),
+    *("generate", "load_config", "make_method", "open_run", "predict", "run", "__version__"),
 ]
 
 

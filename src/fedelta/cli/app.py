@@ -15,7 +15,9 @@ from fedelta import __version__
 from fedelta.cli.aggregate import aggregate
 from fedelta.cli.arguments import Command
 from fedelta.cli.configuration import config
+from fedelta.cli.generate import generate
 from fedelta.cli.interruption import Interruption
+from fedelta.cli.predict import predict
 from fedelta.cli.printing import MAX_PATH, print_error, print_path, print_text
 from fedelta.cli.sites import join, keys, serve
 from fedelta.cli.sweep import print_grid_report, sweep
@@ -110,7 +112,7 @@ def run(
         print_path(out, "profile", config.folder / "profile.json")
 
 
-for command in (sweep, aggregate, serve, join, keys, config):
+for command in (generate, predict, sweep, aggregate, serve, join, keys, config):
     app.command(cls=Command)(command)
 
 

@@ -74,7 +74,8 @@ def read_config(arguments: list[str] | None) -> Any:
 
 
 def finish(runs: list[Any], folder: Path) -> None:
-    """Write the plot, table and page of finished runs into the folder, and print the table."""
+    """Write the plot, table and page of finished runs into the folder, and print the table and some answers."""
+    from fedelta.cli.examples import print_examples
     from fedelta.runs.report.page import write_page
     from fedelta.runs.report.plot import plot_scores
     from fedelta.runs.report.summary import console_table, write_table
@@ -87,3 +88,4 @@ def finish(runs: list[Any], folder: Path) -> None:
     print_path(out, "report", page)
     for run in runs:
         print_path(out, "adapter", run.folder.adapter_folder)
+    print_examples(out, runs)

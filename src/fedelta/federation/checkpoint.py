@@ -45,11 +45,15 @@ class History(NamedTuple):
         inputs: what the run learns from. Empty if it is not known.
         accepted: changes of the inputs that the run was told to accept.
         rounds_digest: digest of the finished rounds' lines of `rounds.jsonl`. None if it is not known.
+        generations_digest: digest of the finished rounds' lines of `generations.jsonl`. None if it is not known.
+        test_before: scores of the initial model on the test split. None if it was not evaluated.
     """
 
     inputs: Inputs
     accepted: tuple[AcceptedChange, ...]
     rounds_digest: str | None
+    generations_digest: str | None = None
+    test_before: Mapping[str, float] | None = None
 
 
 UNKNOWN = History({}, (), None)
@@ -210,5 +214,11 @@ def _checkpoint(facts: dict[str, Any], tensors: dict[str, Any]) -> Checkpoint:
         for client, feedback in facts["error_feedback"].items()
     }
     history = facts.get("history", UNKNOWN._asdict())
-    past = History(history["inputs"], tuple(history["accepted"]), history["rounds_digest"])
+    past = History(
+        history["inputs"],
+        tuple(history["accepted"]),
+        history["rounds_digest"],
+        history.get("generations_digest"),
+        history.get("test_before"),
+    )
     return Checkpoint(state, facts["config"], kept, error_feedback, past)

@@ -97,6 +97,31 @@ class Timing(TypedDict):
     counts: dict[str, int]
 
 
+class GeneratedAnswer(TypedDict):
+    """A line of `generations.jsonl`: one answer that an evaluation has generated.
+
+    Keys:
+        round: index of the round after which it was generated, from 0; `before` for the initial model, `test` for the
+            final one.
+        split: `validation` or `test`.
+        row: row of the split.
+        client: client whose model answered, if there is no global model.
+        prompt: text that the model saw, with special tokens.
+        answer: the generated text, as it is compared with the references.
+        references: texts that it is compared with.
+        exact: whether it is an exact answer, if these are counted.
+    """
+
+    round: int | str
+    split: str
+    row: int
+    client: NotRequired[str]
+    prompt: str
+    answer: str
+    references: list[str]
+    exact: NotRequired[bool]
+
+
 class Events(TypedDict):
     """Keys that the engine adds to a line of `rounds.jsonl`; see `RoundRecord`."""
 
@@ -144,6 +169,7 @@ class Result(TypedDict):
         clients: client → number of training rows.
         constant_score: test score of always giving the same prediction; None if it is not meaningful for the task.
         validation, test: scores of the final model. The test split is used here and nowhere else.
+        test_before: scores of the initial model on the test split, if `evaluation.before` asks for them.
         adapter_rank: rank of the exported adapter.
         lora_parameters: rank → number of LoRA parameters of a client with this rank.
         base_parameters: number of parameters of the model without LoRA, heads included.
@@ -151,6 +177,7 @@ class Result(TypedDict):
         accepted: changes of the inputs between two rounds.
         config_digest: digest of the configuration in `config.yaml`, without the keys that may change later.
         rounds_digest: digest of the lines of `rounds.jsonl`.
+        generations_digest: digest of the lines of `generations.jsonl`, if there are any.
         digest: digest of this file's other keys.
     """
 
@@ -162,6 +189,7 @@ class Result(TypedDict):
     constant_score: float | None
     validation: Scores
     test: Scores
+    test_before: NotRequired[Scores]
     adapter_rank: int
     lora_parameters: dict[str, int]
     base_parameters: int
@@ -169,4 +197,5 @@ class Result(TypedDict):
     accepted: NotRequired[list[AcceptedChange]]
     config_digest: NotRequired[str]
     rounds_digest: NotRequired[str]
+    generations_digest: NotRequired[str]
     digest: NotRequired[str]

@@ -64,16 +64,20 @@ class RoundLines:
             raise Diverged(
                 f"round {record['round']}: a score is not finite because the model diverged; try a lower learning_rate"
             ) from error
+        self.extend(line)
+
+    def extend(self, lines: bytes) -> None:
+        """Add finished lines and flush them to disk. Raises as `append`."""
         self.check_unchanged()
         with named_errors(self.path), self.path.open("r+b") as stream:
             stream.seek(0, os.SEEK_END)
-            stream.write(line)
+            stream.write(lines)
             stream.flush()
             os.fsync(stream.fileno())
             stat = os.fstat(stream.fileno())
-        self._sha.update(line)
+        self._sha.update(lines)
         # Some file systems, such as the layers of a container, give a file a new number at its first change.
-        self._known = stat.st_ino, (self._known[1] if self._known else stat.st_size - len(line)) + len(line)
+        self._known = stat.st_ino, (self._known[1] if self._known else stat.st_size - len(lines)) + len(lines)
 
     def check_unchanged(self) -> None:
         """Raise if the file is not the one that this process has written.

@@ -3,13 +3,14 @@
 config.yaml     the resolved configuration with every default written out
 rounds.jsonl    one line per round: clients, losses, scores, bytes, deviation. Equal runs write equal bytes
 timings.jsonl   one line per round: seconds by phase, which differ between equal runs
+generations.jsonl  one line per answer that an evaluation has generated. Equal runs write equal bytes
 checkpoint/     the server's state after the last finished round, and after the round before it
 result.json     the scores of the final model
 adapter/        the final model as a PEFT adapter
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,24 @@ from typing import Any
 import yaml
 
 from fedelta.errors import FedeltaError, quantity
-from fedelta.federation.checkpoint import PREVIOUS, Checkpoint, History, load_newest, save_checkpoint
+from fedelta.federation.checkpoint import Checkpoint, History, load_newest, save_checkpoint
 from fedelta.federation.folder_lock import HOLD_S, hold_folder
+from fedelta.federation.generations import BEFORE, Generations
 from fedelta.federation.lasting_settings import first_difference, lasting
 from fedelta.federation.records import AcceptedChange, Inputs, Result, RoundRecord, Timing
 from fedelta.federation.result_file import read_result, write_result
 from fedelta.federation.round_lines import RoundLines
+from fedelta.federation.run_paths import RunPaths
 from fedelta.federation.schema import digest_of
 from fedelta.federation.server import ServerState
 from fedelta.files import write_file
+from fedelta.learning.tasks import Answer
 from fedelta.lora.adapter import Adapter
 from fedelta.protocol.compression import ErrorFeedback
 from fedelta.reading import read_yaml
 
 
-class RunFolder:
+class RunFolder(RunPaths):
     """The folder of one run.
 
     Args:
@@ -41,54 +45,30 @@ class RunFolder:
     Attributes:
         inputs: what the run learns from; each checkpoint and the result include it.
         accepted: changes of the inputs that the run was told to accept.
+        test_before: scores of the initial model on the test split. None if it is not evaluated.
+        generations: the answers that evaluations have generated.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path = path
+        super().__init__(path)
         self.config = dict(config)
         self.inputs: Inputs = {}
         self.accepted: tuple[AcceptedChange, ...] = ()
+        self.test_before: Mapping[str, float] | None = None
+        self.generations = Generations(self.generations_file)
         self._rounds = RoundLines(self.rounds_file, RoundRecord)
         self._timings = RoundLines(self.timings_file, Timing)
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def rounds_file(self) -> Path:
-        return self.path / "rounds.jsonl"
-
-    @property
-    def timings_file(self) -> Path:
-        return self.path / "timings.jsonl"
-
-    @property
-    def checkpoint_file(self) -> Path:
-        return self.path / "checkpoint" / "state.safetensors"
-
-    @property
-    def result_file(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def clients_folder(self) -> Path:
-        """Folder with what each client keeps between rounds, if clients run in processes of their own."""
-        return self.path / "clients"
-
-    @property
-    def adapter_folder(self) -> Path:
-        return self.path / "adapter"
 
     def hold(self, patience: float = HOLD_S) -> AbstractContextManager[None]:
         """Lock the folder against other processes, see `hold_folder`."""
         return hold_folder(self.path, patience)
 
-    def begin(self, state: ServerState) -> None:
+    def begin(self, state: ServerState, answers: Sequence[Answer] = ()) -> None:
         """Start a new run in this folder.
 
         Args:
             state: the server's state before round 0.
+            answers: answers of the initial model.
 
         Raises:
             FedeltaError: if the folder holds a run that has finished a round.
@@ -96,11 +76,13 @@ class RunFolder:
         self.refuse_existing()
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         # Leftovers of a run that has not finished a round would be mistaken for parts of this one.
-        for leftover in (self.checkpoint_file, self._previous_checkpoint, self.result_file):
+        for leftover in (self.checkpoint_file, self.previous_checkpoint_file, self.result_file):
             leftover.unlink(missing_ok=True)
         write_file(self.config_file, yaml.safe_dump(self.config, sort_keys=False))
         self._rounds.start()
         self._timings.start()
+        self.generations.start()
+        self.generations.add(answers, BEFORE, "test")
         save_checkpoint(self.checkpoint_file, state, self.config, {}, {}, self._history)
 
     def refuse_existing(self) -> None:
@@ -110,31 +92,29 @@ class RunFolder:
             FedeltaError: if it does.
         """
         has_lines = self.rounds_file.exists() and self.rounds_file.stat().st_size > 0
-        if has_lines or self.result_file.exists() or self._previous_checkpoint.exists():
+        if has_lines or self.result_file.exists() or self.previous_checkpoint_file.exists():
             way_on = (
                 "continue it with --resume" if self.checkpoint_file.exists() else "it has no checkpoint to resume from"
             )
             raise FedeltaError(f"{self.path} holds a run already; {way_on}, or choose another name=…")
 
     @property
-    def _previous_checkpoint(self) -> Path:
-        return self.checkpoint_file.with_name(PREVIOUS)
-
-    @property
     def _history(self) -> History:
-        return History(self.inputs, self.accepted, self._rounds.digest)
+        return History(self.inputs, self.accepted, self._rounds.digest, self.generations.digest, self.test_before)
 
     def saved(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest checkpoint that can be used, see `load_newest`; None if no run has begun."""
         return load_newest(self.checkpoint_file, warn)
 
     def _check_lines(self, checkpoint: Checkpoint) -> None:
-        """Raise unless `rounds.jsonl` begins with the lines that belong to the checkpoint."""
-        _, digest = self._rounds.kept(checkpoint.state.round)
-        if checkpoint.history.rounds_digest not in (None, digest):
-            raise FedeltaError(
-                f"{self.rounds_file} is not what the run wrote; restore it, or start again under another name"
-            )
+        """Raise unless each file begins with the lines that belong to the checkpoint."""
+        history, count = checkpoint.history, checkpoint.state.round
+        wanted = {self._rounds: history.rounds_digest, self.generations: history.generations_digest}
+        for lines, digest in wanted.items():
+            if digest not in (None, lines.kept(count)[1]):
+                raise FedeltaError(
+                    f"{lines.path} is not what the run wrote; restore it, or start again under another name"
+                )
 
     def resume(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the checkpoint to resume from. Nothing is changed before `rewind`.
@@ -196,7 +176,12 @@ class RunFolder:
             FedeltaError: if `rounds.jsonl` or `timings.jsonl` has fewer lines than finished rounds.
         """
         count = checkpoint.state.round
-        kept = [(lines, lines.kept(count)[0]) for lines in (self._rounds, self._timings)]
+        kept: list[tuple[RoundLines, bytes]]
+        kept = [(lines, lines.kept(count)[0]) for lines in (self._rounds, self._timings, self.generations)]
+        if count == self.config["rounds"] and self.result_file.exists():
+            # A finished run also keeps the answers of its final model.
+            kept[-1] = self.generations, self.generations.whole()[0]
+        self.test_before = checkpoint.history.test_before
         for lines, content in kept:
             if lines.path.exists() and lines.path.stat().st_size == len(content):
                 lines.follow(content)
@@ -220,6 +205,7 @@ class RunFolder:
         error_feedback: Mapping[str, ErrorFeedback],
         record: RoundRecord,
         timing: Mapping[str, Any],
+        answers: Sequence[Answer] = (),
     ) -> None:
         """Save a finished round.
 
@@ -232,6 +218,7 @@ class RunFolder:
             error_feedback: see `Checkpoint`.
             record: the round's line of `rounds.jsonl`.
             timing: the round's line of `timings.jsonl`.
+            answers: answers that were generated for the validation split.
 
         Raises:
             Diverged: if a score of the record is not finite.
@@ -240,6 +227,7 @@ class RunFolder:
             record = {**record, "changed_inputs": self.accepted[-1]["changes"]}
         self._rounds.append(record)
         self._timings.append(timing)
+        self.generations.add(answers, record["round"], "validation")
         save_checkpoint(self.checkpoint_file, state, self.config, kept, error_feedback, self._history)
 
     def finish(self, result: Result) -> None:
@@ -255,12 +243,15 @@ class RunFolder:
             "config_digest": digest_of(lasting(self.config)),
             "rounds_digest": self._rounds.digest,
         }
+        if self.generations.has_lines:
+            facts["generations_digest"] = self.generations.digest
         write_result(self.result_file, {**result, **facts})  # type: ignore[typeddict-item]
 
     def check_unchanged(self) -> None:
         """Raise a FedeltaError if another program has changed or removed the files that this process extends."""
         self._rounds.check_unchanged()
         self._timings.check_unchanged()
+        self.generations.check_unchanged()
 
     def records(self) -> list[RoundRecord]:
         """Read the lines of `rounds.jsonl`, or raise a FedeltaError that names the line which is not a record."""
@@ -295,4 +286,6 @@ class RunFolder:
             raise FedeltaError(f"{self.rounds_file} was changed after the run: its lines have another digest")
         if result.get("config_digest", digest := digest_of(lasting(self._read_config()))) != digest:
             raise FedeltaError(f"{self.config_file} was changed after the run; --resume writes it again")
+        if result.get("generations_digest", digest := self.generations.whole()[1]) != digest:
+            raise FedeltaError(f"{self.generations_file} was changed after the run: its lines have another digest")
         return records

@@ -28,6 +28,8 @@ class EvaluationSettings(Settings):
         every: evaluate on the validation split every this many rounds, and after the last round. The test split is
             used once, after the last round.
         batch_size: number of texts per batch.
+        before: also evaluate the initial model on the test split, before the first round, as `test_before` of the
+            result. Nothing in the training depends on it.
         clients: number of first rounds in which the server also evaluates the model of each client on the validation
             split, after local training and before aggregation. 0 evaluates no client models.
         harness: tasks that lm-evaluation-harness runs once on the final model, in addition to the test split. Only for
@@ -38,6 +40,7 @@ class EvaluationSettings(Settings):
 
     every: int = Field(default=1, ge=1)
     batch_size: int = Field(default=64, ge=1)
+    before: bool = False
     clients: int = Field(default=0, ge=0)
     harness: HarnessSettings | None = None
     target: float | None = Field(default=None, gt=0)

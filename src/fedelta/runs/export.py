@@ -26,6 +26,7 @@ from fedelta.lora.patch_log import PatchedBase
 from fedelta.runs.assemble import make_model, make_server
 from fedelta.runs.card import CARD, Attachments, adapter_card, class_names
 from fedelta.runs.config import Config, parse_config
+from fedelta.runs.task_file import TASK_FILE, task_file
 
 
 def single_adapter(state: ServerState, scale: float) -> Adapter:
@@ -118,7 +119,7 @@ def write_global(folder: Path, adapter: Adapter, state: ServerState, model: Lora
             temporary / "adapter",
             adapter,
             state.heads,
-            base_model=model.base_name,
+            base_model=_findable(model.base_name),
             modules_to_save=model.head_modules,
             task_type=model.task_type,
             fan_in_fan_out=any(layer.fan_in_fan_out for layer in model.layers.values()),
@@ -129,8 +130,13 @@ def write_global(folder: Path, adapter: Adapter, state: ServerState, model: Lora
         Attachments(state.classes, tokenizer).write(temporary)
 
 
+def _findable(base: str) -> str:
+    """The name of a base model, from which PEFT can load it in any working directory."""
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
+
+
 def write_cards(folder: Path, config: Config, state: ServerState, result: Mapping[str, Any] | None) -> None:
-    """Write the model card of an adapter, or of each client's adapter.
+    """Write `task.json` and the model card of an adapter, or of each client's adapter.
 
     Args:
         folder: folder that `export_state` has written.
@@ -142,6 +148,7 @@ def write_cards(folder: Path, config: Config, state: ServerState, result: Mappin
     scores = {split: result[split] for split in ("test", "validation")} if result and known else {}
     for each in sorted({file.parent for file in folder.glob(f"**/{CONFIG}")}):
         rank = json.loads((each / CONFIG).read_text())["r"]
+        write_file(each / TASK_FILE, task_file(config))
         write_file(each / CARD, adapter_card(config, state, rank, each, scores))
 
 

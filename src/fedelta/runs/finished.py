@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pandas
 
 from fedelta.errors import FedeltaError
-from fedelta.federation.records import Result, RoundRecord
+from fedelta.federation.records import GeneratedAnswer, Result, RoundRecord
 from fedelta.federation.run_folder import RunFolder
 from fedelta.runs.config import Config, load_config
 from fedelta.runs.export import export_run
@@ -50,6 +50,14 @@ class Run:
         import pandas
 
         return pandas.DataFrame([_row(record) for record in self.records]).set_index("round")
+
+    @property
+    def generations(self) -> "pandas.DataFrame":
+        """Table with one row per generated answer: round, split, row, prompt, answer, references. It may be empty."""
+        import pandas
+
+        table = pandas.DataFrame(self.folder.generations.records())
+        return table[[key for key in GeneratedAnswer.__annotations__ if key in table]]
 
     def export(
         self, *, adapter: Path | str | None = None, merged: Path | str | None = None, rank: int | None = None

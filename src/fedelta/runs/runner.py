@@ -13,17 +13,19 @@ from fedelta.federation.engines.local import LocalEngine
 from fedelta.federation.engines.measure import fastest_stack, fastest_workers, total_gemm_rate
 from fedelta.federation.engines.rounds import Engine, EngineContext
 from fedelta.federation.engines.workers import Workers, can_fork
+from fedelta.federation.generations import TEST
 from fedelta.federation.records import Inputs, Result
 from fedelta.federation.run_folder import RunFolder
 from fedelta.federation.server import Server, ServerState
 from fedelta.files import write_file
 from fedelta.learning.shards import Shard, TokenizedSplits
-from fedelta.learning.tasks import LanguageTask
+from fedelta.learning.tasks import Answer, LanguageTask
 from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.learning.tasks.lm_harness import check_harness, harness_scores
 from fedelta.learning.training.flops import text_cost
 from fedelta.lora.adapter import Adapter
 from fedelta.runs.assemble import make_server, prepare, tokenized_splits
+from fedelta.runs.before import evaluate_before
 from fedelta.runs.config import Config
 from fedelta.runs.export import export_state, write_cards
 from fedelta.runs.finished import Run, open_run
@@ -148,6 +150,8 @@ class _RunSteps:
         self.trainer.timed = profile
         state = self._start() if self.checkpoint is None else self._restore(self.checkpoint)
         evaluator = self._evaluator()
+        if self.checkpoint is None:
+            self._begin(state, evaluator)
         state = self._rounds(make_engine, evaluator, state)
         result = self._result(state, evaluator)
         self.folder.finish(result)
@@ -156,14 +160,21 @@ class _RunSteps:
         return Run(self.config, self.folder, self.folder.records(), result, measured)
 
     def _start(self) -> ServerState:
-        """Return the state before round 0, and write the first checkpoint."""
+        """Return the state before round 0."""
         model = self.trainer.model
         state = self.server.start(model.shapes, model.head_tensors(), self.clients, self.data.classes)
         if self.config.training.stack == "auto":
             ranks = [state.ranks[client] for client in self.server.sample(state)]
             self.folder.settle_stack(fastest_stack(self.trainer, self.tokenized.train, ranks))
-        self.folder.begin(state)
         return state
+
+    def _begin(self, state: ServerState, evaluator: Evaluator) -> None:
+        """Evaluate the initial model if that is configured, and write the first checkpoint."""
+        answers: list[Answer] = []
+        if self.config.evaluation.before:
+            scores, answers = evaluate_before(self.config, state, evaluator, self.data.test)
+            self.folder.test_before = self._finite(scores, "scores before training")
+        self.folder.begin(state, answers)
 
     def _restore(self, checkpoint: Checkpoint) -> ServerState:
         """Return the state of a checkpoint, and load the factors and error feedback that clients keep."""
@@ -226,18 +237,28 @@ class _RunSteps:
             "lora_parameters": _parameters_by_rank(state),
             "base_parameters": model.base_parameters,
         }
+        if self.folder.test_before is not None:
+            # A checkpoint sorts its keys.
+            result["test_before"] = dict(sorted(self.folder.test_before.items()))
         write_cards(self.folder.adapter_folder, self.config, state, result)
         return result
 
     def _test_scores(self, state: ServerState, evaluator: Evaluator) -> dict[str, float]:
-        scores = evaluator.evaluate(state, self.data.test, "test")
+        answers: list[Answer] = []
+        scores = evaluator.evaluate(state, self.data.test, "test", answers=answers)
+        self.folder.generations.add(answers, TEST, "test")
         if self.config.evaluation.harness is not None:
             scores |= self._harness_scores()
+        metric = self.config.task.metric
+        if not math.isfinite(scores[metric]):
+            raise Diverged(f"the test score {metric} is not finite because the model diverged")
+        return self._finite(scores, "test scores")
+
+    def _finite(self, scores: Mapping[str, float], what: str) -> dict[str, float]:
+        """Leave out scores that are not finite, with a warning."""
         bad = [name for name, score in scores.items() if not math.isfinite(score)]
-        if self.config.task.metric in bad:
-            raise Diverged(f"the test score {self.config.task.metric} is not finite because the model diverged")
         if bad:
-            self.observer.warn(f"test scores that are not finite are left out: {listed(bad)}")
+            self.observer.warn(f"{what} that are not finite are left out: {listed(bad)}")
         return {name: score for name, score in scores.items() if name not in bad}
 
     def _harness_scores(self) -> dict[str, float]:

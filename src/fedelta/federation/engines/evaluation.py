@@ -1,7 +1,7 @@
 """Evaluation of the global model and of clients' models on the server, with batches distributed over workers."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from fedelta.federation.engines.workers import Result, Workers
 from fedelta.federation.server import Server, ServerState
 from fedelta.learning.data import Examples
 from fedelta.learning.device import device_errors
-from fedelta.learning.tasks import Outcome
+from fedelta.learning.tasks import Answer, Outcome
 from fedelta.learning.training.flops import count_texts
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.lora.adapter import Adapter
@@ -21,6 +21,8 @@ from fedelta.protocol.messages import Broadcast, ClientUpdate
 from fedelta.protocol.validation import receive
 
 Scores = dict[str, float]
+MAX_ANSWERS = 500
+"""Maximum number of generated answers that one evaluation keeps; of each client at least one."""
 
 
 class Evaluator:
@@ -43,17 +45,25 @@ class Evaluator:
         self.observer = observer
         self.caches = caches
 
-    def evaluate(self, state: ServerState, examples: Examples, split: str, watch: Stopwatch | None = None) -> Scores:
+    def evaluate(
+        self,
+        state: ServerState,
+        examples: Examples,
+        split: str,
+        watch: Stopwatch | None = None,
+        answers: list[Answer] | None = None,
+    ) -> Scores:
         """Evaluate the global model: the base with all patches, the adapter at rank R, and the heads.
 
         If clients keep factors of their own, there is no global model. The scores are then the means of the scores of
-        all clients' models.
+        all clients' models. Before the first round, all of these are the initial model.
 
         Args:
             state: the server's state; the trainer's base must be at its version.
             examples: the rows to evaluate on.
             split: name of the split, such as "validation".
             watch: counts the evaluated texts and tokens, if given.
+            answers: receives the first generated answers, if given.
 
         Raises:
             FedeltaError: if the base is at another version than the state.
@@ -62,11 +72,13 @@ class Evaluator:
             raise FedeltaError(
                 f"the base is at version {self.trainer.base.version}, but the server is at version {state.log.version}"
             )
-        if self.server.method.personal:
-            adapters = list(self.server.personal_adapters(state, self.trainer.kept).values())
+        adapters: dict[str | None, Adapter] = {}
+        if self.server.method.personal and state.round > 0:
+            adapters.update(self.server.personal_adapters(state, self.trainer.kept))
         else:
-            adapters = [state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))]
-        return self._score(adapters, state.heads, examples, split, watch)
+            # Before round 0 there is one model for all clients.
+            adapters[None] = state.method.adapter.with_scale(self.server.scale(state.method.adapter.rank))
+        return self._score(adapters, state.heads, examples, split, watch, answers)
 
     def evaluate_client(self, state: ServerState, sent: Broadcast, update: ClientUpdate, examples: Examples) -> Scores:
         """Evaluate one client's model after its training: its own adapter, heads and tail.
@@ -82,18 +94,19 @@ class Evaluator:
         """
         own = receive(update, sent, state.log.shapes)
         with self.trainer.with_tail(sent.tail):
-            return self._score([own.adapter], own.heads, examples, own.client, None)
+            return self._score({own.client: own.adapter}, own.heads, examples, own.client)
 
     def _score(
         self,
-        adapters: Sequence[Adapter],
+        models: Mapping[str | None, Adapter],
         heads: Mapping[str, Tensor],
         examples: Examples,
         split: str,
-        watch: Stopwatch | None,
+        watch: Stopwatch | None = None,
+        answers: list[Answer] | None = None,
     ) -> Scores:
-        """Average the scores of several adapters, each with the same heads, on the current base."""
-        task, tokenizer = self.trainer.task, self.trainer.tokenizer
+        """Average the scores of several adapters by client, each with the same heads, on the current base."""
+        task, tokenizer, adapters = self.trainer.task, self.trainer.tokenizer, list(models.values())
         units = task.units(examples, self.trainer.evaluation_batch, final=split == "test")
         self.observer.evaluation_started(split, sum(len(unit.rows) for unit in units) * len(adapters))
         self.caches.fill([examples])
@@ -123,6 +136,10 @@ class Evaluator:
                 watch.add({}, result.facts["counts"])
             self.observer.evaluation_advanced(len(result.facts["outcomes"]))
         scores: Counter[str] = Counter()
-        for begin in range(0, len(outcomes_by_unit), len(units)):
-            scores.update(task.score(examples, units, outcomes_by_unit[begin : begin + len(units)]))
+        for number, client in enumerate(models):
+            own = outcomes_by_unit[number * len(units) : (number + 1) * len(units)]
+            scores.update(task.score(examples, units, own))
+            if answers is not None:
+                found = task.answers(tokenizer, examples, units, own, max(1, MAX_ANSWERS // len(models)))
+                answers += [answer._replace(client=client) for answer in found]
         return {name: total / len(adapters) for name, total in scores.items()}

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -13,13 +12,15 @@ from fedelta.errors import BadUpdate, ClientFailed, FedeltaError, TooFewUpdates,
 from fedelta.federation.client import Trainer
 from fedelta.federation.engines.evaluation import Evaluator
 from fedelta.federation.engines.observer import Observer
+from fedelta.federation.engines.round_record import round_record
 from fedelta.federation.engines.traffic import Traffic
-from fedelta.federation.records import Events, RoundRecord
+from fedelta.federation.records import Events
 from fedelta.federation.reply import ClientReply
 from fedelta.federation.run_folder import RunFolder
-from fedelta.federation.server import RoundOutcome, Server, ServerState
+from fedelta.federation.server import Server, ServerState
 from fedelta.learning.data import Examples
 from fedelta.learning.device import DeviceError
+from fedelta.learning.tasks import Answer
 from fedelta.learning.training.stopwatch import Stopwatch
 from fedelta.protocol.failures import FAILURE, read_failure
 from fedelta.protocol.messages import ClientUpdate
@@ -196,16 +197,21 @@ class Engine(ABC):
         # Evaluate clients before the round's patch is folded, on the base that they trained on.
         own = {r.client: self._evaluate_client(state, r) for r in used if r.client in outcome.contributors}
         self.trainer.catch_up(after.log.since(self.trainer.base.version))
-        scores = self.evaluator.evaluate(after, self.validation, "validation", inside) if evaluation_due else None
+        answers: list[Answer] = []
+        scores = None
+        if evaluation_due:
+            scores = self.evaluator.evaluate(after, self.validation, "validation", inside, answers)
         watch.lap("evaluation")
-        record = _record(state, after, outcome, scores, traffic, self.trainer.task.metric, failed, own, self.events())
+        record = round_record(
+            state, after, outcome, scores, traffic, self.trainer.task.metric, failed, own, self.events()
+        )
         timing = {
             "round": state.round,
             "seconds": dict(watch.seconds),
             "in_workers": dict(inside.seconds),
             "counts": dict(inside.counts),
         }
-        self.folder.finish_round(after, self.trainer.kept, self.trainer.error_feedback, record, timing)
+        self.folder.finish_round(after, self.trainer.kept, self.trainer.error_feedback, record, timing, answers)
         self.observer.round_done(record)
         return after
 
@@ -251,52 +257,3 @@ class Engine(ABC):
         except BadUpdate:
             return None  # the server refuses this update later
         return loss if math.isfinite(loss) else None
-
-
-def _record(
-    before: ServerState,
-    after: ServerState,
-    outcome: RoundOutcome,
-    scores: Mapping[str, float] | None,
-    traffic: Traffic,
-    metric: str,
-    failed_attempts: list[dict[str, str]],
-    clients_validation: dict[str, dict[str, float | None]],
-    events: Events,
-) -> RoundRecord:
-    ranks = Counter(after.ranks.values())
-    # A loss below the rounding of fp32 is none; its digits depend on where tensors lie in memory.
-    lost = {module: float(f"{share:.6g}") if share > 1e-6 else 0.0 for module, share in outcome.lost.items()}
-    relative = {module: deviation.relative for module, deviation in outcome.deviation.items()}
-    return {
-        "round": before.round,
-        "clients": outcome.contributors,
-        "shares": outcome.shares,
-        # The last digits of a sum depend on where its tensor lies in memory, so they are not recorded.
-        "norms": {client: [float(f"{norm:.6g}") for norm in norms] for client, norms in outcome.norms.items()},
-        "skipped": outcome.skipped,
-        "promoted": outcome.promoted,
-        "pruned": outcome.pruned,
-        "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
-        "train_loss": outcome.train_loss,
-        "validation": scores,
-        "metric": metric,
-        "bytes_down": traffic.total_down(),
-        "bytes_up": traffic.total_up(),
-        "bytes_by_client": {client: [count.total, traffic.up[client].total] for client, count in traffic.down.items()},
-        "deviation": relative,
-        "scaled_deviation": {module: deviation.scaled for module, deviation in outcome.deviation.items()},
-        "deviation_mean": _mean(relative),
-        "lost": lost,
-        "lost_mean": _mean(lost),
-        "patch_width": outcome.patch_width,
-        "energy_by_rank": outcome.energy,
-        "version": after.log.version,
-        "failed_attempts": failed_attempts,
-        "clients_validation": clients_validation,
-        **events,
-    }
-
-
-def _mean(by_module: Mapping[str, float]) -> float | None:
-    return sum(by_module.values()) / len(by_module) if by_module else None

@@ -34,7 +34,7 @@ def remember_data(data: Any) -> str:
         FedeltaError: if it is none of these, or has no rows.
     """
     splits: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {"train": data}
-    tables = {str(name): _table(str(name), rows) for name, rows in splits.items()}
+    tables = {str(name): memory_table(f"split {shorten(name, 40)}", rows) for name, rows in splits.items()}
     if not tables:
         raise FedeltaError("data: no splits, expected at least one named train")
     sha = hashlib.sha256()
@@ -46,18 +46,21 @@ def remember_data(data: Any) -> str:
     return source
 
 
-def _table(name: str, rows: Any) -> Table:
-    """The rows of a split. A message counts them from 1."""
+def memory_table(place: str, rows: Any) -> Table:
+    """Rows of a `datasets.Dataset`, a DataFrame or a list of dicts. Messages name `place` and count rows from 1.
+
+    Raises:
+        FedeltaError: if it is none of these, or has no rows.
+    """
     from datasets import Dataset
 
-    place = f"split {name}"
     if isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
         plain = [{str(key): _plain(value) for key, value in row.items()} for row in rows]
         return table_of_rows(plain, Places.of(place, range(1, len(rows) + 1), "row"))
     if _is_frame(rows) and len(rows):
         if not rows.columns.is_unique:
             twice = rows.columns[rows.columns.duplicated()][0]
-            raise FedeltaError(f"data: split {shorten(name, 40)} has two columns named {shorten(twice, 60)!r}")
+            raise FedeltaError(f"data: {place} has two columns named {shorten(twice, 60)!r}")
         try:
             table = pa.Table.from_pandas(rows, preserve_index=False)
             # Arrow may change numbers inside of lists and objects, which are therefore read row by row.
@@ -66,11 +69,11 @@ def _table(name: str, rows: Any) -> Table:
         except (pa.ArrowException, TypeError, ValueError, NotImplementedError):
             # Columns of different types: read row by row, which names the rows.
             pass
-        return _table(name, [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")])
+        return memory_table(place, [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")])
     if isinstance(rows, Dataset) and rows.num_rows:
         return loaded_table(place, rows)
     raise FedeltaError(
-        f"data: split {shorten(name, 40)} is a {type(rows).__name__}, "
+        f"data: {place} is a {type(rows).__name__}, "
         "expected a datasets.Dataset, a DataFrame or a list of dicts, with rows"
     )
 

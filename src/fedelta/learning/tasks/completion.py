@@ -77,6 +77,11 @@ class Completion(LanguageTask):
                     references[row] = self.answer_text(text, turns)
         return Completions(features, labels, prompt_tokens, references, groups, kinds)
 
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Columns of the template of the prompts."""
+        return list(dict.fromkeys(fields_of(self.prompt)))
+
     def turns(self, tokenizer: Any) -> Turns | None:
         """The chat whose turns prompt and completion become, or None for plain texts."""
         return Turns(tokenizer, self.date) if self._makes_turns(tokenizer) else None

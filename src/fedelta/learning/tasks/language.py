@@ -16,7 +16,7 @@ from fedelta.learning.model.base_model import ModelKind
 from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks.answers import ANSWERS, AnswerForm
 from fedelta.learning.tasks.generation import Generation, generate
-from fedelta.learning.tasks.task import Outcome, Task, Unit
+from fedelta.learning.tasks.task import Answer, Outcome, Task, Unit
 from fedelta.learning.tasks.text_scores import Pairs, TextScore, check_installed, text_scores
 from fedelta.learning.tasks.turns import Turns
 
@@ -122,26 +122,58 @@ class LanguageTask(Task):
         scores = super().score(examples, units, outcomes)
         # A larger exponent would overflow.
         scores["perplexity"] = math.exp(min(scores["loss"], 700.0))
-        texts = {
-            row: outcome[0]
-            for unit, batch in zip(units, outcomes, strict=True)
-            if unit.kind == "generate"
-            for row, outcome in zip(unit.rows, batch, strict=True)
-        }
+        texts = _generated(units, outcomes)
         if texts:
-            references = {group[0]: [examples.references[row] for row in group] for group in examples.by_group}
-            pairs = [(texts[row], references[row]) for row in sorted(texts)]
+            references = _references(examples)
+            pairs = [(text, references[row]) for row, text in texts.items()]
             scores |= text_scores(pairs, self.scores)
             if self.answer:
-                kinds = [examples.kinds[row] for row in sorted(texts)] if self.by else []
+                kinds = [examples.kinds[row] for row in texts] if self.by else []
                 scores |= _exact_scores(pairs, self.answer, kinds)
         return scores
+
+    def answers(
+        self,
+        tokenizer: Any,
+        examples: Examples,
+        units: Sequence[Unit],
+        outcomes: Sequence[Sequence[Outcome]],
+        limit: int,
+    ) -> list[Answer]:
+        assert isinstance(examples, Completions)
+        references = _references(examples)
+        found = []
+        for row, text in [*_generated(units, outcomes).items()][:limit]:
+            prompt = tokenizer.decode(examples.prompts[row], skip_special_tokens=False)
+            exact = _is_exact(text, references[row], self.answer) if self.answer else None
+            found.append(Answer(row, prompt, text, references[row], exact))
+        return found
+
+
+def _generated(units: Sequence[Unit], outcomes: Sequence[Sequence[Outcome]]) -> dict[int, str]:
+    """Row → generated text, in the order of the rows."""
+    texts = {
+        row: outcome[0]
+        for unit, batch in zip(units, outcomes, strict=True)
+        if unit.kind == "generate"
+        for row, outcome in zip(unit.rows, batch, strict=True)
+    }
+    return dict(sorted(texts.items()))
+
+
+def _references(examples: Completions) -> dict[int, list[str]]:
+    """First row of each group → the completions of the group."""
+    return {group[0]: [examples.references[row] for row in group] for group in examples.by_group}
+
+
+def _is_exact(text: str, references: Sequence[str], form: AnswerForm) -> bool:
+    extract = ANSWERS[form]
+    return extract(text) in {extract(reference) for reference in references} - {None}
 
 
 def _exact_scores(pairs: Pairs, form: AnswerForm, kinds: Sequence[str]) -> dict[str, float]:
     """Share of correct answers: `exact` over all texts and, if `kinds` is not empty, per kind with their mean."""
-    extract = ANSWERS[form]
-    correct = [extract(text) in {extract(r) for r in references} - {None} for text, references in pairs]
+    correct = [_is_exact(text, references, form) for text, references in pairs]
     scores: dict[str, float] = {"exact": mean(correct)}
     by_kind = {
         kind: mean(c for c, own in zip(correct, kinds, strict=True) if own == kind) for kind in sorted(set(kinds))

@@ -38,6 +38,26 @@ After a forward pass: its summed loss, the number of terms in that sum, and its 
 """
 
 
+class Answer(NamedTuple):
+    """An answer that an evaluation has generated.
+
+    Args:
+        row: row of the split.
+        prompt: text that the model saw, with special tokens.
+        text: the answer, as it is compared.
+        references: texts that it is compared with.
+        exact: whether it is an exact answer; None if these are not counted.
+        client: client whose model answered; None for the global model.
+    """
+
+    row: int
+    prompt: str
+    text: str
+    references: list[str]
+    exact: bool | None = None
+    client: str | None = None
+
+
 class Task(Settings, ABC):
     """A kind of problem that a model learns. A subclass also holds the task's settings.
 
@@ -119,6 +139,17 @@ class Task(Settings, ABC):
     @abstractmethod
     def own_scores(self, labels: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         """Compute the scores besides the loss."""
+
+    def answers(
+        self,
+        tokenizer: Any,  # noqa: ARG002
+        examples: Examples,  # noqa: ARG002
+        units: Sequence[Unit],  # noqa: ARG002
+        outcomes: Sequence[Sequence[Outcome]],  # noqa: ARG002
+        limit: int,  # noqa: ARG002
+    ) -> list[Answer]:
+        """The first `limit` answers that an evaluation has generated, by row; none if the task generates no text."""
+        return []
 
     def constant_score(self, train: Examples, test: Examples) -> float | None:  # noqa: ARG002
         """Score of a model that always gives the same prediction; None if that is not informative."""

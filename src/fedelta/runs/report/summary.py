@@ -127,6 +127,9 @@ def caption(runs: Sequence[Run]) -> str:
     seeds = len({run.config.seed for run in runs})
     constant = [score for run in runs if (score := run.result["constant_score"]) is not None]
     frequent = f"; always answering the most frequent class: {100 * mean(constant):.2f} %" if constant else ""
+    before = [run.result["test_before"] for run in runs if "test_before" in run.result]
+    known = [scores[metric_of(runs).name] for scores in before if metric_of(runs).name in scores]
+    frequent += f"; before training: {metric_of(runs).format(mean(known))}" if known else ""
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     differing = differing_inputs([run.result.get("inputs", {}) for run in runs])
     warning = f" These runs differ in their {', '.join(differing)}." if differing else ""

@@ -1,0 +1,193 @@
+"""The command `fedelta generate`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from fedelta.cli.printing import print_path, print_text
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
+from fedelta.cli.terminal import err, out
+from fedelta.errors import FedeltaError, quantity
+
+MAX_PROMPT = 160
+"""Maximum number of characters of a prompt above its answer."""
+PROMPT_COLUMN = "prompt"
+
+
+Prompts = Annotated[list[str] | None, typer.Option(help="A whole prompt; may be repeated.")]
+Columns = Annotated[
+    list[str] | None, typer.Option(help="name=value of a column that the run's prompts have; once for each column.")
+]
+File = Annotated[
+    Path | None,
+    typer.Option(help="Prompts: a .txt with one a line, or a .jsonl with `prompt` or the columns of the prompts."),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write prompts and answers as JSONL.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Make each prompt a user's turn; without prompts, chat on the terminal.")
+]
+System = Annotated[str | None, typer.Option(help="Text of a system turn, for chats.")]
+NewTokens = Annotated[
+    int | None, typer.Option(help="Maximum number of tokens in an answer; default: that of the run, or 256.", min=1)
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens at random.")]
+Temperature = Annotated[float, typer.Option(help="Temperature, for --sample.")]
+TopP = Annotated[float, typer.Option(help="Share of the probability to draw from, for --sample.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.", min=0)]
+
+
+def generate(
+    result: Place,
+    prompt: Prompts = None,
+    column: Columns = None,
+    file: File = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    chat: Chat = False,
+    system: System = None,
+    max_new_tokens: NewTokens = None,
+    sample: Sample = False,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    client: Client = None,
+    base: Base = None,
+    device: Device = DeviceName.auto,
+    dtype: Dtype = None,
+) -> None:
+    """Write answers to new prompts with the language model of a run, or with an adapter."""
+    interactive = chat and not (prompt or column or file)
+    if output is not None:
+        _check_output(output, overwrite, interactive)
+    rows = [] if interactive else _rows(prompt or [], column or [], file)
+
+    from fedelta.runs.generate import Decoding, Writer, fill_prompt
+    from fedelta.runs.result_model import load_result
+
+    decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed)
+    decoding.check()
+    loaded = load_result(result, "generate", client=client, base=base, device=device, dtype=dtype_name(dtype))
+    writer = Writer(loaded, decoding, chat or None, system)
+    if interactive:
+        from fedelta.cli.chat import chat_on_terminal
+
+        chat_on_terminal(writer)
+        return
+    prompts = [row[PROMPT_COLUMN] if _is_whole(row) else fill_prompt(loaded.task, row, loaded.place) for row in rows]
+    _say_template(loaded.task, rows)
+    if output is None:
+        _print_answers(writer, prompts)
+    else:
+        _write_answers(writer, rows, prompts, output)
+
+
+def _check_output(output: Path, overwrite: bool, interactive: bool) -> None:
+    from fedelta.runs.output_table import check_output
+
+    if output.suffix.lower() != ".jsonl":
+        raise FedeltaError(f"{output}: expected a name that ends in .jsonl")
+    if interactive:
+        raise FedeltaError("--output is for prompts: add --prompt, --column or --file")
+    check_output(output, overwrite)
+
+
+def _write_answers(writer: Any, rows: list[dict[str, Any]], prompts: list[str], output: Path) -> None:
+    from fedelta.cli.bars import progress_bar
+    from fedelta.files import write_file
+
+    tokens, lines = [writer.tokens(each) for each in prompts], []
+    with progress_bar(err, "prompts") as progress:
+        for row, text, answer in zip(rows, prompts, writer.answers(tokens), strict=True):
+            lines.append(json.dumps({**row, PROMPT_COLUMN: text, "answer": answer}) + "\n")
+            progress(len(lines), len(rows))
+    write_file(output, "".join(lines))
+    print_path(out, "answers", f"{output}: {quantity(len(lines), 'answer')}")
+
+
+def _rows(prompts: list[str], columns: list[str], file: Path | None) -> list[dict[str, Any]]:
+    """The prompts of the command line, of a file, or of standard input, as rows."""
+    given = [name for name, value in (("--prompt", prompts), ("--column", columns), ("--file", file)) if value]
+    if len(given) > 1:
+        raise FedeltaError(f"{' and '.join(given)}: expected one of them")
+    if columns:
+        return [dict(_pair(text) for text in columns)]
+    if file is not None:
+        return list(_read(file))
+    if prompts:
+        return [{PROMPT_COLUMN: text} for text in prompts]
+    if sys.stdin.isatty():
+        raise FedeltaError("generate: no prompt; pass --prompt TEXT, --column NAME=VALUE, --file FILE, or --chat")
+    text = sys.stdin.read()
+    if not text.strip():
+        raise FedeltaError("generate: standard input is empty, expected a prompt")
+    return [{PROMPT_COLUMN: text.removesuffix("\n")}]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise FedeltaError(f"--column {text[:60]!r}: expected name=value, such as question='What is LoRA?'")
+    return name, value
+
+
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    from fedelta.reading import parse_json, read_bytes
+
+    content = read_bytes(file, 2**28)
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise FedeltaError(f"{file}: expected UTF-8 ({error.reason} at byte {error.start})") from error
+    if file.suffix.lower() not in (".txt", ".jsonl"):
+        raise FedeltaError(f"{file}: unknown ending, expected .txt with a prompt on each line, or .jsonl")
+    if not any(line.strip() for line in lines):
+        raise FedeltaError(f"{file}: the file is empty, expected prompts")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix.lower() == ".txt":
+            yield {PROMPT_COLUMN: line.removesuffix("\r")}
+            continue
+        row = parse_json(line, f"{file}, line {number}")
+        if not isinstance(row, dict):
+            raise FedeltaError(f"{file}, line {number}: found a {type(row).__name__}, expected keys and values")
+        if PROMPT_COLUMN in row and not isinstance(row[PROMPT_COLUMN], str):
+            raise FedeltaError(f"{file}, line {number}: prompt is a {type(row[PROMPT_COLUMN]).__name__}, expected text")
+        yield row
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    return PROMPT_COLUMN in row
+
+
+def _say_template(task: Any, rows: list[dict[str, Any]]) -> None:
+    """Tell once that whole prompts lack the text around the run's columns, which the model has seen in training."""
+    template = getattr(task, "prompt", None)
+    if template is not None and template != "{prompt}" and any(map(_is_whole, rows)):
+        print_text(err, f"prompts are used as they are; the run's are {template!r}, which --column fills", "note:")
+
+
+def _print_answers(writer: Any, prompts: list[str]) -> None:
+    """Print the answers: while they are generated on a terminal, else when they are complete."""
+    tokens = [writer.tokens(prompt) for prompt in prompts]
+    live = sys.stdout.isatty()
+    answers = None if live else writer.answers(tokens)
+    for number, prompt in enumerate(prompts):
+        if len(prompts) > 1:
+            print_text(out, prompt, ">", "bold", limit=MAX_PROMPT)
+        if answers is None:
+            from fedelta.cli.chat import Screen
+
+            writer.stream(tokens[number], Screen(writer.tokenizer), number)
+        else:
+            from fedelta.cli.chat import safe_lines
+
+            out.print(Text(safe_lines(next(answers))), highlight=False, soft_wrap=True)
+        if len(prompts) > 1 and number + 1 < len(prompts):
+            out.print()

@@ -1,0 +1,57 @@
+"""The command `fedelta predict`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedelta.cli.printing import print_path, print_text
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
+from fedelta.cli.terminal import err, out
+from fedelta.errors import quantity
+
+
+def predict(
+    result: Place,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows: CSV, TSV, JSON, JSONL, Parquet or Excel.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .csv, .tsv, .jsonl or .parquet.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Column of the text; twice for pairs. Default: those of the run.")
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write the probability of each class.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Number of texts per batch.", min=1)] = 64,
+    client: Client = None,
+    base: Base = None,
+    device: Device = DeviceName.auto,
+    dtype: Dtype = None,
+) -> None:
+    """Predict the labels of new rows with the classifier or regression of a run, or with an adapter."""
+    from fedelta.runs.output_table import check_output, write_rows
+
+    check_output(output, overwrite)
+
+    from fedelta.cli.bars import progress_bar
+    from fedelta.runs.predict import check_texts, predict_table, read_rows, text_columns
+    from fedelta.runs.result_model import load_result
+
+    loaded = load_result(result, "predict", client=client, base=base, device=device, dtype=dtype_name(dtype))
+    columns = text_columns(loaded, text)
+    table = read_rows(file, loaded.data, columns)
+    check_texts(str(file), table, columns)
+    with progress_bar(err, "texts") as progress:
+        predictions = predict_table(loaded, table, columns, probabilities, batch_size, progress)
+    write_rows(output, predictions.table)
+    print_path(out, "predicted", f"{output}: {quantity(predictions.table.num_rows, 'row')}")
+    if predictions.scores:
+        from fedelta.learning.tasks.metrics import METRICS
+
+        shown = [f"{METRICS[name].title} {METRICS[name].format(score)}" for name, score in predictions.scores.items()]
+        left_out = ""
+        if predictions.unknown:
+            left_out = f" (without {quantity(predictions.unknown, 'row')} whose label is empty or not known)"
+        print_text(out, f"scores    {', '.join(shown)}{left_out}")
+    elif predictions.unknown:
+        print_text(err, f"no score: no label in column {loaded.data.label!r} is one that the model knows", "note:")

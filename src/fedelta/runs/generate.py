@@ -1,0 +1,253 @@
+"""Answers of a result to new prompts."""
+
+import datetime
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedelta.errors import FedeltaError, listed
+from fedelta.learning.device import device_errors
+from fedelta.learning.model.padding import longest_text
+from fedelta.learning.tasks import Completion, LanguageTask, plain
+from fedelta.learning.tasks.chat_template import ChatTemplate, Message
+from fedelta.learning.tasks.turns import Turns
+from fedelta.runs.finished import Run
+from fedelta.runs.result_model import ResultModel, load_result
+from fedelta.seeds import derive_seed, torch_seed
+
+NEW_TOKENS = 256
+"""Maximum number of tokens in an answer if neither the caller nor the run says it."""
+BATCH = 8
+
+
+class Decoding(NamedTuple):
+    """How an answer is chosen.
+
+    Args:
+        max_new_tokens: maximum number of tokens in an answer. None takes the run's `task.generate.max_new_tokens`, or
+            256.
+        sample: draw tokens at random. Otherwise each is the most probable one.
+        temperature, top_p: temperature, and share of the probability that is drawn from. They are for sampling.
+        seed: seed of the draws.
+    """
+
+    max_new_tokens: int | None = None
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise a FedeltaError if a value is not valid."""
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise FedeltaError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if not self.temperature > 0 or self.temperature == float("inf"):
+            raise FedeltaError(f"temperature is {self.temperature}, expected a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise FedeltaError(f"top_p is {self.top_p}, expected a number above 0 and at most 1")
+        if self.seed < 0:
+            raise FedeltaError(f"seed is {self.seed}, expected at least 0")
+        if not self.sample and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise FedeltaError("temperature and top_p are for sampling: add --sample")
+
+
+class Writer:
+    """Writes answers to prompts and chats with a loaded result.
+
+    Args:
+        result: a loaded language model.
+        decoding: how answers are chosen.
+        chat: True makes each prompt a user's turn, False does not. None does what the run has trained.
+        system: text of a system turn before the user's, for chats.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        FedeltaError: if a chat is asked for and the tokenizer has no chat template, or a value is not valid.
+    """
+
+    def __init__(
+        self, result: ResultModel, decoding: Decoding, chat: bool | None = None, system: str | None = None
+    ) -> None:
+        decoding.check()
+        self._model, self.tokenizer, self._task = result.model, result.tokenizer, result.task
+        self._decoding, self._system, self._place = decoding, system, result.place
+        self._turns: Turns | None = None
+        task = self._task if isinstance(self._task, LanguageTask) else None
+        date = task.date if task else datetime.date.today().isoformat()
+        if chat is None:
+            self._turns = task.turns(self.tokenizer) if task else None
+        elif chat:
+            if self.tokenizer.chat_template is None:
+                raise FedeltaError(f"{result.place}: --chat needs a chat template, which this tokenizer does not have")
+            self._turns = Turns(self.tokenizer, date)
+        if system is not None and self._turns is None:
+            raise FedeltaError(f"{result.place}: --system is for chats, but this model completes plain prompts")
+        self._template = ChatTemplate(self.tokenizer, date) if self._turns else None
+        generate = task.generate if task else None
+        self._new = decoding.max_new_tokens or (generate.max_new_tokens if generate else NEW_TOKENS)
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are turns of a chat."""
+        return self._turns is not None
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Tokens of a prompt, as in training.
+
+        Raises:
+            FedeltaError: if the prompt is empty, or longer than the model takes.
+        """
+        if not prompt.strip():
+            raise FedeltaError("an empty prompt")
+        if self._template is not None:
+            return self.chat_tokens([{"role": "user", "content": prompt}])
+        begin, before, _ = next(plain.read([prompt], [self._begin_of_answer()], self.tokenizer))
+        return self._checked([*begin, *before])
+
+    def _begin_of_answer(self) -> str:
+        """A text that stands for the answer: it decides whether white space at the end of a prompt belongs to it."""
+        template = self._task.completion if isinstance(self._task, Completion) else "{a}"
+        return template.format_map(defaultdict(lambda: "a"))
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a chat, up to where its next answer begins."""
+        assert self._template is not None
+        system = [{"role": "system", "content": self._system}] if self._system is not None else []
+        text = self._template.render([*system, *messages], True)
+        return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        longest = longest_text(self._model, self.tokenizer)
+        if len(tokens) + self._new > longest:
+            raise FedeltaError(
+                f"a prompt of {len(tokens)} tokens and an answer of {self._new} are more than the {longest} tokens "
+                "that the model takes; shorten the prompt, or lower --max-new-tokens"
+            )
+        return tokens
+
+    def answers(self, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
+        """Yield the answer to each prompt, in order."""
+        # Draws of one prompt must not depend on the others.
+        size = 1 if self._decoding.sample else BATCH
+        for start in range(0, len(prompts), size):
+            for tokens in self._generate(prompts[start : start + size], start):
+                yield self._text(tokens)
+
+    def stream(self, prompt: Sequence[int], streamer: Any, number: int = 0) -> str:
+        """Generate one answer, pass its text to a transformers streamer as it grows, and return it.
+
+        Args:
+            prompt: its tokens.
+            streamer: a `transformers.TextStreamer`.
+            number: number of earlier prompts, on which the draws of a sample depend.
+        """
+        return self._text(self._generate([prompt], number, streamer)[0])
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return LanguageTask.answer_text(text, self._turns)
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Sequence[int]], number: int, streamer: Any = None) -> list[list[int]]:
+        from transformers import GenerationConfig
+
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        own = self._model.get_base_model().generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, self._turns.end if self._turns else None}
+        ends |= set(own if isinstance(own, list) else [own])
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self._decoding.sample:
+            # transformers keeps the 50 most probable tokens unless it is told otherwise.
+            sampling = {"do_sample": True, "temperature": self._decoding.temperature, "top_k": 0}
+            sampling["top_p"] = self._decoding.top_p
+        config = GenerationConfig(
+            max_new_tokens=self._new, pad_token_id=pad, eos_token_id=sorted(ends - {None}) or None, **sampling
+        )
+        device = self._model.device
+        seed = derive_seed(self._decoding.seed, "answer", number)
+        with device_errors("answers are generated", ["lower --max-new-tokens"]), torch_seed(seed, device):
+            generated = self._model.generate(
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+                streamer=streamer,
+            )
+        return generated[:, longest:].tolist()
+
+
+def fill_prompt(task: Any, columns: Mapping[str, Any], place: str) -> str:
+    """Fill the template of a run's prompts with columns.
+
+    Args:
+        task: the task of the run; None if it is not known.
+        columns: column → value. Other columns than those of the template are ignored.
+        place: name of the result in messages.
+
+    Raises:
+        FedeltaError: if the task has no such template, or a column of it is missing.
+    """
+    if not isinstance(task, Completion):
+        raise FedeltaError(f"{place}: no template of prompts is known, so columns can't fill it; pass whole prompts")
+    wanted = task.prompt_columns
+    if missing := [name for name in wanted if name not in columns]:
+        raise FedeltaError(
+            f"{place}: its prompts need {'the column' if len(wanted) == 1 else 'the columns'} {listed(wanted)}, "
+            f"but {listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
+    values = {name: columns[name] for name in wanted}
+    return task.prompt.format(**{name: "" if value is None else value for name, value in values.items()})
+
+
+def generate(
+    result: Run | str | Path,
+    prompts: str | Sequence[str] | Sequence[Mapping[str, Any]],
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    max_new_tokens: int | None = None,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    client: str | None = None,
+    base: str | Path | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> list[str]:
+    """Return a result's answer to each prompt.
+
+    Args:
+        result: a run, its folder, or an adapter folder.
+        prompts: whole prompts, or mappings of columns that fill the template of the run's prompts.
+        chat: True makes each prompt a user's turn, False does not. None does what the run has trained.
+        system: text of a system turn, for chats.
+        max_new_tokens: maximum number of tokens in an answer. None takes that of the run, or 256.
+        sample: draw tokens at random, with `temperature` and `top_p`. Otherwise each is the most probable one.
+        temperature, top_p: temperature, and share of the probability that is drawn from.
+        seed: seed of the draws.
+        client: client whose adapter answers, if the method has no global model.
+        base: folder or name of the base model, if it is not where the result says.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `float32` or `bfloat16`; None takes that of the run.
+
+    Raises:
+        FedeltaError: if the result is not a language model, its base is missing, or a prompt is not valid.
+
+    Example:
+        >>> fedelta.generate("runs/my", ["Describe abs(x)."])  # doctest: +SKIP
+        >>> fedelta.generate("runs/my", [{"signature": "abs(x, /)"}])  # doctest: +SKIP
+    """
+    place = result.folder.path if isinstance(result, Run) else result
+    own_base = None if base is None else str(base)
+    loaded = load_result(place, "generate", client=client, base=own_base, device=device, dtype=dtype)
+    writer = Writer(loaded, Decoding(max_new_tokens, sample, temperature, top_p, seed), chat, system)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    whole = [text if isinstance(text, str) else fill_prompt(loaded.task, text, loaded.place) for text in texts]
+    return list(writer.answers([writer.tokens(text) for text in whole]))

@@ -1,0 +1,110 @@
+"""Answers of the final model are shown on the terminal and in the report, next to those of the initial model."""
+
+import doctest
+import io
+import json
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from causal import TASK
+from command import fedelta as command
+from fedelta.cli.examples import print_examples
+from fedelta.federation.generations import Generations
+from fedelta.runs.comparison import comparison_configs, run_comparison
+from fedelta.runs.report import examples
+from fedelta.runs.report.examples import pick_examples
+from fedelta.runs.report.page import write_page
+from fedelta.runs.report.plot import plot_scores
+from fedelta.runs.runner import Run, run
+
+GENERATES = TASK | {"generate": {"max_new_tokens": 4}, "answer": "text"}
+BEFORE = {"evaluation": {"before": True}}
+HOSTILE = "\x1b]0;title\x07\x1b[2J[red]x[/red]\u202e</td><script>alert(1)</script>\r\n" + "long " * 2000
+
+
+def test_docstring_examples_pass() -> None:
+    assert doctest.testmod(examples).failed == 0
+
+
+def printed(runs: list[Run], width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    print_examples(console, runs)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_examples_are_spread_over_the_test_split_with_all_answers(causal_config: Any) -> None:
+    finished = run(causal_config(task=GENERATES, **BEFORE))
+    records = finished.generations.set_index(["round", "row"])
+    found = pick_examples([finished], 3)
+    rows = sorted(records.loc["test"].index)
+    chosen = [rows[len(rows) // 6], rows[len(rows) // 2], rows[5 * len(rows) // 6]]
+    assert [example.reference for example in found] == [records.loc["test", row]["references"][0] for row in chosen]
+    assert [example.answers for example in found] == [[("after", records.loc["test", r]["answer"])] for r in chosen]
+    assert [example.before for example in found] == [records.loc["before", row]["answer"] for row in chosen]
+    shown = printed([finished])
+    for example in found:
+        assert example.prompt in shown
+        assert example.prompt.startswith("the color of ")
+        assert re.search(rf"^after +{re.escape(example.answers[0][1])} *$", shown, flags=re.MULTILINE)
+
+
+def test_a_comparison_shows_the_answers_of_its_best_methods_to_one_prompt(causal_config: Any) -> None:
+    ranks = {"allocation": "uniform", "high": 4}
+    names = ("fedit", "fedex", "flora", "ffa")
+    config = causal_config(rounds=1, task=GENERATES, ranks=ranks, **BEFORE)
+    runs = run_comparison(comparison_configs(config, names, 2), False, None)
+    shown = printed(runs)
+    losses = {one.config.method.name: one.test["loss"] for one in runs if one.config.seed == 0}
+    worst = max(losses, key=lambda name: losses[name])
+    assert "of the 3 best methods" in shown
+    for name in names:
+        assert len(re.findall(rf"^{name} ", shown, flags=re.MULTILINE)) == (0 if name == worst else 2)
+    assert len(shown.splitlines()) <= 26
+    assert [name for name, _ in pick_examples(runs, 5)[0].answers] == list(names)
+    plot_scores(runs, config.folder)
+    page = write_page(runs, config.folder).read_text()
+    assert page.count('class="answers"') == 5
+    assert "before training: " in page
+
+
+def test_answers_cannot_control_the_terminal_or_the_page(causal_config: Any) -> None:
+    finished = run(causal_config(task=GENERATES, **BEFORE))
+    file = finished.folder.generations_file
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        record |= {"answer": HOSTILE, "prompt": HOSTILE + str(record["row"]), "references": [HOSTILE]}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shown = printed([finished])
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert "[red]x[/red]" in shown
+    assert len(shown.splitlines()) <= 26
+    plot_scores([finished], finished.folder.path)
+    page = write_page([finished], finished.folder.path).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert not set("\x1b\x07\u202e\r") & set(page)
+    assert len(page) < 500_000
+
+
+def test_a_run_that_generates_nothing_shows_no_answers(tiny_config: Any) -> None:
+    finished = run(tiny_config(rounds=1))
+    assert printed([finished]) == ""
+    plot_scores([finished], finished.folder.path)
+    assert 'class="answers"' not in write_page([finished], finished.folder.path).read_text()
+
+
+def test_the_report_of_a_finished_run_shows_the_same_answers(
+    causal_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = run(causal_config(task=GENERATES, **BEFORE))
+    assert command("report", str(finished.folder.path)) == 0
+    assert "answers to some prompts of the test split; generations.jsonl has all of them" in capsys.readouterr().out
+
+
+def test_answers_of_clients_have_their_names(causal_config: Any) -> None:
+    finished = run(causal_config(method="fedsa", rounds=1, task=GENERATES))
+    assert pick_examples([finished], 1)[0].answers[0][0] == "after, client-000"
+    assert isinstance(finished.folder.generations, Generations)
