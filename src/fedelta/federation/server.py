@@ -198,7 +198,6 @@ class Server:
         scale = self.scale(rank)
         client_start = self.method.personalize(state.method, ClientView(client, rank))
         plan, seed = self.method.factors(state.round), state.method.seed
-        precision = self.settings.precision
         message = Broadcast(
             client=client,
             round=state.round,
@@ -213,9 +212,9 @@ class Server:
             heads=state.heads,
             patch=state.log.since(state.versions[client] if since is None else since),
             wants_validation=self.ranks.loss_on == "own" and self.needs_first_loss(state, client),
-            precision=precision,
+            precision=self.settings.precision,
         )
-        return message if precision == LOSSLESS else message.as_received()
+        return message if message.precision == LOSSLESS else message.as_received()
 
     def needs_first_loss(self, state: ServerState, client: str) -> bool:
         """Whether the client's loss after this round's training decides its rank."""
@@ -285,9 +284,7 @@ class Server:
     def _check_usable(self, state: ServerState, updates: UpdateCollector) -> None:
         usable = len(updates.contributors)
         if usable < self.settings.min_clients:
-            reasons = "; ".join(
-                f"{client}: {one_line(reason, 90)}" for client, reason in list(updates.skipped.items())[:2]
-            )
+            reasons = "; ".join(f"{c}: {one_line(reason, 90)}" for c, reason in list(updates.skipped.items())[:2])
             raise TooFewUpdates(
                 f"round {state.round}: {quantity(usable, 'usable update')}, "
                 f"expected at least {self.settings.min_clients} ({reasons})",
