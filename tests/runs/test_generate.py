@@ -320,3 +320,39 @@ def test_mistakes_are_one_line(
     )
     finished.folder.result_file.unlink()
     assert "this run has not finished" in refusal(capsys, "generate", place, "--prompt", "a")
+
+
+def test_a_conversation_run_answers_chats_with_the_system_turn_of_its_training(
+    chat_model: Path, causal_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": f"color of {i}?"}, {"role": "assistant", "content": "red"}]}
+        for i in range(24)
+    ]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    task = {"kind": "conversation", "system": "be brief", "generate": {"max_new_tokens": 6}}
+    data = {"source": str(source), "max_length": 96}
+    chat_run = run(causal_config(model={"name": str(chat_model)}, task=task, data=data, rounds=1))
+    user, end = "<turn>user\ncolor of ship?<end>\n", "<turn>assistant\n"
+    system = "<turn>system\nbe brief<end>\n"
+    later = "<turn>assistant\nred<end>\n<turn>user\nwhy?<end>\n"
+    prompts = [system + user + end, user + end, system + user + later + end, "<turn>system\nx<end>\n" + user + end]
+    expected = plain_answers(chat_run.adapter, prompts, 6, add_special_tokens=False)
+    asked = {"role": "user", "content": "color of ship?"}
+    assert fedelta.generate(chat_run, ["color of ship?"]) == expected[:1]
+    assert fedelta.generate(chat_run, ["color of ship?"], system="") == expected[1:2]
+    turns = [asked, {"role": "assistant", "content": "red"}, {"role": "user", "content": "why?"}]
+    rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "x"}, asked]}]
+    assert fedelta.generate(chat_run.adapter, rows) == expected[2:]
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = str(chat_run.folder.path)
+    assert command("generate", place, "--file", str(file), "-o", str(output)) == 0
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert written == [row | {"answer": answer} for row, answer in zip(rows, expected[2:], strict=True)]
+    file.write_text(json.dumps({"messages": turns[:2]}) + "\n")
+    capsys.readouterr()
+    assert "prompt 1: the last turn is of the assistant, expected one of the user" in refusal(
+        capsys, "generate", place, "--file", str(file)
+    )

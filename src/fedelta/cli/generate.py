@@ -25,14 +25,16 @@ Columns = Annotated[
 ]
 File = Annotated[
     Path | None,
-    typer.Option(help="Prompts: a .txt with one a line, or a .jsonl with `prompt` or the columns of the prompts."),
+    typer.Option(
+        help="Prompts: a .txt with one a line, or a .jsonl with `prompt`, `messages` or the prompts' columns."
+    ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write prompts and answers as JSONL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Make each prompt a user's turn; without prompts, chat on the terminal.")
 ]
-System = Annotated[str | None, typer.Option(help="Text of a system turn, for chats.")]
+System = Annotated[str | None, typer.Option(help="Text of a system turn, for chats; default: that of the run.")]
 NewTokens = Annotated[
     int | None, typer.Option(help="Maximum number of tokens in an answer; default: that of the run, or 256.", min=1)
 ]
@@ -67,7 +69,7 @@ def generate(
         _check_output(output, overwrite, interactive)
     rows = [] if interactive else _rows(prompt or [], column or [], file)
 
-    from fedelta.runs.generate import Decoding, Writer, fill_prompt
+    from fedelta.runs.generate import Decoding, Writer
     from fedelta.runs.result_model import load_result
 
     decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed)
@@ -79,12 +81,21 @@ def generate(
 
         chat_on_terminal(writer)
         return
-    prompts = [row[PROMPT_COLUMN] if _is_whole(row) else fill_prompt(loaded.task, row, loaded.place) for row in rows]
     _say_template(loaded.task, rows)
+    rows = [dict(writer.filled(row)) for row in rows]
+    tokens = [_tokens(writer, row, number) for number, row in enumerate(rows, 1)]
     if output is None:
-        _print_answers(writer, prompts)
+        _print_answers(writer, rows, tokens)
     else:
-        _write_answers(writer, rows, prompts, output)
+        _write_answers(writer, rows, tokens, output)
+
+
+def _tokens(writer: Any, row: dict[str, Any], number: int) -> list[int]:
+    try:
+        tokens: list[int] = writer.row_tokens(row)
+    except FedeltaError as error:
+        raise FedeltaError(f"prompt {number}: {error}") from error
+    return tokens
 
 
 def _check_output(output: Path, overwrite: bool, interactive: bool) -> None:
@@ -97,14 +108,14 @@ def _check_output(output: Path, overwrite: bool, interactive: bool) -> None:
     check_output(output, overwrite)
 
 
-def _write_answers(writer: Any, rows: list[dict[str, Any]], prompts: list[str], output: Path) -> None:
+def _write_answers(writer: Any, rows: list[dict[str, Any]], tokens: list[list[int]], output: Path) -> None:
     from fedelta.cli.bars import progress_bar
     from fedelta.files import write_file
 
-    tokens, lines = [writer.tokens(each) for each in prompts], []
+    lines: list[str] = []
     with progress_bar(err, "prompts") as progress:
-        for row, text, answer in zip(rows, prompts, writer.answers(tokens), strict=True):
-            lines.append(json.dumps({**row, PROMPT_COLUMN: text, "answer": answer}) + "\n")
+        for row, answer in zip(rows, writer.answers(tokens), strict=True):
+            lines.append(json.dumps({**row, "answer": answer}, ensure_ascii=False) + "\n")
             progress(len(lines), len(rows))
     write_file(output, "".join(lines))
     print_path(out, "answers", f"{output}: {quantity(len(lines), 'answer')}")
@@ -173,14 +184,13 @@ def _say_template(task: Any, rows: list[dict[str, Any]]) -> None:
         print_text(err, f"prompts are used as they are; the run's are {template!r}, which --column fills", "note:")
 
 
-def _print_answers(writer: Any, prompts: list[str]) -> None:
+def _print_answers(writer: Any, rows: list[dict[str, Any]], tokens: list[list[int]]) -> None:
     """Print the answers: while they are generated on a terminal, else when they are complete."""
-    tokens = [writer.tokens(prompt) for prompt in prompts]
     live = sys.stdout.isatty()
     answers = None if live else writer.answers(tokens)
-    for number, prompt in enumerate(prompts):
-        if len(prompts) > 1:
-            print_text(out, prompt, ">", "bold", limit=MAX_PROMPT)
+    for number, row in enumerate(rows):
+        if len(rows) > 1:
+            print_text(out, _shown(row), ">", "bold", limit=MAX_PROMPT)
         if answers is None:
             from fedelta.cli.chat import Screen
 
@@ -189,5 +199,10 @@ def _print_answers(writer: Any, prompts: list[str]) -> None:
             from fedelta.cli.chat import safe_lines
 
             out.print(Text(safe_lines(next(answers))), highlight=False, soft_wrap=True)
-        if len(prompts) > 1 and number + 1 < len(prompts):
+        if len(rows) > 1 and number + 1 < len(rows):
             out.print()
+
+
+def _shown(row: dict[str, Any]) -> str:
+    """A prompt above its answer: itself, or the messages of a chat."""
+    return str(row[PROMPT_COLUMN] if _is_whole(row) else row["messages"])

@@ -11,7 +11,9 @@ import torch
 from fedelta.errors import FedeltaError, listed
 from fedelta.learning.device import device_errors
 from fedelta.learning.model.padding import longest_text
-from fedelta.learning.tasks import Completion, LanguageTask, plain
+from fedelta.learning.tasks import Completion, Conversation, LanguageTask, plain
+from fedelta.learning.tasks.chat_message import read_tools
+from fedelta.learning.tasks.chat_rows import read_asked
 from fedelta.learning.tasks.chat_template import ChatTemplate, Message
 from fedelta.learning.tasks.turns import Turns
 from fedelta.runs.finished import Run
@@ -61,7 +63,8 @@ class Writer:
         result: a loaded language model.
         decoding: how answers are chosen.
         chat: True makes each prompt a user's turn, False does not. None does what the run has trained.
-        system: text of a system turn before the user's, for chats.
+        system: text of a system turn before the user's, for chats; empty for none. None takes the one that the run
+            has trained with, if all of its conversations had the same.
 
     Attributes:
         tokenizer: the model's tokenizer.
@@ -75,7 +78,7 @@ class Writer:
     ) -> None:
         decoding.check()
         self._model, self.tokenizer, self._task = result.model, result.tokenizer, result.task
-        self._decoding, self._system, self._place = decoding, system, result.place
+        self._decoding, self._place = decoding, result.place
         self._turns: Turns | None = None
         task = self._task if isinstance(self._task, LanguageTask) else None
         date = task.date if task else datetime.date.today().isoformat()
@@ -85,6 +88,7 @@ class Writer:
             if self.tokenizer.chat_template is None:
                 raise FedeltaError(f"{result.place}: --chat needs a chat template, which this tokenizer does not have")
             self._turns = Turns(self.tokenizer, date)
+        self._system = task.constant_system if system is None and isinstance(task, Conversation) else system
         if system is not None and self._turns is None:
             raise FedeltaError(f"{result.place}: --system is for chats, but this model completes plain prompts")
         self._template = ChatTemplate(self.tokenizer, date) if self._turns else None
@@ -109,16 +113,44 @@ class Writer:
         begin, before, _ = next(plain.read([prompt], [self._begin_of_answer()], self.tokenizer))
         return self._checked([*begin, *before])
 
+    def filled(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row with `prompt` or `messages`: if it has neither, its columns fill the template of the run's prompts.
+
+        Raises:
+            FedeltaError: if there is no such template, or a column of it is missing.
+        """
+        columns = self._task.prompt_columns if isinstance(self._task, Completion) else []
+        if "prompt" in row or ("messages" in row and "messages" not in columns):
+            return row
+        return {**row, "prompt": fill_prompt(self._task, row, self._place)}
+
+    def row_tokens(self, row: Mapping[str, Any]) -> list[int]:
+        """Tokens of a prompt that is given as a row.
+
+        Args:
+            row: `prompt`, a whole prompt, or `messages`, a chat, perhaps with `tools`.
+
+        Raises:
+            FedeltaError: as for `tokens`, or if the messages can't be read.
+        """
+        if "prompt" in row:
+            return self.tokens(row["prompt"])
+        if self._template is None:
+            raise FedeltaError(f"{self._place}: messages are for chats, but this model completes plain prompts")
+        tools = row.get("tools")
+        return self.chat_tokens(read_asked(row["messages"]), None if tools is None else read_tools(tools))
+
     def _begin_of_answer(self) -> str:
         """A text that stands for the answer: it decides whether white space at the end of a prompt belongs to it."""
         template = self._task.completion if isinstance(self._task, Completion) else "{a}"
         return template.format_map(defaultdict(lambda: "a"))
 
-    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a chat, up to where its next answer begins."""
+    def chat_tokens(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """Tokens of a chat, up to where its next answer begins. Messages with a system turn of their own keep it."""
         assert self._template is not None
-        system = [{"role": "system", "content": self._system}] if self._system is not None else []
-        text = self._template.render([*system, *messages], True)
+        own = messages[0]["role"] == "system"
+        system = [{"role": "system", "content": self._system}] if self._system and not own else []
+        text = self._template.render([*system, *messages], True, tools)
         return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _checked(self, tokens: list[int]) -> list[int]:
@@ -225,9 +257,10 @@ def generate(
 
     Args:
         result: a run, its folder, or an adapter folder.
-        prompts: whole prompts, or mappings of columns that fill the template of the run's prompts.
+        prompts: whole prompts, or mappings: `messages` of a chat (perhaps with `tools`), or the columns that fill the
+            template of the run's prompts.
         chat: True makes each prompt a user's turn, False does not. None does what the run has trained.
-        system: text of a system turn, for chats.
+        system: text of a system turn, for chats; empty for none. None takes the run's, if it has trained with one.
         max_new_tokens: maximum number of tokens in an answer. None takes that of the run, or 256.
         sample: draw tokens at random, with `temperature` and `top_p`. Otherwise each is the most probable one.
         temperature, top_p: temperature, and share of the probability that is drawn from.
@@ -248,6 +281,7 @@ def generate(
     own_base = None if base is None else str(base)
     loaded = load_result(place, "generate", client=client, base=own_base, device=device, dtype=dtype)
     writer = Writer(loaded, Decoding(max_new_tokens, sample, temperature, top_p, seed), chat, system)
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    whole = [text if isinstance(text, str) else fill_prompt(loaded.task, text, loaded.place) for text in texts]
-    return list(writer.answers([writer.tokens(text) for text in whole]))
+    rows = [
+        {"prompt": row} if isinstance(row, str) else row for row in ([prompts] if isinstance(prompts, str) else prompts)
+    ]
+    return list(writer.answers([writer.row_tokens(writer.filled(row)) for row in rows]))

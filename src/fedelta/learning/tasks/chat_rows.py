@@ -190,6 +190,19 @@ def find_format(
     return ChatRows(chosen, None, user, system, tools)
 
 
+def read_asked(cell: Any) -> list[dict[str, Any]]:
+    """Read the messages that an answer shall follow: a list of messages, or its JSON text.
+
+    Raises:
+        FedeltaError: naming the turn that can't be read, or if nothing is asked.
+    """
+    messages = [message for message, _ in _read_all(_list_in(cell), None)]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        found = f"the last turn is of the {messages[-1]['role']}" if messages else "found no messages"
+        raise FedeltaError(f"{found}, expected one of the user to answer")
+    return messages
+
+
 def _read_all(values: list[Any], form: MessageForm | None, where: str = "") -> list[tuple[dict[str, Any], bool]]:
     """Read messages. All of a conversation have the same form."""
     read = []

@@ -68,6 +68,11 @@ class Conversation(LanguageTask):
 
         return Columns({**dict.fromkeys(own, "cell"), **rows.uses}, required, check=check)
 
+    @property
+    def constant_system(self) -> str | None:
+        """The system turn of all conversations that have none; None if it depends on the row or on its columns."""
+        return None if self.system is None or fields_of(self.system) else self.system.format().strip()
+
     def turns(self, tokenizer: Any) -> Turns:
         if tokenizer.chat_template is None:
             raise FedeltaError("the tokenizer has no chat template, which task: conversation needs")
