@@ -33,6 +33,7 @@ FULL = {
 
 def outcome(folder: Path) -> dict[str, bytes]:
     files = [folder / "rounds.jsonl", folder / "result.json", *(folder / "adapter").rglob("*.*")]
+    files += folder.glob("generations.jsonl")
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
@@ -240,6 +241,26 @@ def test_a_run_is_never_overwritten(tiny_config: Any) -> None:
     run(tiny_config(rounds=1))
     with pytest.raises(FedeltaError, match="holds a run already; continue it with --resume"):
         run(tiny_config(rounds=1))
+
+
+def test_a_run_that_an_earlier_version_began_continues_with_the_defaults_of_newer_keys(
+    tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(tiny_config(name="straight", rounds=3))
+
+    def older(config: Config) -> dict[str, Any]:
+        data = dump(config)
+        del data["training"]["packing"], data["evaluation"]["before"], data["federation"]["max_growth"]
+        return data
+
+    dump = Config.dump
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Config, "dump", older)
+        begun = run(tiny_config(name="begun", rounds=2))
+    assert "packing" not in begun.folder.config_file.read_text()
+    assert outcome(run(tiny_config(name="begun", rounds=3), resume=True).folder.path) == outcome(straight.folder.path)
+    with pytest.raises(FedeltaError, match=r"another configuration: federation\.max_growth was 100\.0, now 50\.0"):
+        run(tiny_config(name="begun", rounds=4, federation={"max_growth": 50.0}), resume=True)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from fedelta.lora.adapter import Adapter
 from fedelta.protocol.compression import ErrorFeedback
 from fedelta.reading import read_yaml
 
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
 
 class RunFolder(RunPaths):
     """The folder of one run.
@@ -41,6 +43,7 @@ class RunFolder(RunPaths):
     Args:
         path: the folder; it need not exist.
         config: the run's configuration as plain data.
+        complete: adds the defaults of keys that a configuration lacks because an earlier version wrote it.
 
     Attributes:
         inputs: what the run learns from; each checkpoint and the result include it.
@@ -49,9 +52,10 @@ class RunFolder(RunPaths):
         generations: the answers that evaluations have generated.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], complete: Complete = dict) -> None:
         super().__init__(path)
         self.config = dict(config)
+        self._complete = complete
         self.inputs: Inputs = {}
         self.accepted: tuple[AcceptedChange, ...] = ()
         self.test_before: Mapping[str, float] | None = None
@@ -143,7 +147,7 @@ class RunFolder(RunPaths):
         training = before.get("training")
         if self.config["training"]["stack"] == "auto" and isinstance(training, Mapping):
             self.settle_stack(training.get("stack", "auto"))
-        changed = first_difference(before, json.loads(json.dumps(self.config)))
+        changed = first_difference(self._complete(before), json.loads(json.dumps(self.config)))
         if changed:
             raise FedeltaError(f"{what} belongs to another configuration: {changed}")
 

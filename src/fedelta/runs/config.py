@@ -226,6 +226,17 @@ def load_config(source: Path | None, overrides: Iterable[str] = ()) -> Config:
     return parse_config(*read_configuration(source, overrides))
 
 
+def with_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration that was written down, with the defaults of keys that did not exist then.
+
+    It is returned as it is if it is not valid today.
+    """
+    try:
+        return parse_config(data).dump()
+    except FedeltaError:
+        return data
+
+
 def parse_config(data: Mapping[str, Any], name: str = "configuration") -> Config:
     """Check plain data and return it as a `Config`.
 

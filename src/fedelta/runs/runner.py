@@ -26,7 +26,7 @@ from fedelta.learning.training.flops import text_cost
 from fedelta.lora.adapter import Adapter
 from fedelta.runs.assemble import make_server, prepare, tokenized_splits
 from fedelta.runs.before import evaluate_before
-from fedelta.runs.config import Config
+from fedelta.runs.config import Config, with_defaults
 from fedelta.runs.export import export_state, write_cards
 from fedelta.runs.finished import Run, open_run
 from fedelta.runs.identity import check_changes, identify, input_changes
@@ -64,7 +64,7 @@ def run(
     Raises:
         FedeltaError: if the input is not valid. Finished rounds are kept.
     """
-    folder = RunFolder(config.folder, config.dump())
+    folder = RunFolder(config.folder, config.dump(), with_defaults)
     observer = observer or Observer()
     with folder.hold():
         server = make_server(config)

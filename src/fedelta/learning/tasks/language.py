@@ -146,7 +146,8 @@ class LanguageTask(Task):
         for row, text in [*_generated(units, outcomes).items()][:limit]:
             prompt = tokenizer.decode(examples.prompts[row], skip_special_tokens=False)
             exact = _is_exact(text, references[row], self.answer) if self.answer else None
-            found.append(Answer(row, prompt, text, references[row], exact))
+            # A row may have become several texts.
+            found.append(Answer(examples.rows[row] if examples.rows else row, prompt, text, references[row], exact))
         return found
 
 
