@@ -44,7 +44,7 @@ class FedEx(Method):
     Args:
         residual: part of the residual that is sent: `exact`, `rank=q`, `energy=τ` or `bytes=N`.
         feedback: keep the part that is cut off for the next round.
-        target: weight that the server aims at with mixed ranks; see the top of this file.
+        target: weight that the server aims at with mixed ranks (docs/methods.md 3).
     """
 
     residual: str = "exact"
