@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from fedelta.errors import FedeltaError, quantity
+from fedelta.errors import FedeltaError, one_line, quantity
 from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import Completions
 from fedelta.learning.data.table import say
@@ -131,6 +131,12 @@ class Conversation(LanguageTask):
             say(
                 f"data: {unmarked} of {every} conversations have answers that are not trained, because the chat "
                 "template has no generation block for them"
+            )
+        for key in sorted({key for one in read for key in one.unwritten}):
+            number = sum(key in one.unwritten for one in read)
+            say(
+                f"data: {number} of {every} conversations have answers with {one_line(key, 40)}, which the chat template "
+                "does not write, so it is not trained"
             )
         if split := [one for one in read if one.split]:
             texts = sum(len(one.texts) for one in split)
