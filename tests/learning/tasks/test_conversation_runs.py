@@ -133,10 +133,25 @@ def test_the_texts_of_a_row_stay_together(tmp_path: Path) -> None:
     assert sum(map(len, first)) == splits["validation"].num_rows, "each conversation is one reference"
 
 
+def test_a_conversation_of_several_texts_counts_as_one_row(tmp_path: Path) -> None:
+    """Qwen 3 writes the conversations as more texts than Qwen 2.5."""
+    shares = []
+    for family in ("qwen-3", "qwen-2.5"):
+        config = configuration(family, tmp_path / family, rounds=1, task="conversation")
+        config["data"] = {"source": str(write_conversations(tmp_path / "talks.jsonl")), "client_validation": 0}
+        splits, _ = read_splits(parse_config(config).data, Conversation())
+        sites = splits["train"]["site"][:]
+        run = fedelta.run(config)
+        assert run.result["clients"] == {site: sites.count(site) for site in ("north", "south")}
+        shares.append(run.records[0]["shares"])
+        assert shares[-1]["north"] == pytest.approx(sites.count("north") / len(sites))
+    assert shares[0] == shares[1]
+
+
 def test_a_site_reads_its_conversations(tmp_path: Path) -> None:
     settings, task, tokenizer = tokenized(write_conversations(tmp_path / "x.jsonl", 20), "qwen-3")
     shard = build_shard(settings, task, [], tokenizer, "north", seed=0)
-    assert len(set(shard.train.rows)) == 15
+    assert len(set(shard.train.rows)) == shard.train.row_count == 15 < len(shard.train)
     assert len(set(shard.validation.rows)) == 5
     assert set(shard.train.rows).isdisjoint(shard.validation.rows)
     colors = {f"<think>\n\n</think>\n\n{color}<|im_end|>" for color in COLORS.values()}
