@@ -17,7 +17,7 @@ from fedelta.learning.data import DataSettings, PartitionSettings
 from fedelta.learning.data.examples import IGNORED
 from fedelta.learning.model.base_model import ModelSettings, load_base
 from fedelta.learning.shards import build_data, build_shard, read_splits, tokenize_splits
-from fedelta.learning.tasks import Conversation
+from fedelta.learning.tasks import Completion, Conversation
 from fedelta.runs.config import parse_config
 
 THINGS = list(COLORS)
@@ -146,6 +146,24 @@ def test_a_conversation_of_several_texts_counts_as_one_row(tmp_path: Path) -> No
         shares.append(run.records[0]["shares"])
         assert shares[-1]["north"] == pytest.approx(sites.count("north") / len(sites))
     assert shares[0] == shares[1]
+
+
+@pytest.mark.parametrize("kind", ["conversation", "completion"])
+def test_a_refused_row_is_named_by_its_file_and_line_after_the_draws(kind: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = [{"prompt": f"say {name} {i}", "completion": "yo", "system": ""} for i in range(40)]
+        rows[25] |= {"prompt": "odd"} if name == "b" else {}
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = word_tokenizer("qwen-2.5", WORDS)
+    refuses = "{%- if messages[-1].content == 'odd' %}{{ raise_exception('odd prompt') }}{%- endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    settings = DataSettings(source=str(tmp_path / "*.jsonl"), split_seed=3)
+    task = Conversation() if kind == "conversation" else Completion()
+    splits, classes = read_splits(settings, task)
+    with pytest.raises(FedeltaError, match=r"b\.jsonl, line 26 of (train|test|validation): .*odd prompt"):
+        tokenize_splits(settings, task, splits, classes, tokenizer)
+    with pytest.raises(FedeltaError, match=r"b\.jsonl, line 26 of train: .*odd prompt"):
+        build_shard(settings, task, [], tokenizer, "north", seed=0)
 
 
 def test_a_site_reads_its_conversations(tmp_path: Path) -> None:

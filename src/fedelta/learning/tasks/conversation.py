@@ -8,6 +8,7 @@ from pydantic import field_validator, model_validator
 
 from fedelta.errors import FedeltaError, one_line, quantity
 from fedelta.learning.data import Columns, DataSettings
+from fedelta.learning.data.cells import RefusedRow
 from fedelta.learning.data.examples import Completions
 from fedelta.learning.data.table import say
 from fedelta.learning.tasks.chat_answers import Answers, difference
@@ -86,12 +87,12 @@ class Conversation(LanguageTask):
         read: list[Tokenized] = []
         names = list(dict.fromkeys([*form.uses, *(name for name in (self.group, self.by) if name)]))
         lines = rows.select_columns(names)
-        for number, row in enumerate(lines, 1):
+        for number, row in enumerate(lines):
             try:
                 chats.append(form.read(row))
                 read.append(tokens.read(chats[-1]))
             except FedeltaError as error:
-                raise FedeltaError(f"row {number}: {error}") from error
+                raise RefusedRow(number, error) from error
         self._say(chats, read, data.max_length)
         groups = lines[self.group][:] if self.group else [one.question for one in read]
         kinds = [str(kind) for kind in lines[self.by][:]] if self.by else []

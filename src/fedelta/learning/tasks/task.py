@@ -104,6 +104,7 @@ class Task(Settings, ABC):
 
         Raises:
             FedeltaError: naming the value that can't be a label.
+            RefusedRow: if a row can't become tokens.
         """
 
     def units(self, examples: Examples, batch_size: int, final: bool) -> list[Unit]:  # noqa: ARG002
