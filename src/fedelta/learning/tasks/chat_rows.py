@@ -20,7 +20,7 @@ _FIXED: dict[ChatFormat, tuple[str, str]] = {
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
 }
-SYSTEM, TOOLS = "system", "tools"
+SYSTEM, TOOLS, HISTORY = "system", "tools", "history"
 """Columns that are read if a source has them."""
 
 
@@ -54,9 +54,10 @@ class ChatRows:
     Args:
         format: format of the conversations; None if their messages may have either form.
         column: column of the messages; None for formats with columns of their own.
-        user: columns that make the user's turn of `alpaca`.
+        user: columns that make the user's turn of `alpaca`. Its column `history`, if there is one, has earlier turns.
         system: template of the system turn of conversations that have none; empty for no system turn.
         tools: column of the tools; None without tools.
+        history: whether `alpaca` has a column of earlier turns, pairs of a question and its answer.
     """
 
     format: ChatFormat | None
@@ -64,6 +65,7 @@ class ChatRows:
     user: tuple[str, ...]
     system: str
     tools: str | None
+    history: bool = False
 
     @property
     def uses(self) -> dict[str, Use]:
@@ -74,7 +76,8 @@ class ChatRows:
         if self.column is not None:
             return uses | {self.column: "messages"}
         if self.format == "alpaca":
-            return uses | dict.fromkeys((*self.user, "output"), "cell")
+            history: dict[str, Use] = {HISTORY: "messages"} if self.history else {}
+            return uses | dict.fromkeys((*self.user, "output"), "cell") | history
         return uses | {"prompt": "messages", "completion": "messages"}
 
     @property
@@ -122,8 +125,10 @@ class ChatRows:
         """The messages of a row, whether the data allow to train each, and the first that may be trained."""
         if self.format == "alpaca":
             question = "\n".join(text for name in self.user if (text := _cell(row[name])).strip())
-            pair = [{"role": "user", "content": question}, {"role": "assistant", "content": _cell(row["output"])}]
-            return pair, [True, True], 0
+            pairs = [*(_history(row[HISTORY]) if self.history else ()), (question, _cell(row["output"]))]
+            roles = ("user", "assistant")
+            messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+            return messages, [True] * len(messages), 0
         if self.column is not None:
             form = self.format if self.format in ("messages", "sharegpt") else None
             read = _read_all(_list_in(row[self.column]), form)
@@ -187,7 +192,7 @@ def find_format(
         return ChatRows(format, found[0], (), system, tools)
     chosen = next(name for name, pair in _FIXED.items() if pair == found[0])
     user = tuple(name for name in ("instruction", "input") if name in names) if chosen == "alpaca" else ()
-    return ChatRows(chosen, None, user, system, tools)
+    return ChatRows(chosen, None, user, system, tools, history=chosen == "alpaca" and HISTORY in names)
 
 
 def read_asked(cell: Any) -> list[dict[str, Any]]:
@@ -222,7 +227,8 @@ def _list_in(cell: Any) -> list[Any]:
             cell = json.loads(cell)
         except (ValueError, RecursionError) as error:
             raise FedeltaError(f"found the text {one_line(repr(cell), 60)}, expected messages as JSON") from error
-    cell = without_none(cell)
+    else:
+        cell = without_none(cell)
     if isinstance(cell, dict) and cell and all(isinstance(values, list) for values in cell.values()):
         # `datasets` may hold a list of objects as an object of lists.
         return [without_none(dict(zip(cell, values, strict=False))) for values in zip(*cell.values(), strict=False)]
@@ -244,6 +250,20 @@ def _list_or_text(cell: Any, role: str) -> list[Any]:
             # A text that only looks like a list.
             pass
     return [{"role": role, "content": cell}]
+
+
+def _history(cell: Any) -> list[tuple[str, str]]:
+    """The earlier turns in a cell of alpaca's `history`: pairs of a question and its answer, or their JSON text."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return []
+    try:
+        pairs = json.loads(cell) if isinstance(cell, str) else cell
+        if isinstance(pairs, list) and all(isinstance(text, str) for question, answer in pairs for text in (question, answer)):
+            return [(question, answer) for question, answer in pairs]
+    except (ValueError, TypeError, RecursionError):
+        # Not JSON, or not pairs.
+        pass
+    raise FedeltaError(f"history is {one_line(repr(cell), 60)}, expected a list of pairs of a question and its answer")
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ from fedelta.errors import FedeltaError, one_line, quantity
 from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.cells import RefusedRow
 from fedelta.learning.data.examples import Completions
-from fedelta.learning.data.table import say
+from fedelta.learning.data.table import listed, say
 from fedelta.learning.tasks.chat_answers import Answers, difference
 from fedelta.learning.tasks.chat_rows import MESSAGES, TOOLS, Chat, ChatFormat, find_format
 from fedelta.learning.tasks.chat_tokens import ChatTokens, Tokenized
@@ -18,6 +18,7 @@ from fedelta.learning.tasks.column_template import check_template, fields_of
 from fedelta.learning.tasks.language import LanguageTask
 from fedelta.learning.tasks.plain import CutWarning
 from fedelta.learning.tasks.turns import Turns
+from fedelta.settings import nearest
 
 
 class Conversation(LanguageTask):
@@ -59,6 +60,10 @@ class Conversation(LanguageTask):
         return Columns(dict.fromkeys(likely, "messages"), (), self._columns_among)
 
     def _columns_among(self, names: Any) -> Columns:
+        if missing := [name for name in fields_of(self.system or "") if name not in names]:
+            raise FedeltaError(
+                f"task.system: no column {one_line(repr(missing[0]), 40)}, found {listed(names)}{nearest(missing[0], names)}"
+            )
         rows = find_format(names, self.format, self.messages, self.system, self.tools)
         own = [name for name in (self.group, self.by) if name]
         system = [tuple(fields_of(self.system))] if self.system and fields_of(self.system) else []
@@ -93,6 +98,8 @@ class Conversation(LanguageTask):
                 read.append(tokens.read(chats[-1]))
             except FedeltaError as error:
                 raise RefusedRow(number, error) from error
+        if self.system is None and form.system:
+            say('data: the column system is the system turn of each conversation; task.system: "" adds none')
         self._say(chats, read, data.max_length)
         groups = lines[self.group][:] if self.group else [one.question for one in read]
         kinds = [str(kind) for kind in lines[self.by][:]] if self.by else []
