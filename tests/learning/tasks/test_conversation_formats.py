@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from conversations import WORDS, examples
-from families import word_tokenizer
+from families import byte_tokenizer, word_tokenizer
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.in_memory import remember_data
@@ -99,6 +99,19 @@ def test_the_input_of_alpaca_follows_its_instruction_and_a_column_system_is_its_
         {"role": "assistant", "content": "3"},
     ]
     assert chat({**row, "instruction": None}).messages[1]["content"] == "1 2"
+
+
+def test_a_completion_that_happens_to_be_json_of_messages_is_a_text_among_texts() -> None:
+    shown = '[{"role": "assistant", "content": "hi"}]'
+    rows = [{"prompt": "a", "completion": shown}, {"prompt": "b", "completion": "yo"}]
+    rows.append({"prompt": "c", "completion": '[{"role": "admin"}]'})
+    tokenizer = byte_tokenizer("qwen-2.5")
+    with pytest.warns(DataWarning, match="1 of 3 cells of completion are JSON of messages; all are read as texts"):
+        told = examples(tokenizer, rows)
+    assert told.references == [shown, "yo", '[{"role": "admin"}]']
+    assert chat(rows[2]).messages[1]["content"] == rows[2]["completion"]
+    with pytest.warns(DataWarning, match="all cells of completion are JSON of messages, and are read as messages"):
+        assert examples(tokenizer, rows[:1]).references == ["hi"]
 
 
 def test_a_column_system_that_is_used_is_said_once() -> None:

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.data.cells import IncompleteRow
 from fedelta.learning.data.settings import Use
-from fedelta.learning.data.table import listed, without_none
+from fedelta.learning.data.table import listed, say, without_none
 from fedelta.learning.tasks.chat_message import MessageForm, form_of, read_message, read_tools
 from fedelta.learning.tasks.column_template import fields_of
 
@@ -57,6 +57,7 @@ class ChatRows:
         user: columns that make the user's turn of `alpaca`. Its column `history`, if there is one, has earlier turns.
         system: template of the system turn of conversations that have none; empty for no system turn.
         tools: column of the tools; None without tools.
+        texts: columns of `prompt-completion` whose cells are texts even if one is the JSON of messages.
         history: whether `alpaca` has a column of earlier turns, pairs of a question and its answer.
     """
 
@@ -66,6 +67,23 @@ class ChatRows:
     system: str
     tools: str | None
     history: bool = False
+    texts: frozenset[str] = frozenset()
+
+    def for_rows(self, rows: Any) -> "ChatRows":
+        """How the rows of a split are read: a text is JSON of messages only if all cells of its column are.
+
+        A model may learn to write JSON, so that one cell alone does not tell.
+        """
+        texts = set()
+        for name in ("prompt", "completion") if self.format == "prompt-completion" else ():
+            cells = rows[name][:]
+            if found := sum(isinstance(cell, str) and _messages_in(cell) is not None for cell in cells):
+                if found < len(cells):
+                    texts.add(name)
+                    say(f"data: {found} of {len(cells)} cells of {name} are JSON of messages; all are read as texts")
+                else:
+                    say(f"data: all cells of {name} are JSON of messages, and are read as messages")
+        return replace(self, texts=frozenset(texts))
 
     @property
     def uses(self) -> dict[str, Use]:
@@ -133,8 +151,9 @@ class ChatRows:
             form = self.format if self.format in ("messages", "sharegpt") else None
             read = _read_all(_list_in(row[self.column]), form)
             return [message for message, _ in read], [trained for _, trained in read], 0
-        prompt = _read_all(_list_or_text(row["prompt"], "user"), None, "prompt, ")
-        completion = _read_all(_list_or_text(row["completion"], "assistant"), None, "completion, ")
+        prompt = _read_all(_list_or_text(row["prompt"], "user", "prompt" in self.texts), None, "prompt, ")
+        answer = _list_or_text(row["completion"], "assistant", "completion" in self.texts)
+        completion = _read_all(answer, None, "completion, ")
         if completion and completion[0][0]["role"] != "assistant":
             raise FedeltaError(f"completion, turn 1: role is {completion[0][0]['role']!r}, expected 'assistant'")
         both = prompt + completion
@@ -237,19 +256,22 @@ def _list_in(cell: Any) -> list[Any]:
     return cell
 
 
-def _list_or_text(cell: Any, role: str) -> list[Any]:
-    """The messages in a cell: a list, its JSON text, or a text that is one message of this role."""
+def _list_or_text(cell: Any, role: str, text: bool) -> list[Any]:
+    """The messages in a cell: a list, its JSON text unless it is to be a `text`, or a text as one message of a role."""
     if not isinstance(cell, str):
         return _list_in(cell)
-    if cell.lstrip().startswith("["):
-        try:
-            parsed = json.loads(cell)
-            if parsed and all(form_of(value) for value in parsed):
-                return _list_in(parsed)
-        except (ValueError, RecursionError, FedeltaError):
-            # A text that only looks like a list.
-            pass
-    return [{"role": role, "content": cell}]
+    found = None if text else _messages_in(cell)
+    return [{"role": role, "content": cell}] if found is None else found
+
+
+def _messages_in(cell: str) -> list[Any] | None:
+    """The messages whose JSON a cell is; None for any other text, also one that only looks like messages."""
+    if not cell.lstrip().startswith("["):
+        return None
+    try:
+        return found if _read_all(found := _list_in(cell), None) else None
+    except FedeltaError:
+        return None
 
 
 def _history(cell: Any) -> list[tuple[str, str]]:

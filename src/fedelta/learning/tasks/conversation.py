@@ -92,6 +92,7 @@ class Conversation(LanguageTask):
         read: list[Tokenized] = []
         names = list(dict.fromkeys([*form.uses, *(name for name in (self.group, self.by) if name)]))
         lines = rows.select_columns(names)
+        form = form.for_rows(lines)
         for number, row in enumerate(lines):
             try:
                 chats.append(form.read(row))
