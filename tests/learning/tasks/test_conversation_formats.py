@@ -142,7 +142,11 @@ def test_the_history_of_alpaca_comes_before_its_instruction(write: Any) -> None:
 def test_nulls_in_the_arguments_of_json_text_are_kept() -> None:
     arguments = {"n": None, "unit": "km"}
     function = {"name": "find", "arguments": arguments, "strict": None}
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": None, "function": function}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "id": None, "function": function}],
+    }
     expected = [{"type": "function", "function": {"name": "find", "arguments": arguments}}]
     assert chat({"messages": json.dumps([HI[0], call])}).messages[1] == {"role": "assistant", "tool_calls": expected}
     # Arrow can't hold the second conversation beside the first, so that both are kept as JSON.

@@ -70,7 +70,7 @@ class SiteTrainer(TrainerProcess):
         self.memory = memory
         self.accept_changed_data = accept_changed_data
         self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = config.task.with_template(load_tokenizer(config.model))
         self.shards: dict[str, Shard] = {}
         self._identity_file = identity_file
         # Read the rows now, so that missing rows are reported as soon as the site starts.

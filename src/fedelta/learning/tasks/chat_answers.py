@@ -93,7 +93,9 @@ class Answers:
                 turn = i + 1 - chat.added
                 if i == last and message.get("tool_calls"):
                     raise FedeltaError(f"{unwritten} the content of an answer that has tool_calls")
-                raise FedeltaError(f"{unwritten} " + (f"turn {turn}, of the role {role}" if turn else "the system turn"))
+                raise FedeltaError(
+                    f"{unwritten} " + (f"turn {turn}, of the role {role}" if turn else "the system turn")
+                )
         if chat.tools and text == self._template.render(marked, False):
             raise FedeltaError(f"{unwritten} the tools (task.tools: null reads none)")
         answer = messages[last]

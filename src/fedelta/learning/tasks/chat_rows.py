@@ -145,7 +145,9 @@ class ChatRows:
             question = "\n".join(text for name in self.user if (text := _cell(row[name])).strip())
             pairs = [*(_history(row[HISTORY]) if self.history else ()), (question, _cell(row["output"]))]
             roles = ("user", "assistant")
-            messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+            messages = [
+                {"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)
+            ]
             return messages, [True] * len(messages), 0
         if self.column is not None:
             form = self.format if self.format in ("messages", "sharegpt") else None
@@ -280,7 +282,9 @@ def _history(cell: Any) -> list[tuple[str, str]]:
         return []
     try:
         pairs = json.loads(cell) if isinstance(cell, str) else cell
-        if isinstance(pairs, list) and all(isinstance(text, str) for question, answer in pairs for text in (question, answer)):
+        if isinstance(pairs, list) and all(
+            isinstance(text, str) for question, answer in pairs for text in (question, answer)
+        ):
             return [(question, answer) for question, answer in pairs]
     except (ValueError, TypeError, RecursionError):
         # Not JSON, or not pairs.

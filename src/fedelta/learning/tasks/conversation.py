@@ -15,7 +15,7 @@ from fedelta.learning.tasks.chat_answers import Answers, difference
 from fedelta.learning.tasks.chat_rows import MESSAGES, TOOLS, Chat, ChatFormat, find_format
 from fedelta.learning.tasks.chat_tokens import ChatTokens, Tokenized
 from fedelta.learning.tasks.column_template import check_template, fields_of
-from fedelta.learning.tasks.language import LanguageTask
+from fedelta.learning.tasks.language import LanguageTask, without_template
 from fedelta.learning.tasks.plain import CutWarning
 from fedelta.learning.tasks.turns import Turns
 from fedelta.settings import nearest
@@ -61,9 +61,8 @@ class Conversation(LanguageTask):
 
     def _columns_among(self, names: Any) -> Columns:
         if missing := [name for name in fields_of(self.system or "") if name not in names]:
-            raise FedeltaError(
-                f"task.system: no column {one_line(repr(missing[0]), 40)}, found {listed(names)}{nearest(missing[0], names)}"
-            )
+            hint = nearest(missing[0], names)
+            raise FedeltaError(f"task.system: no column {one_line(repr(missing[0]), 40)}, found {listed(names)}{hint}")
         rows = find_format(names, self.format, self.messages, self.system, self.tools)
         own = [name for name in (self.group, self.by) if name]
         system = [tuple(fields_of(self.system))] if self.system and fields_of(self.system) else []
@@ -81,7 +80,7 @@ class Conversation(LanguageTask):
 
     def turns(self, tokenizer: Any) -> Turns:
         if tokenizer.chat_template is None:
-            raise FedeltaError("the tokenizer has no chat template, which task: conversation needs")
+            raise without_template(tokenizer, "task: conversation")
         return Turns(tokenizer, self.date, advice="")
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Completions:  # noqa: ARG002
@@ -144,8 +143,8 @@ class Conversation(LanguageTask):
         for key in sorted({key for one in read for key in one.unwritten}):
             number = sum(key in one.unwritten for one in read)
             say(
-                f"data: {number} of {every} conversations have answers with {one_line(key, 40)}, which the chat template "
-                "does not write, so it is not trained"
+                f"data: {number} of {every} conversations have answers with {one_line(key, 40)}, which the chat "
+                "template does not write, so it is not trained"
             )
         if split := [one for one in read if one.split]:
             texts = sum(len(one.texts) for one in split)

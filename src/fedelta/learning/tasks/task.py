@@ -81,6 +81,10 @@ class Task(Settings, ABC):
         """
         return
 
+    def with_template(self, tokenizer: Any) -> Any:
+        """The tokenizer with the task's own chat template, if it has one."""
+        return tokenizer
+
     @abstractmethod
     def columns(self, data: DataSettings) -> Columns:
         """Columns to read, what each is used for, and which cells must not be empty."""
