@@ -193,6 +193,16 @@ def test_text_beside_calls_that_the_template_leaves_out_is_refused() -> None:
         examples(tokenizer, [{"messages": [ONE[0], {**call, "content": "I will look."}, *rest]}])
 
 
+def test_a_template_that_checks_the_number_of_a_call_or_needs_tools_is_not_confused_by_the_check() -> None:
+    tokenizer = byte_tokenizer("qwen-2.5")
+    checks = "{%- for turn in messages if turn.tool_call_id and (turn.tool_call_id | length != 9 or not tools) %}"
+    checks += "{{ raise_exception('not 9 letters, or no tools') }}{%- endfor %}"
+    tokenizer.chat_template = checks + tokenizer.chat_template
+    call = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "123456789"}]}
+    chat = [ONE[0], call, {"role": "tool", "content": "cold", "tool_call_id": "123456789"}, ONE[1]]
+    assert len(examples(tokenizer, [{"messages": chat, "tools": [TOOL]}])) == 1
+
+
 def test_thoughts_that_the_template_leaves_out_are_counted_in_one_line() -> None:
     rows = [{"messages": [ONE[0], {**ONE[1], "reasoning_content": "THINK"}]}, {"messages": ONE}]
     with pytest.warns(DataWarning, match="1 of 2 conversations have answers with reasoning_content, which the chat"):

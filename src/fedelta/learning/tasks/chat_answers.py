@@ -71,7 +71,8 @@ class Answers:
         """
         messages = chat.messages[: message + 1]
         shape = (
-            *((m["role"], *sorted(key for key in m if key == "tool_calls" or _is_text(m, key))) for m in messages),
+            *((m["role"], "tool_calls" in m, _is_text(m, "content")) for m in messages),
+            *sorted(key for key in messages[-1] if _is_text(messages[-1], key)),
             bool(chat.tools),
             chat.added,
         )
@@ -83,7 +84,8 @@ class Answers:
         """As `_check_written`, for the messages up to an answer."""
         marked, last = [], len(messages) - 1
         for i, message in enumerate(messages):
-            keys = [key for key in message if key != "role" and _is_text(message, key)]
+            # Templates may check or compare other keys of earlier turns, such as `tool_call_id`.
+            keys = [key for key in (message if i == last else ("content",)) if key != "role" and _is_text(message, key)]
             marked.append({**message, **{key: message[key] + _mark(i, key) for key in keys}})
         text = self._template.render(marked, False, chat.tools)
         unwritten = "the tokenizer's chat template does not write"
@@ -96,11 +98,18 @@ class Answers:
                 raise FedeltaError(
                     f"{unwritten} " + (f"turn {turn}, of the role {role}" if turn else "the system turn")
                 )
-        if chat.tools and text == self._template.render(marked, False):
+        if chat.tools and text == self._without_tools(marked):
             raise FedeltaError(f"{unwritten} the tools (task.tools: null reads none)")
         answer = messages[last]
         keys = [key for key in answer if key not in ("role", "content") and _is_text(answer, key)]
         return tuple(key for key in keys if _mark(last, key) not in text)
+
+    def _without_tools(self, messages: list[dict[str, Any]]) -> str | None:
+        try:
+            return self._template.render(messages, False)
+        except FedeltaError:
+            # It refuses calls without tools, so it reads them.
+            return None
 
     def read(self, chat: Chat, message: int) -> Answer | None:
         """Render the answer with this index; None if the template has no `generation` block for it, but for others.
