@@ -202,6 +202,16 @@ def test_a_template_of_the_task_replaces_that_of_the_tokenizer_everywhere(kind: 
     assert shared_settings(own)["task.chat_template"] == template, "sites agree on the text, not on a file's name"
 
 
+def test_the_adapter_of_a_client_is_used_with_the_template_of_the_task(tmp_path: Path) -> None:
+    template = word_tokenizer("qwen-2.5", WORDS).chat_template
+    task = {"kind": "conversation", "chat_template": template}
+    config = configuration("qwen-2.5", tmp_path, rounds=1, method="fedsa", task=task)
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    fedelta.run(config)
+    answers = fedelta.generate(tmp_path / "runs" / "run", ["ship"], max_new_tokens=2, client="north")
+    assert len(answers) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "task", "reason"),
     [
