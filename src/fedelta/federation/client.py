@@ -261,7 +261,7 @@ class Trainer:
             scale=broadcast.scale,
             version=self.base.version,
             digest=self.base.digest,
-            examples=len(shard.train),
+            examples=shard.train.row_count,
             factors=select_factors(trained, plan.up, broadcast.seed),
             heads=self.model.head_tensors(),
             metrics=metrics,

@@ -19,9 +19,9 @@ class FederationSettings(Settings):
         keep: number of updates that a round uses. Over Flower, the first `keep` usable updates are aggregated and the
             others are dropped. In process no client is late, so at most `keep` clients are sampled.
         dropout: probability that a sampled client is simulated to drop out after its download.
-        weighting: weight p_i of a client's update. `examples`: proportional to its number of training rows. `uniform`:
-            equal. A list: one weight per client in the order of their names; clients of weight 0 are never sampled.
-            Weights are normalized over the clients whose updates are used.
+        weighting: weight p_i of a client's update. `examples`: proportional to its number of training rows, where a
+            conversation is one row. `uniform`: equal. A list: one weight per client in the order of their names;
+            clients of weight 0 are never sampled. Weights are normalized over the clients whose updates are used.
         on_bad_update: what happens to an update that can't be used. `skip`: the round continues without this client.
             `refuse`: the run stops.
         max_growth: an update can't be used if its adapter or its heads grew to more than this many times the norm that

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fedelta.errors import quantity
+from fedelta.errors import FedeltaError, quantity
+from fedelta.learning.data.cells import RefusedRow
 from fedelta.learning.data.examples import Examples
 from fedelta.learning.data.partition import PartitionSettings, partition
 from fedelta.learning.data.settings import DataSettings
-from fedelta.learning.data.sources import load_rows, load_splits
+from fedelta.learning.data.sources import find_place, load_rows, load_splits
 from fedelta.learning.data.table import listed, say
 from fedelta.learning.tasks import Task
 from fedelta.seeds import derive_seed
@@ -69,9 +70,24 @@ def read_splits(settings: DataSettings, task: Task) -> tuple[dict[str, Any], lis
 def tokenize_splits(
     settings: DataSettings, task: Task, splits: dict[str, Any], classes: list[str], tokenizer: Any
 ) -> TokenizedSplits:
-    """Tokenize each split."""
-    examples = {name: task.examples(split, settings, classes, tokenizer) for name, split in splits.items()}
+    """Tokenize each split.
+
+    Raises:
+        FedeltaError: naming the first row that can't become tokens, with its file and line.
+    """
+    examples = {name: _examples(settings, task, name, split, classes, tokenizer) for name, split in splits.items()}
     return TokenizedSplits(**examples, classes=classes, rows=splits["train"])
+
+
+def _examples(
+    settings: DataSettings, task: Task, name: str, split: Any, classes: Sequence[str], tokenizer: Any
+) -> Examples:
+    """The tokens of one split."""
+    try:
+        return task.examples(split, settings, classes, tokenizer)
+    except RefusedRow as error:
+        place = find_place(settings, task.columns(settings), split[error.row])
+        raise FedeltaError(f"{place or f'row {error.row + 1}'} of {name}: {error.reason}") from error
 
 
 def build_data(
@@ -112,5 +128,5 @@ def build_shard(
         FedeltaError: if the rows can't be read, or one has a label that the server does not know.
     """
     rows = load_rows(settings, task.columns(settings))
-    examples = task.examples(rows, settings, classes, tokenizer)
+    examples = _examples(settings, task, "train", rows, classes, tokenizer)
     return _shard(examples, range(rows.num_rows), client, settings.client_validation, seed)

@@ -214,7 +214,7 @@ class ClientUpdate:
         client, round, scale: as in the broadcast that the update belongs to.
         rank: as in the broadcast, or lower if the client pruned its adapter.
         version, digest: version of the base that the client trained on, and its digest.
-        examples: number of training examples, the client's weight.
+        examples: number of training rows, the client's weight.
         factors: trained factors: "A" → module → (r_i, n), "B" → module → (m, r_i), "core" → module → (r_i, r_i).
         heads: name → tensor, the trained modules outside LoRA.
         metrics: name → number, such as `train_loss` and `validation_loss`.

@@ -74,7 +74,7 @@ def _read_inputs(key: str) -> ReadInputs:
     config = parse_config(json.loads(key)["config"])
     config.task.check_installed()
     splits, classes = read_splits(config.data, config.task)
-    return ReadInputs(splits, classes, load_tokenizer(config.model))
+    return ReadInputs(splits, classes, config.task.with_template(load_tokenizer(config.model)))
 
 
 @functools.lru_cache(maxsize=4)

@@ -226,7 +226,7 @@ def export_run(
         raise FedeltaError(
             "--rank cuts the adapter of a global model: expected --adapter alone, and a method with a global model"
         )
-    tokenizer, lines = load_tokenizer(config.model), []
+    tokenizer, lines = config.task.with_template(load_tokenizer(config.model)), []
     with tempfile.TemporaryDirectory() as scratch:
         target = adapter or Path(scratch) / "adapter"
         # Only the names and shapes of the model are used here, so a quantized base does not need to be quantized.

@@ -153,6 +153,9 @@ def load_result(
     settings = settings.model_copy(update=own)
     _check_base(found, settings, base is not None)
     tokenizer = _tokenizer(found.adapter, settings)
+    if found.config is not None:
+        # The adapter of a client has no tokenizer of its own beside it.
+        tokenizer = found.config.task.with_template(tokenizer)
     model = load_base(settings, len(classes), tokenizer, 0, task_kind)
     config = found.config
     return ResultModel(

@@ -143,7 +143,7 @@ class _RunSteps:
         self.trainer, self.data = prepare(config, partitioned=sites is None)
         # Loading the model may have brought it to this machine.
         folder.inputs = identify(config)
-        self.clients = sites or {client: len(shard.train) for client, shard in self.data.shards.items()}
+        self.clients = sites or {client: shard.train.row_count for client, shard in self.data.shards.items()}
         self.tokenized: TokenizedSplits = tokenized_splits(config)[0]
 
     def run(self, make_engine: MakeEngine, profile: bool) -> Run:

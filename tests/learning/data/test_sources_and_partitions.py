@@ -343,3 +343,11 @@ def test_a_split_can_be_renamed_or_omitted(texts: Path, tmp_path: Path) -> None:
     splits = splits_of(DataSettings(source=str(tmp_path), splits={"test": "validation", "validation": None}))
     assert splits["test"]["text"][:] == table["text"][150:200]
     assert splits["train"].num_rows == 135
+
+
+def test_a_column_that_the_partition_does_not_use_is_said() -> None:
+    settings = PartitionSettings(kind="iid", by="by", clients=4)
+    with pytest.warns(
+        DataWarning, match="partition.by 'by' is not used, because partition.kind is iid: 4 clients draw"
+    ):
+        assert len(partition(ROWS, LABELS, settings, 0)) == 4

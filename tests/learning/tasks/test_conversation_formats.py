@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
+from conversations import WORDS, examples
+from families import byte_tokenizer, word_tokenizer
 from fedelta.errors import FedeltaError
 from fedelta.learning.data import DataSettings
 from fedelta.learning.data.in_memory import remember_data
+from fedelta.learning.data.table import DataWarning
 from fedelta.learning.shards import read_splits
 from fedelta.learning.tasks import Conversation
 from fedelta.learning.tasks.chat_rows import Chat, find_format
@@ -95,6 +99,61 @@ def test_the_input_of_alpaca_follows_its_instruction_and_a_column_system_is_its_
         {"role": "assistant", "content": "3"},
     ]
     assert chat({**row, "instruction": None}).messages[1]["content"] == "1 2"
+
+
+def test_a_completion_that_happens_to_be_json_of_messages_is_a_text_among_texts() -> None:
+    shown = '[{"role": "assistant", "content": "hi"}]'
+    rows = [{"prompt": "a", "completion": shown}, {"prompt": "b", "completion": "yo"}]
+    rows.append({"prompt": "c", "completion": '[{"role": "admin"}]'})
+    tokenizer = byte_tokenizer("qwen-2.5")
+    with pytest.warns(DataWarning, match="1 of 3 cells of completion are JSON of messages; all are read as texts"):
+        told = examples(tokenizer, rows)
+    assert told.references == [shown, "yo", '[{"role": "admin"}]']
+    assert chat(rows[2]).messages[1]["content"] == rows[2]["completion"]
+    with pytest.warns(DataWarning, match="all cells of completion are JSON of messages, and are read as messages"):
+        assert examples(tokenizer, rows[:1]).references == ["hi"]
+
+
+def test_a_column_system_that_is_used_is_said_once() -> None:
+    rows = [{"messages": HI, "system": "linux"}]
+    with pytest.warns(DataWarning, match='the column system is the system turn of each conversation; task.system: ""'):
+        examples(word_tokenizer("qwen-2.5", WORDS), rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        examples(word_tokenizer("qwen-2.5", WORDS), rows, system="")
+
+
+def test_a_wrong_column_in_the_system_turn_names_the_key_and_the_nearest_column() -> None:
+    line = refusal({"messages": HI, "ward": "A"}, system="You {wart}")
+    assert re.search("task.system: no column 'wart', found messages, ward.*did you mean.*ward", line), line
+
+
+@pytest.mark.parametrize("write", [list, json.dumps])
+def test_the_history_of_alpaca_comes_before_its_instruction(write: Any) -> None:
+    history = write([["hi", "yo"], ["why", "so"]])
+    read = chat({"instruction": "Add.", "output": "3", "history": history})
+    assert [m["content"] for m in read.messages] == ["hi", "yo", "why", "so", "Add.", "3"]
+    assert read.answers == [1, 3, 5]
+    for none in (None, [], ""):
+        assert len(chat({"instruction": "Add.", "output": "3", "history": none}).messages) == 2
+    assert "history is [['hi']], expected" in refusal({"instruction": "Add.", "output": "3", "history": [["hi"]]})
+
+
+def test_nulls_in_the_arguments_of_json_text_are_kept() -> None:
+    arguments = {"n": None, "unit": "km"}
+    function = {"name": "find", "arguments": arguments, "strict": None}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "id": None, "function": function}],
+    }
+    expected = [{"type": "function", "function": {"name": "find", "arguments": arguments}}]
+    assert chat({"messages": json.dumps([HI[0], call])}).messages[1] == {"role": "assistant", "tool_calls": expected}
+    # Arrow can't hold the second conversation beside the first, so that both are kept as JSON.
+    other = {"tool_calls": [{"function": {"name": "find", "arguments": {"n": {"a": 1}, "unit": 7}}}]}
+    rows = [{"messages": [HI[0], call]}, {"messages": [HI[0], {"role": "assistant", **other}]}]
+    found = [one.messages[1]["tool_calls"][0]["function"]["arguments"] for one in chats(remember_data(rows * 8))]
+    assert found.count(arguments) == 8
 
 
 def test_numbers_in_texts_are_texts() -> None:

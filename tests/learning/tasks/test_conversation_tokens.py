@@ -158,8 +158,8 @@ def test_tools_and_calls_are_written_as_the_template_writes_them() -> None:
             "the tool_calls",
         ),
         ("zephyr", {"messages": ONE, "tools": [TOOL]}, r"the tools \(task.tools: null reads none\)"),
-        ("no tools", {"messages": [ONE[0], {"role": "tool", "content": "cold"}, ONE[1]]}, "turns of the role tool"),
-        ("no system", {"messages": [*SYSTEM, *ONE]}, "the system turn"),
+        ("no tools", {"messages": [ONE[0], {"role": "tool", "content": "cold"}, ONE[1]]}, "turn 2, of the role tool"),
+        ("no system", {"messages": [*SYSTEM, *ONE]}, "turn 1, of the role system"),
     ],
 )
 def test_what_a_template_does_not_write_is_refused(family: str, row: dict[str, Any], reason: str) -> None:
@@ -170,6 +170,47 @@ def test_what_a_template_does_not_write_is_refused(family: str, row: dict[str, A
         tokenizer.chat_template = tokenizer.chat_template.replace(loop, loop[:-2] + f"if turn.role in {known} %}}")
     with pytest.raises(FedeltaError, match=f"row 2: .*the tokenizer's chat template does not write {reason}"):
         examples(tokenizer, [{"messages": ONE, "tools": []}, row])
+
+
+def test_a_later_system_turn_that_the_template_leaves_out_is_refused() -> None:
+    tokenizer = byte_tokenizer("zephyr")
+    loop = "{% for turn in messages %}"
+    first = "{% for turn in messages if turn.role != 'system' or turn == messages[0] %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(loop, first)
+    late = [*SYSTEM, *ONE, {"role": "system", "content": "LATE RULE"}, *TWO[2:]]
+    rows = [{"messages": [*SYSTEM, *TWO]}, {"messages": late}]
+    with pytest.raises(FedeltaError, match="row 2: turn 6: .* does not write turn 4, of the role system"):
+        examples(tokenizer, rows)
+    assert len(examples(tokenizer, rows[:1])) == 1
+
+
+def test_text_beside_calls_that_the_template_leaves_out_is_refused() -> None:
+    tokenizer = byte_tokenizer("llama-3")
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    rest = [{"role": "tool", "content": "cold"}, ONE[1]]
+    assert len(examples(tokenizer, [{"messages": [ONE[0], call, *rest]}])) == 1
+    with pytest.raises(FedeltaError, match="turn 2: .* does not write the content of an answer that has tool_calls"):
+        examples(tokenizer, [{"messages": [ONE[0], {**call, "content": "I will look."}, *rest]}])
+
+
+def test_a_template_that_checks_the_number_of_a_call_or_needs_tools_is_not_confused_by_the_check() -> None:
+    tokenizer = byte_tokenizer("qwen-2.5")
+    checks = "{%- for turn in messages if turn.tool_call_id and (turn.tool_call_id | length != 9 or not tools) %}"
+    checks += "{{ raise_exception('not 9 letters, or no tools') }}{%- endfor %}"
+    tokenizer.chat_template = checks + tokenizer.chat_template
+    call = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "123456789"}]}
+    chat = [ONE[0], call, {"role": "tool", "content": "cold", "tool_call_id": "123456789"}, ONE[1]]
+    assert len(examples(tokenizer, [{"messages": chat, "tools": [TOOL]}])) == 1
+
+
+def test_thoughts_that_the_template_leaves_out_are_counted_in_one_line() -> None:
+    rows = [{"messages": [ONE[0], {**ONE[1], "reasoning_content": "THINK"}]}, {"messages": ONE}]
+    with pytest.warns(DataWarning, match="1 of 2 conversations have answers with reasoning_content, which the chat"):
+        examples(byte_tokenizer("qwen-2.5"), rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = examples(byte_tokenizer("qwen-3"), rows)
+    assert "THINK" in byte_tokenizer("qwen-3").decode(told.features[0]["input_ids"])
 
 
 def test_special_tokens_that_directly_follow_the_end_are_trained() -> None:

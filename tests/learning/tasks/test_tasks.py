@@ -132,7 +132,10 @@ def test_a_chat_template_turns_prompt_and_completion_into_turns(things: Path) ->
         tokenizer.chat_template = template
         with pytest.raises(FedeltaError, match=f"chat template {reason}"):
             colors(things, tokenizer)
-    with pytest.raises(FedeltaError, match=r"task\.chat is true, but the tokenizer has no chat template"):
+    with pytest.raises(
+        FedeltaError,
+        match=r"the tokenizer.* has no chat template, which task\.chat: true needs; task\.chat_template names",
+    ):
         colors(things, build_tokenizer(), chat=True)
 
 

@@ -62,7 +62,7 @@ class LocalEngine(Engine):
                 update = read_update(client, facts, blob)
                 up = count_bytes(blob) if isinstance(update, ClientUpdate) else ByteCount()
                 sent = self._sent.pop(client) if client in self._sent else self.server.broadcast(state, client)
-                rows = len(self.shards[client].train)
+                rows = self.shards[client].train.row_count
                 yield ClientReply(sent, update, ByteCount(*facts["down"]), up, rows=rows)
 
     def _train(self, state: ServerState, clients: Sequence[str], absent: frozenset[str]) -> Result:

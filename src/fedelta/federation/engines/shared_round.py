@@ -57,7 +57,7 @@ class SharingEngine(LocalEngine):
         if key == self.shared.key:
             for client, blob in self.shared.updates.items():
                 sent = self.server.broadcast(state, client)
-                update, rows = ClientUpdate.from_bytes(blob, client), len(self.shards[client].train)
+                update, rows = ClientUpdate.from_bytes(blob, client), self.shards[client].train.row_count
                 yield ClientReply(sent, update, count_bytes(sent.to_bytes()), count_bytes(blob), rows=rows)
             return
         self.shared.key, self.shared.updates, size = "", {}, 0

@@ -111,6 +111,6 @@ def engine_factory(nodes: NodeRegistry) -> MakeEngine:
     """Return a function that makes the engine of a run whose clients train on these nodes."""
 
     def make(context: EngineContext, shards: Mapping[str, Shard], stack: int) -> FlowerEngine:  # noqa: ARG001
-        return FlowerEngine(context, nodes, {client: len(shard.train) for client, shard in shards.items()})
+        return FlowerEngine(context, nodes, {client: shard.train.row_count for client, shard in shards.items()})
 
     return make

@@ -70,7 +70,7 @@ class SiteTrainer(TrainerProcess):
         self.memory = memory
         self.accept_changed_data = accept_changed_data
         self.settings: DataSettings = config.data.model_copy(update={"source": data, "splits": {}})
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = config.task.with_template(load_tokenizer(config.model))
         self.shards: dict[str, Shard] = {}
         self._identity_file = identity_file
         # Read the rows now, so that missing rows are reported as soon as the site starts.
@@ -97,7 +97,7 @@ class SiteTrainer(TrainerProcess):
         if not hasattr(self, "trainer"):
             self._load(name, question["classes"])
             write_file(self._identity_file, json.dumps({"name": name, "classes": question["classes"]}))
-            log(f"{name} takes part with {len(self.shards[name].train)} rows")
+            log(f"{name} takes part with {self.shards[name].train.row_count} rows")
         if (name, question["classes"]) != self.loaded:
             line = f"this site is {self.loaded[0]} of a federation with {len(self.loaded[1])} classes"
             raise SiteRefusal("name", line)
@@ -106,7 +106,7 @@ class SiteTrainer(TrainerProcess):
             "version": self.trainer.base.version,
             "base": self.base,
             "rank": self.rank,
-            "rows": len(self.shards[name].train),
+            "rows": self.shards[name].train.row_count,
         }
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:

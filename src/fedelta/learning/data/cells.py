@@ -24,6 +24,20 @@ class IncompleteRow(FedeltaError):
     """A row lacks something that its task needs. `data.missing` says what happens to it, as to empty cells."""
 
 
+class RefusedRow(FedeltaError):
+    """A row that can't become tokens.
+
+    Args:
+        row: its index in the split.
+        reason: why it is refused.
+    """
+
+    def __init__(self, row: int, reason: object) -> None:
+        super().__init__(f"row {row + 1}: {reason}")
+        self.row = row
+        self.reason = reason
+
+
 def check_columns(source: str, split: str, table: Table, columns: Columns) -> None:
     """Check that a split has the columns, with types that fit their use.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Examples:
     def of_rows(self, rows: Sequence[int]) -> "Examples":
         """All texts of these rows of the data, in the order of the rows."""
         return self.select(rows)
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows of the data that the texts belong to. A row is one text unless a chat template splits it."""
+        return len(self)
 
     def length(self, index: int) -> int:
         """Number of tokens in one text."""
@@ -101,10 +107,19 @@ class Completions(Examples):
     def of_rows(self, rows: Sequence[int]) -> "Completions":
         if not self.rows:
             return self.select(rows)
+        return self.select([text for row in rows for text in self._texts_of_row[row]])
+
+    @property
+    def row_count(self) -> int:
+        return len(self._texts_of_row) if self.rows else len(self)
+
+    @cached_property
+    def _texts_of_row(self) -> dict[int, list[int]]:
+        """Row → its texts. Kept, because every client of a partition selects its rows."""
         texts: dict[int, list[int]] = {}
         for text, row in enumerate(self.rows):
             texts.setdefault(row, []).append(text)
-        return self.select([text for row in rows for text in texts[row]])
+        return texts
 
     @property
     def by_group(self) -> list[list[int]]:

@@ -152,7 +152,7 @@ def table_of_rows(rows: Sequence[Row], places: Places) -> Table:
                 raise _not_unicode(name, values, places) from error
         if not held:
             mixed.setdefault(name, NESTED)
-            array = _array([json_text(value) for value in values])
+            array = _array([None if value is None else json.dumps(value, default=str) for value in values])
         arrays.append(array)
     return Table(as_dataset(pa.table(dict(zip(names, arrays, strict=True)))), places, mixed)
 

@@ -88,6 +88,11 @@ def partition(rows: Any, labels: list[int], settings: PartitionSettings, seed: i
     Raises:
         FedeltaError: if a client would get no rows, or the partition is impossible.
     """
+    if settings.kind != "natural" and settings.by is not None:
+        say(
+            f"partition.by {shorten(settings.by, 40)!r} is not used, because partition.kind is {settings.kind}: "
+            f"{quantity(settings.clients or 0, 'client')} draw from all rows"
+        )
     if settings.kind == "natural":
         values = _values(rows, settings)
         if settings.clients is None:

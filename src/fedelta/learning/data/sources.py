@@ -1,5 +1,6 @@
 """Sources of texts and labels: the built-in data set, local files and folders, rows in memory, or a hub."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedelta.learning.data.pydoc import read_functions, read_pydoc
 from fedelta.learning.data.settings import BUILT_IN, BUILT_IN_FUNCTIONS, Columns, DataSettings, SplitName
 from fedelta.learning.data.splits import draw, hold_out
 from fedelta.learning.data.streams import named
-from fedelta.learning.data.table import Table, listed, loaded_table, shorten
+from fedelta.learning.data.table import DataWarning, Table, listed, loaded_table, shorten
 
 READERS = {BUILT_IN: read_pydoc, BUILT_IN_FUNCTIONS: read_functions}
 """Built-in data set → the function that reads its rows."""
@@ -55,6 +56,22 @@ def load_rows(settings: DataSettings, columns: Columns) -> Any:
     drawn = draw(rows, settings.limit, "train", settings, classes=columns.classes)
     report_duplicates({"train": drawn}, columns)
     return drawn
+
+
+def find_place(settings: DataSettings, columns: Columns, row: Mapping[str, Any]) -> str | None:
+    """Find where a row stands in its source, such as `texts.csv, line 7`; None if it is not there.
+
+    The draws of rows do not keep their places, so that the source is read again. Of equal rows, the first is found.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        tables, columns = _checked_tables(settings, columns)
+    used = {name: row[name] for name in columns.uses}
+    for table in tables.values():
+        for i, other in enumerate(table.rows.select_columns(list(used))):
+            if other == used:
+                return table.places.name(i)
+    return None
 
 
 def _checked_tables(

@@ -7,7 +7,6 @@ answer is trained in one in which everything before it is as the model sees it.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fedelta.errors import FedeltaError, one_line
@@ -23,12 +22,14 @@ class Answer(NamedTuple):
         text: text up to and including the token that ends the answer.
         begin: length of the text from which the answer is generated, in characters.
         trained: parts of the answer that are trained: all of it, or those in the template's `generation` blocks.
+        unwritten: keys of the message, such as `reasoning_content`, whose text the template does not write.
     """
 
     message: int
     text: str
     begin: int
     trained: Spans
+    unwritten: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -49,40 +50,73 @@ class Answers:
         self._template = ChatTemplate(tokenizer, date)
         self._end = str(tokenizer.convert_ids_to_tokens(end))
         self._special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())} - {""}
-        self._written: set[str] = set()
+        self._unwritten: dict[Any, tuple[str, ...]] = {}
 
     def question(self, chat: Chat, message: int) -> str:
         """The text from which the answer with this index is generated."""
         return self._template.render(chat.messages[:message], True, chat.tools)
 
-    def check_written(self, chat: Chat) -> None:
-        """Check that the template writes a conversation's system turn, tools and what tools return.
+    def _check_written(self, chat: Chat, message: int) -> tuple[str, ...]:
+        """Check that the template writes what an answer is generated from, and the answer.
 
-        Some templates leave out what they do not know. Each is checked in the first conversation that has it.
+        Some templates leave out what they do not know, such as a system turn in the middle. What they write depends on
+        the shape of a conversation, so it is checked once for each, with a mark at the end of each text. Earlier turns
+        of the assistant are not checked: many templates leave out their thoughts on purpose.
+
+        Returns:
+            Keys of the answer, such as `reasoning_content`, whose text the template does not write.
 
         Raises:
-            FedeltaError: if it leaves one of them out.
+            FedeltaError: if the template leaves out an earlier turn, the tools, or the answer's content.
         """
-        last = chat.answers[-1]
-        others: dict[str, Chat] = {}
-        for role, name in {"system": "the system turn", "tool": "turns of the role tool"}.items():
-            if any(message["role"] == role for message in chat.messages[:last]):
-                changed = [{**m, "content": m["content"] + "x"} if m["role"] == role else m for m in chat.messages]
-                others[name] = replace(chat, messages=changed)
-        if chat.tools:
-            others["the tools (task.tools: null reads none)"] = replace(chat, tools=None)
-        for name, other in others.items():
-            if name not in self._written:
-                if self.question(chat, last) == self.question(other, last):
-                    raise FedeltaError(f"the tokenizer's chat template does not write {name}")
-                self._written.add(name)
+        messages = chat.messages[: message + 1]
+        shape = (
+            *((m["role"], "tool_calls" in m, _is_text(m, "content")) for m in messages),
+            *sorted(key for key in messages[-1] if _is_text(messages[-1], key)),
+            bool(chat.tools),
+            chat.added,
+        )
+        if shape not in self._unwritten:
+            self._unwritten[shape] = self._find_unwritten(chat, messages)
+        return self._unwritten[shape]
+
+    def _find_unwritten(self, chat: Chat, messages: list[dict[str, Any]]) -> tuple[str, ...]:
+        """As `_check_written`, for the messages up to an answer."""
+        marked, last = [], len(messages) - 1
+        for i, message in enumerate(messages):
+            # Templates may check or compare other keys of earlier turns, such as `tool_call_id`.
+            keys = [key for key in (message if i == last else ("content",)) if key != "role" and _is_text(message, key)]
+            marked.append({**message, **{key: message[key] + _mark(i, key) for key in keys}})
+        text = self._template.render(marked, False, chat.tools)
+        unwritten = "the tokenizer's chat template does not write"
+        for i, message in enumerate(messages):
+            role = message["role"]
+            if (role != "assistant" or i == last) and _is_text(message, "content") and _mark(i, "content") not in text:
+                turn = i + 1 - chat.added
+                if i == last and message.get("tool_calls"):
+                    raise FedeltaError(f"{unwritten} the content of an answer that has tool_calls")
+                raise FedeltaError(
+                    f"{unwritten} " + (f"turn {turn}, of the role {role}" if turn else "the system turn")
+                )
+        if chat.tools and text == self._without_tools(marked):
+            raise FedeltaError(f"{unwritten} the tools (task.tools: null reads none)")
+        answer = messages[last]
+        keys = [key for key in answer if key not in ("role", "content") and _is_text(answer, key)]
+        return tuple(key for key in keys if _mark(last, key) not in text)
+
+    def _without_tools(self, messages: list[dict[str, Any]]) -> str | None:
+        try:
+            return self._template.render(messages, False)
+        except FedeltaError:
+            # It refuses calls without tools, so it reads them.
+            return None
 
     def read(self, chat: Chat, message: int) -> Answer | None:
         """Render the answer with this index; None if the template has no `generation` block for it, but for others.
 
         Raises:
-            FedeltaError: if the template fails, changes the text before the answer once it is there, or ends it in no
-                way that a model could learn.
+            FedeltaError: if the template fails, changes the text before the answer once it is there, leaves out a part
+                of either, or ends the answer in no way that a model could learn.
         """
         question = self.question(chat, message)
         whole, marked = self._template.render_marked(chat.messages[: message + 1], chat.tools)
@@ -96,8 +130,9 @@ class Answers:
         for call in chat.messages[message].get("tool_calls", ()):
             if call.get("function", call)["name"] not in whole[begin:end]:
                 raise FedeltaError("the tokenizer's chat template does not write the tool_calls of an answer")
+        unwritten = self._check_written(chat, message)
         if not self._template.marks:
-            return Answer(message, whole[:end], begin, [(begin, end)])
+            return Answer(message, whole[:end], begin, [(begin, end)], unwritten)
         trained = [(max(start, begin), min(stop, end)) for start, stop in marked]
         trained = [(start, stop) for start, stop in trained if start < stop]
         if not trained:
@@ -108,7 +143,7 @@ class Answers:
                 f"{one_line(repr(whole[trained[0][0] : trained[-1][1]]))[:50]}, expected "
                 f"{one_line(repr(whole[begin:end]))[:50]}"
             )
-        return Answer(message, whole[:end], begin, trained)
+        return Answer(message, whole[:end], begin, trained, unwritten)
 
     def special_before(self, text: str, end: int) -> int:
         """Begin of the special token that ends at this position of a text; the position itself if there is none."""
@@ -149,6 +184,16 @@ def difference(answers: Sequence[Answer]) -> str:
     # The difference alone may be a few letters, so that what surrounds it is shown as well.
     begin = max(0, _common_length(text, whole) - 10)
     return f"{one_line(repr(text[begin:])[:32])} becomes {one_line(repr(whole[begin:])[:32])}"
+
+
+def _is_text(message: dict[str, Any], key: str) -> bool:
+    """Whether a message has a text under this key that is not empty."""
+    return isinstance(message.get(key), str) and bool(message[key].strip())
+
+
+def _mark(message: int, key: str) -> str:
+    """A text that no conversation has, and that JSON writes as it is."""
+    return f"zq{message}x{key.encode().hex()}qz"
 
 
 def _common_length(one: str, other: str) -> int:

@@ -46,7 +46,7 @@ def read_message(value: Any, form: MessageForm) -> tuple[dict[str, Any], bool]:
     """Read a message.
 
     Args:
-        value: the message, without keys that have no value.
+        value: the message. Its keys without a value (null) are left out, but not those in the arguments of a call.
         form: `messages` (role and content) or `sharegpt` (from and value).
 
     Returns:
@@ -56,6 +56,8 @@ def read_message(value: Any, form: MessageForm) -> tuple[dict[str, Any], bool]:
     Raises:
         FedeltaError: if it is in another form, or has an unknown role or content other than text.
     """
+    if isinstance(value, Mapping):
+        value = _with_values(value)
     if form_of(value) != form:
         raise FedeltaError(f"found a message with {' and '.join(_KEYS[form_of(value)])}, expected {form}")
     role_key, content_key = _KEYS[form]
@@ -133,6 +135,7 @@ def _with_arguments(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
         raise FedeltaError(f"tool_calls has {_shown(call)}, expected an object with a function's name and arguments")
+    call, function = _with_values(call), _with_values(function)
     arguments = _parsed(function.get("arguments", {}), "the arguments of a tool call")
     if not isinstance(arguments, dict):
         raise FedeltaError(f"the arguments of a tool call are {_shown(arguments)}, expected an object")
@@ -148,6 +151,10 @@ def _parsed(value: Any, what: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise FedeltaError(f"{what} is {_shown(value)}, expected JSON") from error
+
+
+def _with_values(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: inner for key, inner in value.items() if inner is not None}
 
 
 def _listed(value: Any, what: str) -> list[Any]:

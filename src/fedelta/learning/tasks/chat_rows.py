@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.data.cells import IncompleteRow
 from fedelta.learning.data.settings import Use
-from fedelta.learning.data.table import listed, without_none
+from fedelta.learning.data.table import listed, say, without_none
 from fedelta.learning.tasks.chat_message import MessageForm, form_of, read_message, read_tools
 from fedelta.learning.tasks.column_template import fields_of
 
@@ -20,7 +20,7 @@ _FIXED: dict[ChatFormat, tuple[str, str]] = {
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
 }
-SYSTEM, TOOLS = "system", "tools"
+SYSTEM, TOOLS, HISTORY = "system", "tools", "history"
 """Columns that are read if a source has them."""
 
 
@@ -54,9 +54,11 @@ class ChatRows:
     Args:
         format: format of the conversations; None if their messages may have either form.
         column: column of the messages; None for formats with columns of their own.
-        user: columns that make the user's turn of `alpaca`.
+        user: columns that make the user's turn of `alpaca`. Its column `history`, if there is one, has earlier turns.
         system: template of the system turn of conversations that have none; empty for no system turn.
         tools: column of the tools; None without tools.
+        texts: columns of `prompt-completion` whose cells are texts even if one is the JSON of messages.
+        history: whether `alpaca` has a column of earlier turns, pairs of a question and its answer.
     """
 
     format: ChatFormat | None
@@ -64,6 +66,24 @@ class ChatRows:
     user: tuple[str, ...]
     system: str
     tools: str | None
+    history: bool = False
+    texts: frozenset[str] = frozenset()
+
+    def for_rows(self, rows: Any) -> "ChatRows":
+        """How the rows of a split are read: a text is JSON of messages only if all cells of its column are.
+
+        A model may learn to write JSON, so that one cell alone does not tell.
+        """
+        texts = set()
+        for name in ("prompt", "completion") if self.format == "prompt-completion" else ():
+            cells = rows[name][:]
+            if found := sum(isinstance(cell, str) and _messages_in(cell) is not None for cell in cells):
+                if found < len(cells):
+                    texts.add(name)
+                    say(f"data: {found} of {len(cells)} cells of {name} are JSON of messages; all are read as texts")
+                else:
+                    say(f"data: all cells of {name} are JSON of messages, and are read as messages")
+        return replace(self, texts=frozenset(texts))
 
     @property
     def uses(self) -> dict[str, Use]:
@@ -74,7 +94,8 @@ class ChatRows:
         if self.column is not None:
             return uses | {self.column: "messages"}
         if self.format == "alpaca":
-            return uses | dict.fromkeys((*self.user, "output"), "cell")
+            history: dict[str, Use] = {HISTORY: "messages"} if self.history else {}
+            return uses | dict.fromkeys((*self.user, "output"), "cell") | history
         return uses | {"prompt": "messages", "completion": "messages"}
 
     @property
@@ -122,14 +143,19 @@ class ChatRows:
         """The messages of a row, whether the data allow to train each, and the first that may be trained."""
         if self.format == "alpaca":
             question = "\n".join(text for name in self.user if (text := _cell(row[name])).strip())
-            pair = [{"role": "user", "content": question}, {"role": "assistant", "content": _cell(row["output"])}]
-            return pair, [True, True], 0
+            pairs = [*(_history(row[HISTORY]) if self.history else ()), (question, _cell(row["output"]))]
+            roles = ("user", "assistant")
+            messages = [
+                {"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)
+            ]
+            return messages, [True] * len(messages), 0
         if self.column is not None:
             form = self.format if self.format in ("messages", "sharegpt") else None
             read = _read_all(_list_in(row[self.column]), form)
             return [message for message, _ in read], [trained for _, trained in read], 0
-        prompt = _read_all(_list_or_text(row["prompt"], "user"), None, "prompt, ")
-        completion = _read_all(_list_or_text(row["completion"], "assistant"), None, "completion, ")
+        prompt = _read_all(_list_or_text(row["prompt"], "user", "prompt" in self.texts), None, "prompt, ")
+        answer = _list_or_text(row["completion"], "assistant", "completion" in self.texts)
+        completion = _read_all(answer, None, "completion, ")
         if completion and completion[0][0]["role"] != "assistant":
             raise FedeltaError(f"completion, turn 1: role is {completion[0][0]['role']!r}, expected 'assistant'")
         both = prompt + completion
@@ -187,7 +213,7 @@ def find_format(
         return ChatRows(format, found[0], (), system, tools)
     chosen = next(name for name, pair in _FIXED.items() if pair == found[0])
     user = tuple(name for name in ("instruction", "input") if name in names) if chosen == "alpaca" else ()
-    return ChatRows(chosen, None, user, system, tools)
+    return ChatRows(chosen, None, user, system, tools, history=chosen == "alpaca" and HISTORY in names)
 
 
 def read_asked(cell: Any) -> list[dict[str, Any]]:
@@ -222,7 +248,8 @@ def _list_in(cell: Any) -> list[Any]:
             cell = json.loads(cell)
         except (ValueError, RecursionError) as error:
             raise FedeltaError(f"found the text {one_line(repr(cell), 60)}, expected messages as JSON") from error
-    cell = without_none(cell)
+    else:
+        cell = without_none(cell)
     if isinstance(cell, dict) and cell and all(isinstance(values, list) for values in cell.values()):
         # `datasets` may hold a list of objects as an object of lists.
         return [without_none(dict(zip(cell, values, strict=False))) for values in zip(*cell.values(), strict=False)]
@@ -231,19 +258,38 @@ def _list_in(cell: Any) -> list[Any]:
     return cell
 
 
-def _list_or_text(cell: Any, role: str) -> list[Any]:
-    """The messages in a cell: a list, its JSON text, or a text that is one message of this role."""
+def _list_or_text(cell: Any, role: str, text: bool) -> list[Any]:
+    """The messages in a cell: a list, its JSON text unless it is to be a `text`, or a text as one message of a role."""
     if not isinstance(cell, str):
         return _list_in(cell)
-    if cell.lstrip().startswith("["):
-        try:
-            parsed = json.loads(cell)
-            if parsed and all(form_of(value) for value in parsed):
-                return _list_in(parsed)
-        except (ValueError, RecursionError, FedeltaError):
-            # A text that only looks like a list.
-            pass
-    return [{"role": role, "content": cell}]
+    found = None if text else _messages_in(cell)
+    return [{"role": role, "content": cell}] if found is None else found
+
+
+def _messages_in(cell: str) -> list[Any] | None:
+    """The messages whose JSON a cell is; None for any other text, also one that only looks like messages."""
+    if not cell.lstrip().startswith("["):
+        return None
+    try:
+        return found if _read_all(found := _list_in(cell), None) else None
+    except FedeltaError:
+        return None
+
+
+def _history(cell: Any) -> list[tuple[str, str]]:
+    """The earlier turns in a cell of alpaca's `history`: pairs of a question and its answer, or their JSON text."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return []
+    try:
+        pairs = json.loads(cell) if isinstance(cell, str) else cell
+        if isinstance(pairs, list) and all(
+            isinstance(text, str) for question, answer in pairs for text in (question, answer)
+        ):
+            return [(question, answer) for question, answer in pairs]
+    except (ValueError, TypeError, RecursionError):
+        # Not JSON, or not pairs.
+        pass
+    raise FedeltaError(f"history is {one_line(repr(cell), 60)}, expected a list of pairs of a question and its answer")
 
 
 def _cell(value: Any) -> str:

@@ -42,6 +42,7 @@ class Tokenized(NamedTuple):
         cut: whether a turn was cut.
         split: the answers, if they are in several texts.
         unmarked: number of answers for which the template has no `generation` block.
+        unwritten: keys of answers, such as `reasoning_content`, whose text the template does not write.
     """
 
     texts: list[Text]
@@ -53,6 +54,7 @@ class Tokenized(NamedTuple):
     cut: bool
     split: list[Answer]
     unmarked: int
+    unwritten: frozenset[str]
 
 
 class ChatTokens:
@@ -81,7 +83,6 @@ class ChatTokens:
         answers = [answer for message in wanted if (answer := self._read(chat, message))]
         if not answers:
             raise FedeltaError("the tokenizer's chat template has no generation block for any of the answers")
-        self._answers.check_written(chat)
         groups = texts_of(answers)
         encoded = [self._encoded(group) for group in groups]
         texts, kept = [], 0
@@ -109,6 +110,7 @@ class ChatTokens:
             cut,
             split,
             len(wanted) - len(answers),
+            frozenset(key for answer in answers for key in answer.unwritten),
         )
 
     def _read(self, chat: Chat, message: int) -> Answer | None:

@@ -4,14 +4,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
-from fedelta.errors import FedeltaError
 from fedelta.learning.data import Columns, DataSettings
 from fedelta.learning.data.examples import IGNORED, Completions
 from fedelta.learning.tasks import plain
 from fedelta.learning.tasks.column_template import check_template, fields_of
-from fedelta.learning.tasks.language import LanguageTask
+from fedelta.learning.tasks.language import LanguageTask, without_template
 from fedelta.learning.tasks.plain import CutWarning, fit
 from fedelta.learning.tasks.turns import Turns
 
@@ -30,6 +29,12 @@ class Completion(LanguageTask):
     prompt: str = "{prompt}"
     completion: str = "{completion}"
     chat: bool | None = None
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> "Completion":
+        if self.chat is False and self.chat_template is not None:
+            raise ValueError("chat: false uses no chat template, expected no task.chat_template")
+        return self
 
     @field_validator("prompt", "completion")
     @classmethod
@@ -93,5 +98,5 @@ class Completion(LanguageTask):
             FedeltaError: if `chat` is true, but the tokenizer has no chat template.
         """
         if self.chat and tokenizer.chat_template is None:
-            raise FedeltaError("task.chat is true, but the tokenizer has no chat template")
+            raise without_template(tokenizer, "task.chat: true")
         return tokenizer.chat_template is not None and self.chat is not False

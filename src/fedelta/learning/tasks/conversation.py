@@ -6,17 +6,19 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from fedelta.errors import FedeltaError, quantity
+from fedelta.errors import FedeltaError, one_line, quantity
 from fedelta.learning.data import Columns, DataSettings
+from fedelta.learning.data.cells import RefusedRow
 from fedelta.learning.data.examples import Completions
-from fedelta.learning.data.table import say
+from fedelta.learning.data.table import listed, say
 from fedelta.learning.tasks.chat_answers import Answers, difference
 from fedelta.learning.tasks.chat_rows import MESSAGES, TOOLS, Chat, ChatFormat, find_format
 from fedelta.learning.tasks.chat_tokens import ChatTokens, Tokenized
 from fedelta.learning.tasks.column_template import check_template, fields_of
-from fedelta.learning.tasks.language import LanguageTask
+from fedelta.learning.tasks.language import LanguageTask, without_template
 from fedelta.learning.tasks.plain import CutWarning
 from fedelta.learning.tasks.turns import Turns
+from fedelta.settings import nearest
 
 
 class Conversation(LanguageTask):
@@ -58,6 +60,9 @@ class Conversation(LanguageTask):
         return Columns(dict.fromkeys(likely, "messages"), (), self._columns_among)
 
     def _columns_among(self, names: Any) -> Columns:
+        if missing := [name for name in fields_of(self.system or "") if name not in names]:
+            hint = nearest(missing[0], names)
+            raise FedeltaError(f"task.system: no column {one_line(repr(missing[0]), 40)}, found {listed(names)}{hint}")
         rows = find_format(names, self.format, self.messages, self.system, self.tools)
         own = [name for name in (self.group, self.by) if name]
         system = [tuple(fields_of(self.system))] if self.system and fields_of(self.system) else []
@@ -75,7 +80,7 @@ class Conversation(LanguageTask):
 
     def turns(self, tokenizer: Any) -> Turns:
         if tokenizer.chat_template is None:
-            raise FedeltaError("the tokenizer has no chat template, which task: conversation needs")
+            raise without_template(tokenizer, "task: conversation")
         return Turns(tokenizer, self.date, advice="")
 
     def examples(self, rows: Any, data: DataSettings, classes: Sequence[str], tokenizer: Any) -> Completions:  # noqa: ARG002
@@ -86,12 +91,15 @@ class Conversation(LanguageTask):
         read: list[Tokenized] = []
         names = list(dict.fromkeys([*form.uses, *(name for name in (self.group, self.by) if name)]))
         lines = rows.select_columns(names)
-        for number, row in enumerate(lines, 1):
+        form = form.for_rows(lines)
+        for number, row in enumerate(lines):
             try:
                 chats.append(form.read(row))
                 read.append(tokens.read(chats[-1]))
             except FedeltaError as error:
-                raise FedeltaError(f"row {number}: {error}") from error
+                raise RefusedRow(number, error) from error
+        if self.system is None and form.system:
+            say('data: the column system is the system turn of each conversation; task.system: "" adds none')
         self._say(chats, read, data.max_length)
         groups = lines[self.group][:] if self.group else [one.question for one in read]
         kinds = [str(kind) for kind in lines[self.by][:]] if self.by else []
@@ -131,6 +139,12 @@ class Conversation(LanguageTask):
             say(
                 f"data: {unmarked} of {every} conversations have answers that are not trained, because the chat "
                 "template has no generation block for them"
+            )
+        for key in sorted({key for one in read for key in one.unwritten}):
+            number = sum(key in one.unwritten for one in read)
+            say(
+                f"data: {number} of {every} conversations have answers with {one_line(key, 40)}, which the chat "
+                "template does not write, so it is not trained"
             )
         if split := [one for one in read if one.split]:
             texts = sum(len(one.texts) for one in split)

@@ -4,12 +4,15 @@ import datetime
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean as mean
 from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 from torch import Tensor
 
+from fedelta.errors import FedeltaError, one_line
+from fedelta.files import expand_variables
 from fedelta.learning.data.examples import Completions, Examples
 from fedelta.learning.model.activation_cache import ActivationCache
 from fedelta.learning.model.base_model import ModelKind
@@ -17,6 +20,7 @@ from fedelta.learning.model.lora_model import LoraModel
 from fedelta.learning.tasks.answers import ANSWERS, AnswerForm
 from fedelta.learning.tasks.generation import Generation, generate
 from fedelta.learning.tasks.task import Answer, Outcome, Task, Unit
+from fedelta.learning.tasks.template_sandbox import MAX_TEMPLATE
 from fedelta.learning.tasks.text_scores import Pairs, TextScore, check_installed, text_scores
 from fedelta.learning.tasks.turns import Turns
 
@@ -28,6 +32,8 @@ class LanguageTask(Task):
     """Supervised fine-tuning of a causal language model, with the loss on what it shall write only.
 
     Args:
+        chat_template: file with a chat template in Jinja, which replaces the tokenizer's own. Its text is read when the
+            run begins, and is saved with the tokenizer of the adapter. None uses the tokenizer's.
         date: date that a chat template sees as today's. It is fixed, so that equal configurations give equal texts on
             every day.
         group: column that defines groups of rows with the same prompt, so that one answer is compared with several
@@ -43,6 +49,7 @@ class LanguageTask(Task):
 
     model_kind: ClassVar[ModelKind] = "completion"
     metric: Literal["loss", "perplexity", "bleu", "nist", "meteor", "rouge_l", "cider", "exact", "exact_macro"] = "loss"
+    chat_template: str | None = None
     date: str = "2024-07-26"
     group: str | None = None
     generate: Generation | None = None
@@ -59,6 +66,12 @@ class LanguageTask(Task):
         except ValueError as error:
             raise ValueError("expected a date, such as 2024-07-26") from error
 
+    @field_validator("chat_template")
+    @classmethod
+    def _text_of_template(cls, value: str | None) -> str | None:
+        """Replace the name of a file by its text, so that the configuration of a run is independent of the file."""
+        return value if value is None or _is_jinja(value) else _read_template(value)
+
     @model_validator(mode="after")
     def _metric_is_computed(self) -> "LanguageTask":
         if (self.scores or self.answer) and self.generate is None:
@@ -74,6 +87,11 @@ class LanguageTask(Task):
     @abstractmethod
     def turns(self, tokenizer: Any) -> Turns | None:
         """The chat whose turns the texts become, or None for plain texts."""
+
+    def with_template(self, tokenizer: Any) -> Any:
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
 
     @property
     def together(self) -> str | None:
@@ -149,6 +167,32 @@ class LanguageTask(Task):
             # A row may have become several texts.
             found.append(Answer(examples.rows[row] if examples.rows else row, prompt, text, references[row], exact))
         return found
+
+
+def without_template(tokenizer: Any, what: str) -> FedeltaError:
+    """The error for a tokenizer without the chat template that `what` needs."""
+    name = one_line(str(getattr(tokenizer, "name_or_path", "") or ""), 100)
+    return FedeltaError(
+        f"the tokenizer{f' of {name}' if name else ''} has no chat template, which {what} needs; task.chat_template "
+        "names a file with one"
+    )
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
+def _read_template(name: str) -> str:
+    path = Path(expand_variables(name)).expanduser()
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
+        raise ValueError(f"{path}: {reason}, expected a file with a Jinja template") from error
+    if len(text) > MAX_TEMPLATE or not _is_jinja(text):
+        raise ValueError(f"{path}: expected a Jinja template of at most {MAX_TEMPLATE:,} characters")
+    return text
 
 
 def _generated(units: Sequence[Unit], outcomes: Sequence[Sequence[Outcome]]) -> dict[int, str]:

@@ -81,6 +81,10 @@ class Task(Settings, ABC):
         """
         return
 
+    def with_template(self, tokenizer: Any) -> Any:
+        """The tokenizer with the task's own chat template, if it has one."""
+        return tokenizer
+
     @abstractmethod
     def columns(self, data: DataSettings) -> Columns:
         """Columns to read, what each is used for, and which cells must not be empty."""
@@ -104,6 +108,7 @@ class Task(Settings, ABC):
 
         Raises:
             FedeltaError: naming the value that can't be a label.
+            RefusedRow: if a row can't become tokens.
         """
 
     def units(self, examples: Examples, batch_size: int, final: bool) -> list[Unit]:  # noqa: ARG002

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedelta.errors import FedeltaError, one_line
+from fedelta.learning.data.cells import RefusedRow
 from fedelta.learning.tasks.chat_template import ChatTemplate
 from fedelta.learning.tasks.plain import Tokens
 
@@ -52,7 +53,7 @@ class Turns:
         The tokens up to the answer are those from which an answer is generated. The answer includes its end token.
 
         Raises:
-            FedeltaError: naming the row, if the template fails or changes the prompt's turn once an answer follows.
+            RefusedRow: if the template fails or changes the prompt's turn once an answer follows.
         """
         begin = self._before_prompts()
         for start in range(0, len(prompts), 1000):
@@ -61,7 +62,7 @@ class Turns:
                 try:
                     texts.append(self._texts(*pair))
                 except FedeltaError as error:
-                    raise FedeltaError(f"row {row}: {error}") from error
+                    raise RefusedRow(row - 1, error) from error
             questions = self._encode([question for question, _ in texts])
             wholes = self._encode([question + answer for question, answer in texts])
             for row, (text, question, whole) in enumerate(zip(texts, questions, wholes, strict=True), start + 1):
@@ -70,7 +71,7 @@ class Turns:
                 joint = whole[: len(question)] == question
                 answer = whole[len(question) :] if joint else self._encode([text[1]])[0]
                 if self.end not in answer:
-                    raise FedeltaError(f"row {row}: the tokenizer's chat template puts no end after the answer")
+                    raise RefusedRow(row - 1, "the tokenizer's chat template puts no end after the answer")
                 own = begin if question[: len(begin)] == begin else []
                 # A line break may follow the end token; the model need not learn it.
                 yield own, question[len(own) :], answer[: len(answer) - answer[::-1].index(self.end)]
