@@ -165,6 +165,20 @@ def load_result(
     )
 
 
+def task_of(place: Path | str, kind: Kind, client: str | None = None) -> Task | None:
+    """The task of a result, without its model; None if the adapter's folder does not say.
+
+    Args:
+        place, kind, client: as for `load_result`.
+
+    Raises:
+        FedeltaError: if the result does not exist or is of another kind.
+    """
+    found = find_result(place, client)
+    _task_kind(found, read_json(found.adapter / CONFIG), kind)
+    return found.config.task if found.config else None
+
+
 _MAX_LENGTH = 512
 """Length of a text if an adapter's folder does not say it; a tokenizer or model may allow less."""
 
