@@ -421,6 +421,6 @@ def test_a_conversation_run_answers_chats_with_the_system_turn_of_its_training(
     assert written == [row | {"answer": answer} for row, answer in zip(rows, expected[2:], strict=True)]
     file.write_text(json.dumps({"messages": turns[:2]}) + "\n")
     capsys.readouterr()
-    assert "prompt 1: the last turn is of the assistant, expected one of the user" in refusal(
+    assert "line 1: the last turn is of the assistant, expected one of the user" in refusal(
         capsys, "generate", place, "--file", str(file)
     )

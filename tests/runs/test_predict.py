@@ -4,13 +4,17 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
 import peft
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedelta
@@ -19,6 +23,7 @@ from command import refusal
 from fedelta.errors import FedeltaError
 from fedelta.learning.data.sources import load_splits
 from fedelta.runs.config import parse_config
+from fedelta.runs.output_table import write_rows
 from fedelta.runs.runner import Run, run
 
 LEARNS = {"method": "fedex", "rounds": 4, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}}
@@ -193,7 +198,7 @@ def test_a_regression_predicts_numbers_and_is_scored(
     assert "probability" not in json.loads(output.read_text().splitlines()[0])
 
 
-def test_rows_with_unknown_labels_do_not_count_in_the_score(
+def test_rows_without_a_label_do_not_count_and_unknown_classes_are_wrong(
     finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predicted = list(fedelta.predict(finished, TEXTS)["prediction"])
@@ -203,11 +208,38 @@ def test_rows_with_unknown_labels_do_not_count_in_the_score(
     place = str(finished.folder.path)
     assert command("predict", place, str(file), "-o", str(tmp_path / "out.csv")) == 0
     shown = capsys.readouterr().out
-    assert "accuracy 100.00 %" in shown
-    assert "(without 2 rows whose label is empty or not known)" in shown
+    assert "accuracy 75.00 %" in shown
+    assert "(without 1 row that has no label; not known to the model, so always wrong: fire)" in shown
     write_csv(file, [{"text": "a", "label": "fire"}])
     assert command("predict", place, str(file), "-o", str(tmp_path / "none.csv")) == 0
     assert "no score: no label in column 'label' is one that the model knows" in capsys.readouterr().err
+
+
+_CELLS = st.text(st.sampled_from("ab,;\"'\t\r\n "), max_size=6)
+
+
+@given(st.lists(st.tuples(_CELLS, _CELLS), min_size=1, max_size=5), st.sampled_from(["csv", "tsv"]))
+def test_whatever_a_cell_holds_readers_of_the_written_table_see_the_same_cells(
+    rows: list[tuple[str, str]], suffix: str
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"out.{suffix}"
+        write_rows(path, pa.table({"one": [row[0] for row in rows], "two": [row[1] for row in rows]}))
+        delimiter = "," if suffix == "csv" else "\t"
+        with path.open(newline="", encoding="utf-8") as stream:
+            found = [(row["one"], row["two"]) for row in csv.DictReader(stream, delimiter=delimiter)]
+        table = pandas.read_csv(path, sep=delimiter, keep_default_na=False, dtype=str)
+    assert found == rows
+    assert list(table.itertuples(index=False, name=None)) == rows
+
+
+def test_probabilities_have_six_digits_in_every_format(finished: Run, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", [{"text": text} for text in TEXTS])
+    output = tmp_path / "out.jsonl"
+    assert command("predict", str(finished.folder.path), str(file), "-o", str(output), "--probabilities") == 0
+    values = [value for line in output.read_text().splitlines() for value in list(json.loads(line).values())[2:]]
+    assert len(values) == 4 * len(TEXTS)
+    assert values == [float(f"{value:.6g}") for value in values]
 
 
 def test_a_method_without_a_global_model_predicts_as_one_client(tiny_config: Any) -> None:

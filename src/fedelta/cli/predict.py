@@ -1,14 +1,17 @@
 """The command `fedelta predict`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedelta.cli.printing import print_path, print_text
 from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
 from fedelta.cli.terminal import err, out
-from fedelta.errors import quantity
+from fedelta.errors import listed, quantity
+
+if TYPE_CHECKING:
+    from fedelta.runs.predict import Predictions
 
 
 def predict(
@@ -49,9 +52,23 @@ def predict(
         from fedelta.learning.tasks.metrics import METRICS
 
         shown = [f"{METRICS[name].title} {METRICS[name].format(score)}" for name, score in predictions.scores.items()]
-        left_out = ""
-        if predictions.unknown:
-            left_out = f" (without {quantity(predictions.unknown, 'row')} whose label is empty or not known)"
-        print_text(out, f"scores    {', '.join(shown)}{left_out}")
+        print_text(out, f"scores    {', '.join(shown)}{_notes(predictions, bool(loaded.classes))}")
     elif predictions.unknown:
         print_text(err, f"no score: no label in column {loaded.data.label!r} is one that the model knows", "note:")
+
+
+def _notes(predictions: "Predictions", classes: bool) -> str:
+    """What the scores have not counted, or counted as wrong."""
+    notes = []
+    if predictions.empty:
+        notes.append(
+            f"without {quantity(predictions.empty, 'row')} that {'has' if predictions.empty == 1 else 'have'} no label"
+        )
+    if predictions.unknown:
+        labels = listed(predictions.unknown)
+        notes.append(
+            f"not known to the model, so always wrong: {labels}"
+            if classes
+            else f"without labels that are no numbers: {labels}"
+        )
+    return f" ({'; '.join(notes)})" if notes else ""
