@@ -342,7 +342,7 @@ def test_an_adapter_that_lacks_layers_is_refused(finished: Run, tmp_path: Path) 
     tensors = load_file(folder / "adapter_model.safetensors")
     del tensors[sorted(tensors)[0]]
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(FedeltaError, match="does not fit the base model: .*missing adapter keys"):
+    with pytest.raises(FedeltaError, match="does not fit the base model .*missing adapter keys"):
         fedelta.generate(folder, PROMPTS)
 
 

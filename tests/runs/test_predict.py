@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -240,6 +242,57 @@ def test_probabilities_have_six_digits_in_every_format(finished: Run, tmp_path: 
     values = [value for line in output.read_text().splitlines() for value in list(json.loads(line).values())[2:]]
     assert len(values) == 4 * len(TEXTS)
     assert values == [float(f"{value:.6g}") for value in values]
+
+
+def test_a_wrong_file_is_refused_before_the_model_is_loaded(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = write_csv(tmp_path / "a.csv", [{"body": "a"}]), tmp_path / "out.csv"
+    place = str(finished.folder.path)
+    line = refusal(capsys, "predict", place, str(file), "-o", str(output), "--base", "/gone")
+    assert "no column 'text', found body" in line
+    with pytest.raises(FedeltaError, match="no column 'text', found body"):
+        fedelta.predict(place, file, base="/gone")
+    with pytest.raises(FedeltaError, match="my parcel is late: no such file; texts are passed as a list"):
+        fedelta.predict(place, "my parcel is late")
+    with pytest.raises(FedeltaError, match="rows is empty, expected at least one row or text"):
+        fedelta.predict(place, [])
+
+
+def test_an_adapter_on_a_base_of_another_size_names_a_tensor_with_both_shapes(
+    finished: Run, tiny_bert: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny_bert)
+    config.hidden_size, config.intermediate_size = 2 * config.hidden_size, 2 * config.intermediate_size
+    other = tmp_path / "other"
+    shutil.copytree(tiny_bert, other)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(other)
+    with pytest.raises(FedeltaError, match=r"does not fit the base model .*/other: .*lora_\S+ is \(.*\), expected \("):
+        fedelta.predict(finished, TEXTS, base=other)
+
+
+def test_a_base_with_a_relative_name_is_found_from_any_folder(
+    tiny_config: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    shutil.copytree(tiny_bert, here / "m")
+    monkeypatch.chdir(here)
+    trained = run(tiny_config(model={"name": "m"}, rounds=1))
+    expected = fedelta.predict(trained, TEXTS)
+    monkeypatch.chdir(there)
+    assert fedelta.predict(trained.folder.path, TEXTS).equals(expected)
+    (here / "m").rename(here / "n")
+    with pytest.raises(FedeltaError, match="here/m: no such folder; if the base model has moved, name its folder"):
+        fedelta.predict(trained.folder.path, TEXTS)
+
+
+def test_nothing_is_printed_on_standard_error(finished: Run) -> None:
+    program = f"import fedelta; fedelta.predict({str(finished.folder.path)!r}, ['a ship'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "is_gradient_checkpointing" not in done.stderr
 
 
 def test_a_method_without_a_global_model_predicts_as_one_client(tiny_config: Any) -> None:

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from fedelta.cli.printing import print_path, print_text
-from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name, say_loading
 from fedelta.cli.terminal import err, out
 from fedelta.errors import FedeltaError, quantity
 
@@ -80,12 +80,14 @@ def generate(
 
     from fedelta.runs.generate import Decoding, Writer
     from fedelta.runs.prompts import read_prompts
-    from fedelta.runs.result_model import load_result, task_of
+    from fedelta.runs.result_model import check_result, load_result
 
     decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed)
     decoding.check()
     # What can be checked without the model is checked before it is loaded, which may take minutes.
-    questions = read_prompts(prompts, task_of(result, "generate", client), str(result))
+    found = check_result(result, "generate", client)
+    questions = read_prompts(prompts, found.task, str(result))
+    say_loading(base or found.base)
     loaded = load_result(result, "generate", client=client, base=base, device=device, dtype=dtype_name(dtype))
     writer = Writer(loaded, decoding, chat or None, system)
     if interactive:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedelta.cli.printing import print_path, print_text
-from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name, say_loading
 from fedelta.cli.terminal import err, out
 from fedelta.errors import listed, quantity
 
@@ -38,12 +38,15 @@ def predict(
 
     from fedelta.cli.bars import progress_bar
     from fedelta.runs.predict import check_texts, predict_table, read_rows, text_columns
-    from fedelta.runs.result_model import load_result
+    from fedelta.runs.result_model import check_result, load_result
 
-    loaded = load_result(result, "predict", client=client, base=base, device=device, dtype=dtype_name(dtype))
-    columns = text_columns(loaded, text)
-    table = read_rows(file, loaded.data, columns)
+    # What can be checked without the model is checked before it is loaded, which may take minutes.
+    found = check_result(result, "predict", client)
+    columns = text_columns(found, text)
+    table = read_rows(file, found.data, columns)
     check_texts(str(file), table, columns)
+    say_loading(base or found.base)
+    loaded = load_result(result, "predict", client=client, base=base, device=device, dtype=dtype_name(dtype))
     with progress_bar(err, "texts") as progress:
         predictions = predict_table(loaded, table, columns, probabilities, batch_size, progress)
     write_rows(output, predictions.table)

@@ -18,7 +18,7 @@ from fedelta.learning.tasks.chat_template import ChatTemplate, Message
 from fedelta.learning.tasks.turns import Turns
 from fedelta.runs.finished import Run
 from fedelta.runs.prompts import Prompt, Question, checked_text, read_prompts
-from fedelta.runs.result_model import ResultModel, load_result, task_of
+from fedelta.runs.result_model import ResultModel, check_result, load_result
 from fedelta.seeds import derive_seed, torch_seed
 
 NEW_TOKENS = 256
@@ -250,13 +250,13 @@ def generate(
     own_base = None if base is None else str(base)
     decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed)
     decoding.check()
-    given = [prompts] if isinstance(prompts, str) else prompts
+    given: Sequence[str | Mapping[str, Any]] = [prompts] if isinstance(prompts, str) else prompts
     asked = [
         Prompt(f"prompt {i}", {"prompt": row}, True) if isinstance(row, str) else Prompt(f"prompt {i}", row)
         for i, row in enumerate(given, 1)
     ]
     # What can be checked without the model is checked before it is loaded, which may take minutes.
-    questions = read_prompts(asked, task_of(place, "generate", client), str(place))
+    questions = read_prompts(asked, check_result(place, "generate", client).task, str(place))
     loaded = load_result(place, "generate", client=client, base=own_base, device=device, dtype=dtype)
     writer = Writer(loaded, decoding, chat, system)
     return list(writer.answers([writer.question_tokens(question) for question in questions]))

@@ -23,7 +23,7 @@ from fedelta.learning.data.table import Table, shorten
 from fedelta.learning.device import device_errors
 from fedelta.learning.model.padding import longest_text
 from fedelta.runs.finished import Run
-from fedelta.runs.result_model import ResultModel, load_result
+from fedelta.runs.result_model import ResultFolder, ResultModel, check_result, load_result
 
 PREDICTION, PROBABILITY, PREFIX = "prediction", "probability", "probability_"
 TABLES = ("csv", "tsv")
@@ -238,21 +238,27 @@ def predict(
     """
     place = result.folder.path if isinstance(result, Run) else result
     own_base = None if base is None else str(base)
-    loaded = load_result(place, "predict", client=client, base=own_base, device=device, dtype=dtype)
-    columns = text_columns(loaded, text)
+    found = check_result(place, "predict", client)
+    columns = text_columns(found, text)
+    # What can be checked without the model is checked before it is loaded, which may take minutes.
     if isinstance(rows, str | Path):
-        source, table = str(rows), read_rows(Path(rows), loaded.data, columns)
+        if not Path(rows).is_file():
+            raise FedeltaError(f"{rows}: no such file; texts are passed as a list")
+        source, table = str(rows), read_rows(Path(rows), found.data, columns)
     else:
-        if isinstance(rows, Sequence) and rows and all(isinstance(row, str) for row in rows):
+        if isinstance(rows, Sequence) and not rows:
+            raise FedeltaError("rows is empty, expected at least one row or text")
+        if isinstance(rows, Sequence) and all(isinstance(row, str) for row in rows):
             if len(columns) != 1:
                 raise FedeltaError(f"the model reads pairs of texts: pass rows with the columns {listed(columns)}")
             rows = [{columns[0]: row} for row in rows]
         source, table = "rows", memory_table("rows", rows)
     check_texts(source, table, columns)
+    loaded = load_result(place, "predict", client=client, base=own_base, device=device, dtype=dtype)
     return predict_table(loaded, table, columns, probabilities, batch_size).table.to_pandas()
 
 
-def text_columns(result: ResultModel, chosen: str | Sequence[str] | None) -> tuple[str, ...]:
+def text_columns(result: ResultFolder, chosen: str | Sequence[str] | None) -> tuple[str, ...]:
     """Columns of the text: the chosen ones, or those of the run.
 
     Raises:
