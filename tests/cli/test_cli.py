@@ -321,7 +321,7 @@ def test_a_report_of_runs_that_are_not_of_one_comparison_is_refused(
 ) -> None:
     one = run(tiny_config(name="one", rounds=1))
     parent = one.folder.path.parent
-    run(tiny_config(name="two", rounds=1, method="fedit"))
+    run(tiny_config(name="two", rounds=1, method="flora"))
     assert fedelta("report", str(parent)) == 0
     run(causal_config(name="zoo", rounds=1, output=str(parent)))
     capsys.readouterr()
