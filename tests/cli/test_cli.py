@@ -326,5 +326,5 @@ def test_a_report_of_runs_that_are_not_of_one_comparison_is_refused(
     run(causal_config(name="zoo", rounds=1, output=str(parent)))
     capsys.readouterr()
     line = refusal(capsys, "report", str(parent))
-    assert "one and zoo differ in task, data and test rows" in line
+    assert "one and zoo differ in task, data, test rows" in line
     assert "name the folder of one run or of one comparison" in line

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from chats import CHATML, byte_tokenizer
 from command import fedelta as command
 from fedelta.cli.examples import print_examples
 from fedelta.federation.generations import Generations
+from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.comparison import comparison_configs, run_comparison
 from fedelta.runs.report import examples
 from fedelta.runs.report.examples import last_turn, pick_examples
 from fedelta.runs.report.page import write_page
 from fedelta.runs.report.plot import plot_scores
+from fedelta.runs.report.summary import cells, columns, more_metrics, summarize
 from fedelta.runs.runner import Run, run
 
 GENERATES = TASK | {"generate": {"max_new_tokens": 4}, "answer": "text"}
@@ -86,8 +89,12 @@ def test_the_special_tokens_are_those_of_the_tokenizer(causal_config: Any, tmp_p
     tokenizer.save_pretrained(tmp_path / "chat")
     source = tmp_path / "chats.jsonl"
     chats = [
-        [{"role": "user", "content": f"old {i}"}, {"role": "assistant", "content": "yes"}]
-        + [{"role": "user", "content": f"new {i}"}, {"role": "assistant", "content": "no"}]
+        [
+            {"role": "user", "content": f"old {i}"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": f"new {i}"},
+            {"role": "assistant", "content": "no"},
+        ]
         for i in range(20)
     ]
     source.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
@@ -135,6 +142,22 @@ def test_answers_cannot_control_the_terminal_or_the_page(causal_config: Any) -> 
     assert "&lt;script&gt;" in page
     assert not set("\x1b\x07\u202e\r") & set(page)
     assert len(page) < 500_000
+
+
+def test_scores_that_were_asked_for_are_columns_of_the_table_with_their_spread(causal_config: Any) -> None:
+    task = GENERATES | {"scores": ["bleu"], "generate": {"max_new_tokens": 4, "limit": 4}}
+    config = causal_config(rounds=1, task=task)
+    runs = run_comparison(comparison_configs(config, ("fedex",), 2), False, None)
+    (row,) = summarize(runs, 1.0)
+    assert set(row.more) == {"bleu", "exact"}
+    for name, (score, spread) in row.more.items():
+        values = [one.test[name] for one in runs]
+        assert (score, spread) == (mean(values), stdev(values))
+    metric = METRICS["loss"]
+    assert columns(metric, 1.0, more_metrics(runs))[1:4] == ["test loss", "test BLEU, %", "test exact answers, %"]
+    assert cells(metric, row)[3] == f"{100 * row.more['exact'][0]:.2f} ± {100 * row.more['exact'][1]:.2f}"
+    plot_scores(runs, config.folder)
+    assert "<th>test BLEU, %</th><th>test exact answers, %</th>" in write_page(runs, config.folder).read_text()
 
 
 def test_a_run_that_generates_nothing_shows_no_answers(tiny_config: Any) -> None:
