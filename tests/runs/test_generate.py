@@ -256,6 +256,26 @@ def test_each_turn_of_a_chat_sees_all_turns_before_it(chat_run: Run) -> None:
     assert len(chat.converse(writer, ["one", "x" * 400, "two"], shown.append)) == 4
 
 
+def test_commands_of_a_chat_do_not_go_to_the_model(chat_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Writer(load_result(chat_run.folder.path, "generate"), Decoding())
+    turns = iter(["/help", "/system be brief", "hi", "/etc/hosts?", "quit", "more"])
+    messages = chat.converse(writer, turns, lambda text: None)
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["hi", "/etc/hosts?"]
+    assert list(turns) == ["more"]
+    printed = capsys.readouterr().err
+    assert "/help is not a command; /new starts another chat, /exit ends it" in printed
+    assert "/system is not a command" in printed
+
+
+def test_answers_that_reach_the_limit_are_counted(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    place, limits = str(finished.folder.path), []
+    for limit in (1, 40):
+        arguments = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--max-new-tokens", str(limit)]
+        assert command("generate", place, *arguments) == 0
+        limits.append(f"2 of 2 answers were cut at {limit} token" in capsys.readouterr().err)
+    assert limits == [True, False]
+
+
 def test_a_chat_on_a_terminal_reads_turns_and_shows_answers(chat_run: Run) -> None:
     expected = fedelta.generate(chat_run, ["color of ship?"])
     ours, theirs = pty.openpty()

@@ -101,6 +101,9 @@ def generate(
         _print_answers(writer, questions, tokens)
     else:
         _write_answers(writer, questions, tokens, output)
+    if writer.cut:
+        cut = "the answer was" if len(questions) == 1 else f"{writer.cut} of {quantity(len(questions), 'answer')} were"
+        print_text(err, f"{cut} cut at {quantity(writer.limit, 'token')}; --max-new-tokens sets the limit", "note:")
 
 
 def _check_output(output: Path, overwrite: bool, interactive: bool) -> None:

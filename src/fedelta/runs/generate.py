@@ -71,6 +71,8 @@ class Writer:
 
     Attributes:
         tokenizer: the model's tokenizer.
+        limit: maximum number of tokens in an answer.
+        cut: number of answers so far that have reached this limit without an end.
 
     Raises:
         FedeltaError: if a chat is asked for and the tokenizer has no chat template, or a value is not valid.
@@ -96,7 +98,8 @@ class Writer:
             raise FedeltaError(f"{result.place}: --system is for chats, but this model completes plain prompts")
         self._template = ChatTemplate(self.tokenizer, date) if self._turns else None
         generate = task.generate if task else None
-        self._new = decoding.max_new_tokens or (generate.max_new_tokens if generate else NEW_TOKENS)
+        self.cut = 0
+        self.limit = decoding.max_new_tokens or (generate.max_new_tokens if generate else NEW_TOKENS)
 
     @property
     def chats(self) -> bool:
@@ -147,9 +150,9 @@ class Writer:
 
     def _checked(self, tokens: list[int]) -> list[int]:
         longest = longest_text(self._model, self.tokenizer)
-        if len(tokens) + self._new > longest:
+        if len(tokens) + self.limit > longest:
             raise FedeltaError(
-                f"a prompt of {len(tokens)} tokens and an answer of {self._new} are more than the {longest} tokens "
+                f"a prompt of {len(tokens)} tokens and an answer of {self.limit} are more than the {longest} tokens "
                 "that the model takes; shorten the prompt, or lower --max-new-tokens"
             )
         return tokens
@@ -192,7 +195,7 @@ class Writer:
             sampling = {"do_sample": True, "temperature": self._decoding.temperature, "top_k": 0}
             sampling["top_p"] = self._decoding.top_p
         config = GenerationConfig(
-            max_new_tokens=self._new, pad_token_id=pad, eos_token_id=sorted(ends - {None}) or None, **sampling
+            max_new_tokens=self.limit, pad_token_id=pad, eos_token_id=sorted(ends - {None}) or None, **sampling
         )
         device = self._model.device
         seed = derive_seed(self._decoding.seed, "answer", number)
@@ -203,7 +206,9 @@ class Writer:
                 generation_config=config,
                 streamer=streamer,
             )
-        return generated[:, longest:].tolist()
+        answers: list[list[int]] = generated[:, longest:].tolist()
+        self.cut += sum(len(answer) >= self.limit and not ends & set(answer) for answer in answers)
+        return answers
 
 
 def generate(
