@@ -259,7 +259,7 @@ def test_each_turn_of_a_chat_sees_all_turns_before_it(chat_run: Run) -> None:
 def test_commands_of_a_chat_do_not_go_to_the_model(chat_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     writer = Writer(load_result(chat_run.folder.path, "generate"), Decoding())
     turns = iter(["/help", "/system be brief", "hi", "/etc/hosts?", "quit", "more"])
-    messages = chat.converse(writer, turns, lambda text: None)
+    messages = chat.converse(writer, turns, io.StringIO().write)
     assert [message["content"] for message in messages if message["role"] == "user"] == ["hi", "/etc/hosts?"]
     assert list(turns) == ["more"]
     printed = capsys.readouterr().err

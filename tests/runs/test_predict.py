@@ -244,6 +244,21 @@ def test_probabilities_have_six_digits_in_every_format(finished: Run, tmp_path: 
     assert values == [float(f"{value:.6g}") for value in values]
 
 
+def test_without_an_output_the_first_rows_are_printed(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_csv(tmp_path / "rows.csv", [{"id": f"n{i}", "text": f"ship{i}"} for i in range(25)])
+    assert command("predict", str(finished.folder.path), str(file)) == 0
+    shown = capsys.readouterr().out
+    expected = fedelta.predict(finished, [f"ship{i}" for i in range(25)])
+    for i, row in expected.head(20).iterrows():
+        (line,) = [line for line in shown.splitlines() if f" ship{i} " in line]
+        assert row["prediction"] in line
+        assert f"{row['probability']:.6g}" in line
+    assert "ship20" not in shown
+    assert "5 more rows; -o FILE writes all of them" in shown
+
+
 def test_a_wrong_file_is_refused_before_the_model_is_loaded(
     finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

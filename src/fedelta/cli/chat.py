@@ -75,8 +75,8 @@ def converse(writer: Any, turns: Iterable[str], write: Callable[[str], object]) 
 
     Args:
         writer: a `Writer` that chats.
-        turns: the user's turns. Empty ones are skipped, `/new` forgets all turns before it, and `/exit`, `/quit`, `exit`
-            and `quit` end the chat. Other words with a slash before them are refused.
+        turns: the user's turns. Empty ones are skipped, `/new` forgets all turns before it, `exit` and `quit` end the
+            chat, also with a slash. Other words with a slash before them are refused.
         write: receives the text of the answers.
 
     Returns:
