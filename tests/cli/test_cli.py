@@ -15,6 +15,7 @@ import yaml
 
 from command import fedelta, refusal
 from fedelta import __version__
+from fedelta.runs.runner import run
 
 
 @pytest.fixture
@@ -313,3 +314,17 @@ def test_config_lists_keys_sections_and_options_of_methods(capsys: pytest.Captur
     assert "method.residual = exact" in capsys.readouterr().out
     assert fedelta("config", "--json") == 0
     assert json.loads(capsys.readouterr().out)["properties"]["rounds"]["minimum"] == 1
+
+
+def test_a_report_of_runs_that_are_not_of_one_comparison_is_refused(
+    tiny_config: Any, causal_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = run(tiny_config(name="one", rounds=1))
+    parent = one.folder.path.parent
+    run(tiny_config(name="two", rounds=1, method="flora"))
+    assert fedelta("report", str(parent)) == 0
+    run(causal_config(name="zoo", rounds=1, output=str(parent)))
+    capsys.readouterr()
+    line = refusal(capsys, "report", str(parent))
+    assert "one and zoo differ in task, data, test rows" in line
+    assert "name the folder of one run or of one comparison" in line

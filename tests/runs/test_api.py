@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedelta
 from fedelta.runs import api
+from fedelta.runs.runner import run
 
 NAMES = [
     *("Config", "FedeltaError", "Progress", "Run", "aggregate_folders", "compare", "configure", "export"),
@@ -152,3 +153,19 @@ def test_an_export_says_what_to_write(tiny_config: Any) -> None:
     run = fedelta.run(settings(tiny_config), rounds=1)
     with pytest.raises(fedelta.FedeltaError, match="neither an adapter nor a merged model"):
         run.export()
+
+
+def test_a_run_is_opened_by_a_text_and_shown_in_one_line(tiny_config: Any) -> None:
+    trained = run(tiny_config(rounds=1))
+    opened = fedelta.open_run(str(trained.folder.path))
+    assert opened.test == trained.test
+    shown = repr(opened)
+    assert shown.startswith("Run(tiny: ")
+    assert "1 round, test loss " in shown
+    assert shown.endswith(f"{trained.folder.path})")
+    assert len(shown) < 200 + len(str(trained.folder.path))
+
+
+def test_python_runs_the_package() -> None:
+    done = subprocess.run([sys.executable, "-m", "fedelta", "version"], capture_output=True, text=True, check=True)
+    assert done.stdout == fedelta.__version__ + "\n"

@@ -4,24 +4,30 @@ import doctest
 import io
 import json
 import re
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from causal import TASK
+from chats import CHATML, byte_tokenizer
 from command import fedelta as command
 from fedelta.cli.examples import print_examples
 from fedelta.federation.generations import Generations
+from fedelta.learning.tasks.metrics import METRICS
 from fedelta.runs.comparison import comparison_configs, run_comparison
 from fedelta.runs.report import examples
-from fedelta.runs.report.examples import pick_examples
+from fedelta.runs.report.examples import last_turn, pick_examples
 from fedelta.runs.report.page import write_page
 from fedelta.runs.report.plot import plot_scores
+from fedelta.runs.report.summary import cells, columns, more_metrics, summarize
 from fedelta.runs.runner import Run, run
 
 GENERATES = TASK | {"generate": {"max_new_tokens": 4}, "answer": "text"}
 BEFORE = {"evaluation": {"before": True}}
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 HOSTILE = "\x1b]0;title\x07\x1b[2J[red]x[/red]\u202e</td><script>alert(1)</script>\r\n" + "long " * 2000
 
 
@@ -49,6 +55,55 @@ def test_examples_are_spread_over_the_test_split_with_all_answers(causal_config:
         assert example.prompt in shown
         assert example.prompt.startswith("the color of ")
         assert re.search(rf"^after +{re.escape(example.answers[0][1])} *$", shown, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "special"),
+    [
+        ("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ 1\n2<|im_end|>\n<|im_start|>assistant\n", CHATML_TOKENS),
+        ("<|im_start|>user\nQ 1\n2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", CHATML_TOKENS),
+        (
+            "<bos><h>user</h>\n\nold<eot><h>user</h>\n\nQ 1\n2<eot><h>assistant</h>\n\n",
+            ["<bos>", "<h>", "</h>", "<eot>"],
+        ),
+        ("<s>[INST] old[/INST] yes</s>[INST] Q 1\n2[/INST]", ["<s>", "</s>", "[INST]", "[/INST]"]),
+        ("<bos><t>user\nQ 1\n2<e>\n<t>model\n", ["<bos>", "<t>", "<e>"]),
+    ],
+)
+def test_of_a_chat_the_last_turn_is_shown_without_special_tokens(prompt: str, special: list[str]) -> None:
+    assert last_turn(prompt, special) == "Q 1\n2"
+
+
+def test_a_plain_prompt_is_shown_whole() -> None:
+    assert last_turn("<s>Question: why?\nAnswer:", ["<s>"]) == "Question: why?\nAnswer:"
+    assert last_turn("Question: why?", []) == "Question: why?"
+
+
+def test_the_special_tokens_are_those_of_the_tokenizer(causal_config: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = byte_tokenizer(CHATML)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **shape))
+    base.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    source = tmp_path / "chats.jsonl"
+    chats = [
+        [
+            {"role": "user", "content": f"old {i}"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": f"new {i}"},
+            {"role": "assistant", "content": "no"},
+        ]
+        for i in range(20)
+    ]
+    source.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    task = {"kind": "conversation", "generate": {"max_new_tokens": 3}}
+    data = {"source": str(source), "max_length": 96}
+    finished = run(causal_config(model={"name": str(tmp_path / "chat")}, task=task, data=data, rounds=1))
+    shown = [example.prompt for example in pick_examples([finished], 3)]
+    assert len(shown) == 3
+    assert all(re.fullmatch(r"(new )?\d+", prompt) for prompt in shown)
 
 
 def test_a_comparison_shows_the_answers_of_its_best_methods_to_one_prompt(causal_config: Any) -> None:
@@ -87,6 +142,22 @@ def test_answers_cannot_control_the_terminal_or_the_page(causal_config: Any) -> 
     assert "&lt;script&gt;" in page
     assert not set("\x1b\x07\u202e\r") & set(page)
     assert len(page) < 500_000
+
+
+def test_scores_that_were_asked_for_are_columns_of_the_table_with_their_spread(causal_config: Any) -> None:
+    task = GENERATES | {"scores": ["bleu"], "generate": {"max_new_tokens": 4, "limit": 4}}
+    config = causal_config(rounds=1, task=task)
+    runs = run_comparison(comparison_configs(config, ("fedex",), 2), False, None)
+    (row,) = summarize(runs, 1.0)
+    assert set(row.more) == {"bleu", "exact"}
+    for name, (score, spread) in row.more.items():
+        values = [one.test[name] for one in runs]
+        assert (score, spread) == (mean(values), stdev(values))
+    metric = METRICS["loss"]
+    assert columns(metric, 1.0, more_metrics(runs))[1:4] == ["test loss", "test BLEU, %", "test exact answers, %"]
+    assert cells(metric, row)[3] == f"{100 * row.more['exact'][0]:.2f} ± {100 * row.more['exact'][1]:.2f}"
+    plot_scores(runs, config.folder)
+    assert "<th>test BLEU, %</th><th>test exact answers, %</th>" in write_page(runs, config.folder).read_text()
 
 
 def test_a_run_that_generates_nothing_shows_no_answers(tiny_config: Any) -> None:

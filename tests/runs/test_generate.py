@@ -154,6 +154,68 @@ def test_the_command_prints_answers_and_writes_them(
     assert [line for line in capsys.readouterr().out.splitlines() if line and line[0] != ">"] == expected
 
 
+def test_a_template_is_filled_although_a_column_is_called_prompt(
+    causal_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tmp_path / "words.jsonl"
+    things = [("a", "ship", "blue"), ("an", "moon", "gray"), ("the", "hill", "green")] * 8
+    words.write_text("".join(json.dumps({"prompt": a, "thing": b, "color": c}) + "\n" for a, b, c in things))
+    task = {"prompt": "the color of {prompt} {thing} is :", "completion": " {color}", "generate": {"max_new_tokens": 5}}
+    config = causal_config(task=task | {"kind": "completion"}, data={"source": str(words), "max_length": 32}, rounds=1)
+    trained = run(config)
+    place, bare, file = str(trained.folder.path), tmp_path / "bare.txt", tmp_path / "rows.jsonl"
+    filled, alone = plain_answers(trained.adapter, ["the color of a ship is :", "a ship"])
+    assert command("generate", place, "--column", "prompt=a", "--column", "thing=ship") == 0
+    printed = capsys.readouterr()
+    assert printed.out == filled + "\n"
+    assert "used as they are" not in printed.err
+    assert fedelta.generate(trained, [{"prompt": "a", "thing": "ship"}, "a ship"]) == [filled, alone]
+    bare.write_text("a ship\n")
+    assert command("generate", place, "--file", str(bare)) == 0
+    assert capsys.readouterr().out == alone + "\n"
+    file.write_text('{"prompt": "a", "thing": "ship"}\n{"prompt": "a ship"}\n')
+    output = tmp_path / "out.jsonl"
+    assert command("generate", place, "--file", str(file), "-o", str(output)) == 0
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [
+        {"prompt": "a", "thing": "ship", "answer": filled},
+        {"prompt": "a ship", "answer": alone},
+    ]
+    capsys.readouterr()
+    assert "but thing is missing" in refusal(capsys, "generate", place, "--column", "prompt=a")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"thing": ["x"], "article": "a"}, "line 2: column thing is a list, expected text or a number"),
+        ({"thing": {"a": 1}, "article": "a"}, "line 2: column thing is a dict, expected text or a number"),
+        ({"thing": " ", "article": None}, "line 2: no text in the columns article, thing"),
+        ({"thing": "a \ud800", "article": "a"}, "is not valid Unicode"),
+        ({"prompt": ["x"]}, "line 2: prompt is a list, expected text"),
+        ({"prompt": " "}, "line 2: an empty prompt"),
+        ({"prompt": "x", "answer": "REF"}, "line 2: it has a key 'answer' already"),
+    ],
+)
+def test_a_row_that_cannot_be_a_prompt_is_refused_with_its_line_before_the_model_is_loaded(
+    row: dict[str, Any], expected: str, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
+    line = refusal(
+        capsys, "generate", str(finished.folder.path), "--file", str(file), "-o", str(output), "--base", "/gone"
+    )
+    assert expected in line
+    assert not output.exists()
+
+
+def test_bytes_that_are_no_text_are_refused_on_standard_input(finished: Run) -> None:
+    environment = os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "fedelta.cli", "generate", str(finished.folder.path)]
+    done = subprocess.run(arguments, input=b"hi \xff\n", capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode().strip().endswith("standard input: character 4 is not valid Unicode")
+
+
 def test_a_prompt_may_come_from_standard_input(
     finished: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +254,26 @@ def test_each_turn_of_a_chat_sees_all_turns_before_it(chat_run: Run) -> None:
     assert chat.converse(writer, ["one", "/new", "two"], shown.append)[0]["content"] == "two"
     # A turn that is too long is refused, and the chat continues.
     assert len(chat.converse(writer, ["one", "x" * 400, "two"], shown.append)) == 4
+
+
+def test_commands_of_a_chat_do_not_go_to_the_model(chat_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Writer(load_result(chat_run.folder.path, "generate"), Decoding())
+    turns = iter(["/help", "/system be brief", "hi", "/etc/hosts?", "quit", "more"])
+    messages = chat.converse(writer, turns, io.StringIO().write)
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["hi", "/etc/hosts?"]
+    assert list(turns) == ["more"]
+    printed = capsys.readouterr().err
+    assert "/help is not a command; /new starts another chat, /exit ends it" in printed
+    assert "/system is not a command" in printed
+
+
+def test_answers_that_reach_the_limit_are_counted(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    place, limits = str(finished.folder.path), []
+    for limit in (1, 40):
+        arguments = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--max-new-tokens", str(limit)]
+        assert command("generate", place, *arguments) == 0
+        limits.append(f"2 of 2 answers were cut at {limit} token" in capsys.readouterr().err)
+    assert limits == [True, False]
 
 
 def test_a_chat_on_a_terminal_reads_turns_and_shows_answers(chat_run: Run) -> None:
@@ -280,7 +362,7 @@ def test_an_adapter_that_lacks_layers_is_refused(finished: Run, tmp_path: Path) 
     tensors = load_file(folder / "adapter_model.safetensors")
     del tensors[sorted(tensors)[0]]
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(FedeltaError, match="does not fit the base model: .*missing adapter keys"):
+    with pytest.raises(FedeltaError, match="does not fit the base model .*missing adapter keys"):
         fedelta.generate(folder, PROMPTS)
 
 
@@ -307,8 +389,14 @@ def test_mistakes_are_one_line(
     assert "needs a chat template" in refusal(capsys, "generate", place, "--prompt", "a", "--chat")
     assert "--system is for chats" in refusal(capsys, "generate", place, "--prompt", "a", "--system", "b")
     assert "for sampling: add --sample" in refusal(capsys, "generate", place, "--prompt", "a", "--top-p", "0.5")
-    assert "expected a number above 0" in refusal(
-        capsys, "generate", place, "--prompt", "a", "--sample", "--temperature", "0"
+    assert "expected a number of at least 0.001" in refusal(
+        capsys, "generate", place, "--prompt", "a", "--sample", "--temperature", "1e-300"
+    )
+    assert "--column thing is given twice" in refusal(
+        capsys, "generate", place, "--column", "thing=ship", "--column", "thing=moon"
+    )
+    assert "prompt 2: character 3 is not valid Unicode" in refusal(
+        capsys, "generate", place, "--prompt", "a", "--prompt", "a \udcff"
     )
     assert "ends in .jsonl" in refusal(capsys, "generate", place, "--prompt", "a", "-o", "x.csv")
     (tmp_path / "none.txt").write_text("\n")
@@ -353,6 +441,6 @@ def test_a_conversation_run_answers_chats_with_the_system_turn_of_its_training(
     assert written == [row | {"answer": answer} for row, answer in zip(rows, expected[2:], strict=True)]
     file.write_text(json.dumps({"messages": turns[:2]}) + "\n")
     capsys.readouterr()
-    assert "prompt 1: the last turn is of the assistant, expected one of the user" in refusal(
+    assert "line 1: the last turn is of the assistant, expected one of the user" in refusal(
         capsys, "generate", place, "--file", str(file)
     )

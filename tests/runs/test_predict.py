@@ -3,14 +3,20 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
 import peft
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedelta
@@ -19,6 +25,7 @@ from command import refusal
 from fedelta.errors import FedeltaError
 from fedelta.learning.data.sources import load_splits
 from fedelta.runs.config import parse_config
+from fedelta.runs.output_table import write_rows
 from fedelta.runs.runner import Run, run
 
 LEARNS = {"method": "fedex", "rounds": 4, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}}
@@ -193,7 +200,7 @@ def test_a_regression_predicts_numbers_and_is_scored(
     assert "probability" not in json.loads(output.read_text().splitlines()[0])
 
 
-def test_rows_with_unknown_labels_do_not_count_in_the_score(
+def test_rows_without_a_label_do_not_count_and_unknown_classes_are_wrong(
     finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predicted = list(fedelta.predict(finished, TEXTS)["prediction"])
@@ -203,11 +210,104 @@ def test_rows_with_unknown_labels_do_not_count_in_the_score(
     place = str(finished.folder.path)
     assert command("predict", place, str(file), "-o", str(tmp_path / "out.csv")) == 0
     shown = capsys.readouterr().out
-    assert "accuracy 100.00 %" in shown
-    assert "(without 2 rows whose label is empty or not known)" in shown
+    assert "accuracy 75.00 %" in shown
+    assert "(without 1 row that has no label; not known to the model, so always wrong: fire)" in shown
     write_csv(file, [{"text": "a", "label": "fire"}])
     assert command("predict", place, str(file), "-o", str(tmp_path / "none.csv")) == 0
     assert "no score: no label in column 'label' is one that the model knows" in capsys.readouterr().err
+
+
+_CELLS = st.text(st.sampled_from("ab,;\"'\t\r\n "), max_size=6)
+
+
+@given(st.lists(st.tuples(_CELLS, _CELLS), min_size=1, max_size=5), st.sampled_from(["csv", "tsv"]))
+def test_whatever_a_cell_holds_readers_of_the_written_table_see_the_same_cells(
+    rows: list[tuple[str, str]], suffix: str
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"out.{suffix}"
+        write_rows(path, pa.table({"one": [row[0] for row in rows], "two": [row[1] for row in rows]}))
+        delimiter = "," if suffix == "csv" else "\t"
+        with path.open(newline="", encoding="utf-8") as stream:
+            found = [(row["one"], row["two"]) for row in csv.DictReader(stream, delimiter=delimiter)]
+        table = pandas.read_csv(path, sep=delimiter, keep_default_na=False, dtype=str)
+    assert found == rows
+    assert list(table.itertuples(index=False, name=None)) == rows
+
+
+def test_probabilities_have_six_digits_in_every_format(finished: Run, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", [{"text": text} for text in TEXTS])
+    output = tmp_path / "out.jsonl"
+    assert command("predict", str(finished.folder.path), str(file), "-o", str(output), "--probabilities") == 0
+    values = [value for line in output.read_text().splitlines() for value in list(json.loads(line).values())[2:]]
+    assert len(values) == 4 * len(TEXTS)
+    assert values == [float(f"{value:.6g}") for value in values]
+
+
+def test_without_an_output_the_first_rows_are_printed(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_csv(tmp_path / "rows.csv", [{"id": f"n{i}", "text": f"ship{i}"} for i in range(25)])
+    assert command("predict", str(finished.folder.path), str(file)) == 0
+    shown = capsys.readouterr().out
+    expected = fedelta.predict(finished, [f"ship{i}" for i in range(25)])
+    for i, row in expected.head(20).iterrows():
+        (line,) = [line for line in shown.splitlines() if f" ship{i} " in line]
+        assert row["prediction"] in line
+        assert f"{row['probability']:.6g}" in line
+    assert "ship20" not in shown
+    assert "5 more rows; -o FILE writes all of them" in shown
+
+
+def test_a_wrong_file_is_refused_before_the_model_is_loaded(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = write_csv(tmp_path / "a.csv", [{"body": "a"}]), tmp_path / "out.csv"
+    place = str(finished.folder.path)
+    line = refusal(capsys, "predict", place, str(file), "-o", str(output), "--base", "/gone")
+    assert "no column 'text', found body" in line
+    with pytest.raises(FedeltaError, match="no column 'text', found body"):
+        fedelta.predict(place, file, base="/gone")
+    with pytest.raises(FedeltaError, match="my parcel is late: no such file; texts are passed as a list"):
+        fedelta.predict(place, "my parcel is late")
+    with pytest.raises(FedeltaError, match="rows is empty, expected at least one row or text"):
+        fedelta.predict(place, [])
+
+
+def test_an_adapter_on_a_base_of_another_size_names_a_tensor_with_both_shapes(
+    finished: Run, tiny_bert: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny_bert)
+    config.hidden_size, config.intermediate_size = 2 * config.hidden_size, 2 * config.intermediate_size
+    other = tmp_path / "other"
+    shutil.copytree(tiny_bert, other)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(other)
+    with pytest.raises(FedeltaError, match=r"does not fit the base model .*/other: .*lora_\S+ is \(.*\), expected \("):
+        fedelta.predict(finished, TEXTS, base=other)
+
+
+def test_a_base_with_a_relative_name_is_found_from_any_folder(
+    tiny_config: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    shutil.copytree(tiny_bert, here / "m")
+    monkeypatch.chdir(here)
+    trained = run(tiny_config(model={"name": "m"}, rounds=1))
+    expected = fedelta.predict(trained, TEXTS)
+    monkeypatch.chdir(there)
+    assert fedelta.predict(trained.folder.path, TEXTS).equals(expected)
+    (here / "m").rename(here / "n")
+    with pytest.raises(FedeltaError, match="here/m: no such folder; if the base model has moved, name its folder"):
+        fedelta.predict(trained.folder.path, TEXTS)
+
+
+def test_nothing_is_printed_on_standard_error(finished: Run) -> None:
+    program = f"import fedelta; fedelta.predict({str(finished.folder.path)!r}, ['a ship'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "is_gradient_checkpointing" not in done.stderr
 
 
 def test_a_method_without_a_global_model_predicts_as_one_client(tiny_config: Any) -> None:

@@ -1,5 +1,6 @@
 """A chat with a language model on the terminal."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from fedelta.cli.terminal import err
 from fedelta.errors import FedeltaError
 
 YOU = "> "
+COMMANDS = "/new starts another chat, /exit ends it"
+_COMMAND = re.compile(r"/\w+")
 
 
 def safe_lines(text: str) -> str:
@@ -45,7 +48,7 @@ def chat_on_terminal(writer: Any) -> None:
     if not writer.chats:
         raise FedeltaError("--chat needs a model with a chat template")
     if sys.stdin.isatty():
-        print_text(err, "Ctrl-D ends the chat; /new starts another one")
+        print_text(err, f"{COMMANDS}, as Ctrl-D does")
     converse(writer, _turns(), sys.stdout.write)
 
 
@@ -72,7 +75,8 @@ def converse(writer: Any, turns: Iterable[str], write: Callable[[str], object]) 
 
     Args:
         writer: a `Writer` that chats.
-        turns: the user's turns. Empty ones are skipped, and `/new` forgets all turns before it.
+        turns: the user's turns. Empty ones are skipped, `/new` forgets all turns before it, `exit` and `quit` end the
+            chat, also with a slash. Other words with a slash before them are refused.
         write: receives the text of the answers.
 
     Returns:
@@ -81,10 +85,16 @@ def converse(writer: Any, turns: Iterable[str], write: Callable[[str], object]) 
     messages: list[dict[str, str]] = []
     number = 0
     for turn in turns:
-        if turn.strip() == "/new":
+        word = turn.strip()
+        if not word:
+            continue
+        if word.removeprefix("/") in ("exit", "quit"):
+            break
+        if word == "/new":
             messages = []
             continue
-        if not turn.strip():
+        if _COMMAND.fullmatch(word.split()[0]):
+            print_text(err, f"{word.split()[0][:40]} is not a command; {COMMANDS}", "note:")
             continue
         asked = [*messages, {"role": "user", "content": turn}]
         try:

@@ -1,18 +1,22 @@
 """The command `fedelta generate`."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from fedelta.cli.printing import print_path, print_text
-from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name
+from fedelta.cli.results import Base, Client, Device, DeviceName, Dtype, Place, dtype_name, say_loading
 from fedelta.cli.terminal import err, out
 from fedelta.errors import FedeltaError, quantity
+
+if TYPE_CHECKING:
+    from fedelta.runs.prompts import Prompt, Question
 
 MAX_PROMPT = 160
 """Maximum number of characters of a prompt above its answer."""
@@ -67,13 +71,23 @@ def generate(
     interactive = chat and not (prompt or column or file)
     if output is not None:
         _check_output(output, overwrite, interactive)
-    rows = [] if interactive else _rows(prompt or [], column or [], file)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are not text are refused with their prompt.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    prompts = [] if interactive else _prompts(prompt or [], column or [], file)
+    if output is not None:
+        _check_columns(prompts)
 
     from fedelta.runs.generate import Decoding, Writer
-    from fedelta.runs.result_model import load_result
+    from fedelta.runs.prompts import read_prompts
+    from fedelta.runs.result_model import check_result, load_result
 
     decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed)
     decoding.check()
+    # What can be checked without the model is checked before it is loaded, which may take minutes.
+    found = check_result(result, "generate", client)
+    questions = read_prompts(prompts, found.task, str(result))
+    say_loading(base or found.base)
     loaded = load_result(result, "generate", client=client, base=base, device=device, dtype=dtype_name(dtype))
     writer = Writer(loaded, decoding, chat or None, system)
     if interactive:
@@ -81,21 +95,15 @@ def generate(
 
         chat_on_terminal(writer)
         return
-    _say_template(loaded.task, rows)
-    rows = [dict(writer.filled(row)) for row in rows]
-    tokens = [_tokens(writer, row, number) for number, row in enumerate(rows, 1)]
+    _say_template(loaded.task, questions)
+    tokens = [writer.question_tokens(question) for question in questions]
     if output is None:
-        _print_answers(writer, rows, tokens)
+        _print_answers(writer, questions, tokens)
     else:
-        _write_answers(writer, rows, tokens, output)
-
-
-def _tokens(writer: Any, row: dict[str, Any], number: int) -> list[int]:
-    try:
-        tokens: list[int] = writer.row_tokens(row)
-    except FedeltaError as error:
-        raise FedeltaError(f"prompt {number}: {error}") from error
-    return tokens
+        _write_answers(writer, questions, tokens, output)
+    if writer.cut:
+        cut = "the answer was" if len(questions) == 1 else f"{writer.cut} of {quantity(len(questions), 'answer')} were"
+        print_text(err, f"{cut} cut at {quantity(writer.limit, 'token')}; --max-new-tokens sets the limit", "note:")
 
 
 def _check_output(output: Path, overwrite: bool, interactive: bool) -> None:
@@ -108,36 +116,59 @@ def _check_output(output: Path, overwrite: bool, interactive: bool) -> None:
     check_output(output, overwrite)
 
 
-def _write_answers(writer: Any, rows: list[dict[str, Any]], tokens: list[list[int]], output: Path) -> None:
+def _check_columns(prompts: list["Prompt"]) -> None:
+    from fedelta.runs.prompts import ANSWER
+
+    for prompt in prompts:
+        if ANSWER in prompt.row:
+            raise FedeltaError(f"{prompt.place}: it has a key {ANSWER!r} already; rename or remove it")
+
+
+def _write_answers(writer: Any, questions: list["Question"], tokens: list[list[int]], output: Path) -> None:
     from fedelta.cli.bars import progress_bar
     from fedelta.files import write_file
+    from fedelta.runs.prompts import ANSWER
 
     lines: list[str] = []
     with progress_bar(err, "prompts") as progress:
-        for row, answer in zip(rows, writer.answers(tokens), strict=True):
-            lines.append(json.dumps({**row, "answer": answer}, ensure_ascii=False) + "\n")
-            progress(len(lines), len(rows))
+        for question, answer in zip(questions, writer.answers(tokens), strict=True):
+            # A column `prompt` that fills a template stays as it is.
+            whole = {} if question.text is None else {PROMPT_COLUMN: question.text}
+            line = {**whole, **question.row, ANSWER: answer}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            progress(len(lines), len(questions))
     write_file(output, "".join(lines))
     print_path(out, "answers", f"{output}: {quantity(len(lines), 'answer')}")
 
 
-def _rows(prompts: list[str], columns: list[str], file: Path | None) -> list[dict[str, Any]]:
-    """The prompts of the command line, of a file, or of standard input, as rows."""
+def _prompts(prompts: list[str], columns: list[str], file: Path | None) -> list["Prompt"]:
+    """The prompts of the command line, of a file, or of standard input."""
+    from fedelta.runs.prompts import Prompt
+
     given = [name for name, value in (("--prompt", prompts), ("--column", columns), ("--file", file)) if value]
     if len(given) > 1:
         raise FedeltaError(f"{' and '.join(given)}: expected one of them")
     if columns:
-        return [dict(_pair(text) for text in columns)]
+        return [Prompt("--column", _row(columns), whole=False)]
     if file is not None:
         return list(_read(file))
     if prompts:
-        return [{PROMPT_COLUMN: text} for text in prompts]
+        return [Prompt(f"prompt {i}", {PROMPT_COLUMN: text}, whole=True) for i, text in enumerate(prompts, 1)]
     if sys.stdin.isatty():
         raise FedeltaError("generate: no prompt; pass --prompt TEXT, --column NAME=VALUE, --file FILE, or --chat")
     text = sys.stdin.read()
     if not text.strip():
         raise FedeltaError("generate: standard input is empty, expected a prompt")
-    return [{PROMPT_COLUMN: text.removesuffix("\n")}]
+    return [Prompt("standard input", {PROMPT_COLUMN: text.removesuffix("\n")}, whole=True)]
+
+
+def _row(columns: list[str]) -> dict[str, str]:
+    row: dict[str, str] = {}
+    for name, value in map(_pair, columns):
+        if name in row:
+            raise FedeltaError(f"--column {name[:40]} is given twice, expected each column once")
+        row[name] = value
+    return row
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -147,8 +178,9 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _read(file: Path) -> Iterator[dict[str, Any]]:
+def _read(file: Path) -> Iterator["Prompt"]:
     from fedelta.reading import parse_json, read_bytes
+    from fedelta.runs.prompts import Prompt
 
     content = read_bytes(file, 2**28)
     try:
@@ -162,35 +194,33 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"{file}, line {number}"
         if file.suffix.lower() == ".txt":
-            yield {PROMPT_COLUMN: line.removesuffix("\r")}
+            yield Prompt(place, {PROMPT_COLUMN: line.removesuffix("\r")}, whole=True)
             continue
-        row = parse_json(line, f"{file}, line {number}")
+        row = parse_json(line, place)
         if not isinstance(row, dict):
-            raise FedeltaError(f"{file}, line {number}: found a {type(row).__name__}, expected keys and values")
-        if PROMPT_COLUMN in row and not isinstance(row[PROMPT_COLUMN], str):
-            raise FedeltaError(f"{file}, line {number}: prompt is a {type(row[PROMPT_COLUMN]).__name__}, expected text")
-        yield row
+            raise FedeltaError(f"{place}: found a {type(row).__name__}, expected keys and values")
+        yield Prompt(place, row)
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
-    return PROMPT_COLUMN in row
-
-
-def _say_template(task: Any, rows: list[dict[str, Any]]) -> None:
+def _say_template(task: Any, questions: list["Question"]) -> None:
     """Tell once that whole prompts lack the text around the run's columns, which the model has seen in training."""
     template = getattr(task, "prompt", None)
-    if template is not None and template != "{prompt}" and any(map(_is_whole, rows)):
+    whole = any(
+        question.text is not None and question.text == question.row.get(PROMPT_COLUMN) for question in questions
+    )
+    if template is not None and template != "{prompt}" and whole:
         print_text(err, f"prompts are used as they are; the run's are {template!r}, which --column fills", "note:")
 
 
-def _print_answers(writer: Any, rows: list[dict[str, Any]], tokens: list[list[int]]) -> None:
+def _print_answers(writer: Any, questions: list["Question"], tokens: list[list[int]]) -> None:
     """Print the answers: while they are generated on a terminal, else when they are complete."""
     live = sys.stdout.isatty()
     answers = None if live else writer.answers(tokens)
-    for number, row in enumerate(rows):
-        if len(rows) > 1:
-            print_text(out, _shown(row), ">", "bold", limit=MAX_PROMPT)
+    for number, question in enumerate(questions):
+        if len(questions) > 1:
+            print_text(out, _shown(question), ">", "bold", limit=MAX_PROMPT)
         if answers is None:
             from fedelta.cli.chat import Screen
 
@@ -199,10 +229,10 @@ def _print_answers(writer: Any, rows: list[dict[str, Any]], tokens: list[list[in
             from fedelta.cli.chat import safe_lines
 
             out.print(Text(safe_lines(next(answers))), highlight=False, soft_wrap=True)
-        if len(rows) > 1 and number + 1 < len(rows):
+        if number + 1 < len(questions):
             out.print()
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _shown(question: "Question") -> str:
     """A prompt above its answer: itself, or the messages of a chat."""
-    return str(row[PROMPT_COLUMN] if _is_whole(row) else row["messages"])
+    return str(question.row["messages"]) if question.text is None else question.text

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from fedelta.cli.printing import MAX_PATH, print_text
+from fedelta.cli.terminal import err
+
 
 class DeviceName(StrEnum):
     """Device that runs the model."""
@@ -29,6 +32,12 @@ Client = Annotated[
 Base = Annotated[str | None, typer.Option(help="The base model, if it is not where the result says.", metavar="FOLDER")]
 Device = Annotated[DeviceName, typer.Option(help="Device that runs the model.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Type of the base model; default: that of the run.")]
+
+
+def say_loading(base: str | None) -> None:
+    """Say on a terminal which base model is loaded, which may take minutes."""
+    if base is not None and err.is_terminal:
+        print_text(err, f"loading {base}", limit=MAX_PATH)
 
 
 def dtype_name(dtype: DtypeName | None) -> str | None:

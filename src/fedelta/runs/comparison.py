@@ -11,6 +11,7 @@ from fedelta.federation.run_folder import RunFolder
 from fedelta.methods import make_method, resolve
 from fedelta.runs.assemble import make_server
 from fedelta.runs.config import Config
+from fedelta.runs.identity import differing_inputs
 from fedelta.runs.runner import Run, open_run, run
 
 
@@ -90,14 +91,32 @@ def open_runs(folder: Path) -> list[Run]:
     """Open the finished run in a folder, or the finished runs of a comparison below it.
 
     Raises:
-        FedeltaError: if there is no finished run.
+        FedeltaError: if there is no finished run, or the runs are not of one comparison.
     """
     if (folder / "config.yaml").exists():
         return [open_run(folder)]
     finished = [path.parent for path in sorted(folder.glob("*/result.json"))]
     if not finished:
         raise FedeltaError(f"{folder}: no finished run here")
-    return in_order([open_run(path) for path in finished])
+    runs = [open_run(path) for path in finished]
+    _check_comparable(folder, runs)
+    return in_order(runs)
+
+
+def _check_comparable(folder: Path, runs: Sequence[Run]) -> None:
+    """Raise unless the runs have the same task, data and test rows: a mean over others would have no meaning."""
+    first = runs[0]
+    for other in runs[1:]:
+        pairs = ((first.config.task, other.config.task), (first.config.data, other.config.data))
+        differing = [name for name, (one, two) in zip(("task", "data"), pairs, strict=True) if one != two]
+        if "test rows" in differing_inputs([each.result.get("inputs", {}) for each in (first, other)]):
+            differing.append("test rows")
+        if differing:
+            names = f"{first.folder.path.name} and {other.folder.path.name}"
+            raise FedeltaError(
+                f"{folder}: {names} differ in {listed(differing)}, so they are not of one comparison; name the folder "
+                "of one run or of one comparison"
+            )
 
 
 def in_order(runs: list[Run]) -> list[Run]:

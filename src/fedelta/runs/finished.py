@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas
 
-from fedelta.errors import FedeltaError
+from fedelta.errors import FedeltaError, quantity
 from fedelta.federation.records import GeneratedAnswer, Result, RoundRecord
 from fedelta.federation.run_folder import RunFolder
 from fedelta.runs.config import Config, load_config
@@ -16,7 +16,7 @@ from fedelta.runs.export import export_run
 from fedelta.runs.profile import Profile
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A finished run.
 
@@ -33,6 +33,11 @@ class Run:
     records: list[RoundRecord]
     result: Result
     profile: Profile | None = None
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in self.test.items())
+        rounds = quantity(len(self.records), "round")
+        return f"Run({self.config.name}: {self.config.method.name}, {rounds}, test {scores}, {self.folder.path})"
 
     @property
     def test(self) -> Mapping[str, float]:
@@ -83,7 +88,7 @@ def _row(record: RoundRecord) -> dict[str, float | int | None]:
     }
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path | str) -> Run:
     """Open a finished run.
 
     Args:
@@ -92,6 +97,7 @@ def open_run(folder: Path) -> Run:
     Raises:
         FedeltaError: if there is no run, it has not finished, or one of its files is damaged or was changed.
     """
+    folder = Path(folder)
     config = load_config(folder / "config.yaml")
     run_folder = RunFolder(folder, config.dump())
     result = run_folder.result()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedelta.errors import FedeltaError, listed
+from fedelta.errors import FedeltaError
 from fedelta.learning.device import device_errors
 from fedelta.learning.model.padding import longest_text
 from fedelta.learning.tasks import Completion, Conversation, LanguageTask, plain
@@ -17,12 +17,15 @@ from fedelta.learning.tasks.chat_rows import read_asked
 from fedelta.learning.tasks.chat_template import ChatTemplate, Message
 from fedelta.learning.tasks.turns import Turns
 from fedelta.runs.finished import Run
-from fedelta.runs.result_model import ResultModel, load_result
+from fedelta.runs.prompts import Prompt, Question, checked_text, read_prompts
+from fedelta.runs.result_model import ResultModel, check_result, load_result
 from fedelta.seeds import derive_seed, torch_seed
 
 NEW_TOKENS = 256
 """Maximum number of tokens in an answer if neither the caller nor the run says it."""
 BATCH = 8
+MIN_TEMPERATURE = 1e-3
+"""Logits that are divided by much less are infinite."""
 
 
 class Decoding(NamedTuple):
@@ -46,8 +49,8 @@ class Decoding(NamedTuple):
         """Raise a FedeltaError if a value is not valid."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise FedeltaError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
-        if not self.temperature > 0 or self.temperature == float("inf"):
-            raise FedeltaError(f"temperature is {self.temperature}, expected a number above 0")
+        if not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise FedeltaError(f"temperature is {self.temperature}, expected a number of at least {MIN_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             raise FedeltaError(f"top_p is {self.top_p}, expected a number above 0 and at most 1")
         if self.seed < 0:
@@ -68,6 +71,8 @@ class Writer:
 
     Attributes:
         tokenizer: the model's tokenizer.
+        limit: maximum number of tokens in an answer.
+        cut: number of answers so far that have reached this limit without an end.
 
     Raises:
         FedeltaError: if a chat is asked for and the tokenizer has no chat template, or a value is not valid.
@@ -93,7 +98,8 @@ class Writer:
             raise FedeltaError(f"{result.place}: --system is for chats, but this model completes plain prompts")
         self._template = ChatTemplate(self.tokenizer, date) if self._turns else None
         generate = task.generate if task else None
-        self._new = decoding.max_new_tokens or (generate.max_new_tokens if generate else NEW_TOKENS)
+        self.cut = 0
+        self.limit = decoding.max_new_tokens or (generate.max_new_tokens if generate else NEW_TOKENS)
 
     @property
     def chats(self) -> bool:
@@ -104,41 +110,30 @@ class Writer:
         """Tokens of a prompt, as in training.
 
         Raises:
-            FedeltaError: if the prompt is empty, or longer than the model takes.
+            FedeltaError: if the prompt is empty or not valid Unicode, or longer than the model takes.
         """
-        if not prompt.strip():
-            raise FedeltaError("an empty prompt")
+        checked_text(prompt)
         if self._template is not None:
             return self.chat_tokens([{"role": "user", "content": prompt}])
         begin, before, _ = next(plain.read([prompt], [self._begin_of_answer()], self.tokenizer))
         return self._checked([*begin, *before])
 
-    def filled(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row with `prompt` or `messages`: if it has neither, its columns fill the template of the run's prompts.
+    def question_tokens(self, question: Question) -> list[int]:
+        """Tokens of a prompt that `read_prompts` has returned.
 
         Raises:
-            FedeltaError: if there is no such template, or a column of it is missing.
+            FedeltaError: naming the prompt: as for `tokens`, or if the model does not take chats.
         """
-        columns = self._task.prompt_columns if isinstance(self._task, Completion) else []
-        if "prompt" in row or ("messages" in row and "messages" not in columns):
-            return row
-        return {**row, "prompt": fill_prompt(self._task, row, self._place)}
-
-    def row_tokens(self, row: Mapping[str, Any]) -> list[int]:
-        """Tokens of a prompt that is given as a row.
-
-        Args:
-            row: `prompt`, a whole prompt, or `messages`, a chat, perhaps with `tools`.
-
-        Raises:
-            FedeltaError: as for `tokens`, or if the messages can't be read.
-        """
-        if "prompt" in row:
-            return self.tokens(row["prompt"])
-        if self._template is None:
-            raise FedeltaError(f"{self._place}: messages are for chats, but this model completes plain prompts")
-        tools = row.get("tools")
-        return self.chat_tokens(read_asked(row["messages"]), None if tools is None else read_tools(tools))
+        try:
+            if question.text is not None:
+                return self.tokens(question.text)
+            if self._template is None:
+                raise FedeltaError(f"{self._place}: messages are for chats, but this model completes plain prompts")
+            tools = question.row.get("tools")
+            messages = read_asked(question.row["messages"])
+            return self.chat_tokens(messages, None if tools is None else read_tools(tools))
+        except FedeltaError as error:
+            raise FedeltaError(f"{question.place}: {error}") from error
 
     def _begin_of_answer(self) -> str:
         """A text that stands for the answer: it decides whether white space at the end of a prompt belongs to it."""
@@ -150,14 +145,14 @@ class Writer:
         assert self._template is not None
         own = messages[0]["role"] == "system"
         system = [{"role": "system", "content": self._system}] if self._system and not own else []
-        text = self._template.render([*system, *messages], True, tools)
+        text = checked_text(self._template.render([*system, *messages], True, tools))
         return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _checked(self, tokens: list[int]) -> list[int]:
         longest = longest_text(self._model, self.tokenizer)
-        if len(tokens) + self._new > longest:
+        if len(tokens) + self.limit > longest:
             raise FedeltaError(
-                f"a prompt of {len(tokens)} tokens and an answer of {self._new} are more than the {longest} tokens "
+                f"a prompt of {len(tokens)} tokens and an answer of {self.limit} are more than the {longest} tokens "
                 "that the model takes; shorten the prompt, or lower --max-new-tokens"
             )
         return tokens
@@ -200,7 +195,7 @@ class Writer:
             sampling = {"do_sample": True, "temperature": self._decoding.temperature, "top_k": 0}
             sampling["top_p"] = self._decoding.top_p
         config = GenerationConfig(
-            max_new_tokens=self._new, pad_token_id=pad, eos_token_id=sorted(ends - {None}) or None, **sampling
+            max_new_tokens=self.limit, pad_token_id=pad, eos_token_id=sorted(ends - {None}) or None, **sampling
         )
         device = self._model.device
         seed = derive_seed(self._decoding.seed, "answer", number)
@@ -211,30 +206,9 @@ class Writer:
                 generation_config=config,
                 streamer=streamer,
             )
-        return generated[:, longest:].tolist()
-
-
-def fill_prompt(task: Any, columns: Mapping[str, Any], place: str) -> str:
-    """Fill the template of a run's prompts with columns.
-
-    Args:
-        task: the task of the run; None if it is not known.
-        columns: column → value. Other columns than those of the template are ignored.
-        place: name of the result in messages.
-
-    Raises:
-        FedeltaError: if the task has no such template, or a column of it is missing.
-    """
-    if not isinstance(task, Completion):
-        raise FedeltaError(f"{place}: no template of prompts is known, so columns can't fill it; pass whole prompts")
-    wanted = task.prompt_columns
-    if missing := [name for name in wanted if name not in columns]:
-        raise FedeltaError(
-            f"{place}: its prompts need {'the column' if len(wanted) == 1 else 'the columns'} {listed(wanted)}, "
-            f"but {listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-        )
-    values = {name: columns[name] for name in wanted}
-    return task.prompt.format(**{name: "" if value is None else value for name, value in values.items()})
+        answers: list[list[int]] = generated[:, longest:].tolist()
+        self.cut += sum(len(answer) >= self.limit and not ends & set(answer) for answer in answers)
+        return answers
 
 
 def generate(
@@ -279,9 +253,15 @@ def generate(
     """
     place = result.folder.path if isinstance(result, Run) else result
     own_base = None if base is None else str(base)
-    loaded = load_result(place, "generate", client=client, base=own_base, device=device, dtype=dtype)
-    writer = Writer(loaded, Decoding(max_new_tokens, sample, temperature, top_p, seed), chat, system)
-    rows = [
-        {"prompt": row} if isinstance(row, str) else row for row in ([prompts] if isinstance(prompts, str) else prompts)
+    decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed)
+    decoding.check()
+    given: Sequence[str | Mapping[str, Any]] = [prompts] if isinstance(prompts, str) else prompts
+    asked = [
+        Prompt(f"prompt {i}", {"prompt": row}, True) if isinstance(row, str) else Prompt(f"prompt {i}", row)
+        for i, row in enumerate(given, 1)
     ]
-    return list(writer.answers([writer.row_tokens(writer.filled(row)) for row in rows]))
+    # What can be checked without the model is checked before it is loaded, which may take minutes.
+    questions = read_prompts(asked, check_result(place, "generate", client).task, str(place))
+    loaded = load_result(place, "generate", client=client, base=own_base, device=device, dtype=dtype)
+    writer = Writer(loaded, decoding, chat, system)
+    return list(writer.answers([writer.question_tokens(question) for question in questions]))

@@ -28,7 +28,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
-    """Write the table atomically.
+    r"""Write the table atomically. Lines of CSV and TSV end in \r\n, as RFC 4180 asks for.
 
     Raises:
         FedeltaError: naming a column that the format can't hold.
@@ -52,7 +52,8 @@ def _delimited(path: Path, table: pa.Table, delimiter: str) -> str:
         if pa.types.is_nested(field.type):
             raise FedeltaError(f"{path}: column {field.name[:40]!r} holds lists or objects; write .jsonl or .parquet")
     text = io.StringIO()
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    # With these line ends, Python also quotes a cell that holds a lone \r, which readers take for the end of a row.
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(table.column_names)
     for batch in table.to_batches():
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):

@@ -23,7 +23,7 @@ from fedelta.learning.data.table import Table, shorten
 from fedelta.learning.device import device_errors
 from fedelta.learning.model.padding import longest_text
 from fedelta.runs.finished import Run
-from fedelta.runs.result_model import ResultModel, load_result
+from fedelta.runs.result_model import ResultFolder, ResultModel, check_result, load_result
 
 PREDICTION, PROBABILITY, PREFIX = "prediction", "probability", "probability_"
 TABLES = ("csv", "tsv")
@@ -39,12 +39,14 @@ class Predictions(NamedTuple):
     Args:
         table: the rows with the columns of the predictions.
         scores: score → value, if the rows have labels.
-        unknown: number of rows whose label is empty or is not one that the model knows; they do not count in `scores`.
+        empty: number of rows without a label; they do not count in `scores`.
+        unknown: labels that the model does not know. Its predictions for their rows count as wrong.
     """
 
     table: pa.Table
     scores: dict[str, float]
-    unknown: int
+    empty: int
+    unknown: list[str]
 
 
 def read_rows(file: Path, data: DataSettings, columns: Sequence[str]) -> Table:
@@ -117,7 +119,9 @@ def predict_table(
         return Predictions(rows, *_scores(result, table, numbers))
     shares = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
-    best = shares.argmax(axis=1)
+    # The model computes no more digits than these.
+    shares = np.array([float(f"{share:.6g}") for share in shares.flat]).reshape(shares.shape)
+    best = outputs.argmax(axis=1)
     rows = rows.append_column(PREDICTION, pa.array([result.classes[i] for i in best], pa.string()))
     rows = rows.append_column(PROBABILITY, pa.array(shares.max(axis=1), pa.float64()))
     if probabilities:
@@ -153,25 +157,33 @@ def _outputs(
     return outputs
 
 
-def _scores(result: ResultModel, table: Table, predicted: np.ndarray) -> tuple[dict[str, float], int]:
-    """Scores of the predictions, and the number of rows without a known label; nothing if there are no labels."""
+def _scores(result: ResultModel, table: Table, predicted: np.ndarray) -> tuple[dict[str, float], int, list[str]]:
+    """Scores of the predictions, the number of rows without a label, and the labels that are not known.
+
+    There are no scores without labels, or if none of them is known.
+    """
     label, task = result.data.label, result.task
     if task is None or label not in table.rows.column_names or label in table.mixed:
-        return {}, 0
-    feature, values = table.rows.features[label], table.rows[label][:]
-    names = getattr(feature, "names", None)
-    known: list[Any]
+        return {}, 0, []
+    names = getattr(table.rows.features[label], "names", None)
+    empty, values = empty_cells(table.rows, label), table.rows[label][:]
+    rows = [i for i in range(len(values)) if not empty[i]]
+    written = {i: _class_name(values[i], names) for i in rows}
+    known: dict[int, Any]
     if result.classes:
         index = {name: i for i, name in enumerate(result.classes)}
-        written = [_class_name(value, names) for value in values]
-        known = [index.get(name, index.get(_WHOLE.sub(r"\1", name))) for name in written]
+        known = {i: index.get(name, index.get(_WHOLE.sub(r"\1", name))) for i, name in written.items()}
     else:
-        known = [_number(value, result.data.decimal) for value in values]
-    rows = [i for i, value in enumerate(known) if value is not None]
-    if not rows:
-        return {}, len(values)
+        known = {i: _number(values[i], result.data.decimal) for i in rows}
+    unknown = list(dict.fromkeys(written[i] for i in rows if known[i] is None))
+    if len(known) == sum(value is None for value in known.values()):
+        return {}, len(values) - len(rows), unknown
+    if result.classes:
+        # No prediction can equal these.
+        known = {i: len(result.classes) + unknown.index(written[i]) if v is None else v for i, v in known.items()}
+    rows = [i for i in rows if known[i] is not None]
     scores = task.own_scores([known[i] for i in rows], [predicted[i] for i in rows])
-    return scores, len(values) - len(rows)
+    return scores, len(values) - int((~empty).sum()), unknown
 
 
 def _class_name(value: Any, names: Sequence[str] | None) -> str:
@@ -226,21 +238,27 @@ def predict(
     """
     place = result.folder.path if isinstance(result, Run) else result
     own_base = None if base is None else str(base)
-    loaded = load_result(place, "predict", client=client, base=own_base, device=device, dtype=dtype)
-    columns = text_columns(loaded, text)
+    found = check_result(place, "predict", client)
+    columns = text_columns(found, text)
+    # What can be checked without the model is checked before it is loaded, which may take minutes.
     if isinstance(rows, str | Path):
-        source, table = str(rows), read_rows(Path(rows), loaded.data, columns)
+        if not Path(rows).is_file():
+            raise FedeltaError(f"{rows}: no such file; texts are passed as a list")
+        source, table = str(rows), read_rows(Path(rows), found.data, columns)
     else:
-        if isinstance(rows, Sequence) and rows and all(isinstance(row, str) for row in rows):
+        if isinstance(rows, Sequence) and not rows:
+            raise FedeltaError("rows is empty, expected at least one row or text")
+        if isinstance(rows, Sequence) and all(isinstance(row, str) for row in rows):
             if len(columns) != 1:
                 raise FedeltaError(f"the model reads pairs of texts: pass rows with the columns {listed(columns)}")
             rows = [{columns[0]: row} for row in rows]
         source, table = "rows", memory_table("rows", rows)
     check_texts(source, table, columns)
+    loaded = load_result(place, "predict", client=client, base=own_base, device=device, dtype=dtype)
     return predict_table(loaded, table, columns, probabilities, batch_size).table.to_pandas()
 
 
-def text_columns(result: ResultModel, chosen: str | Sequence[str] | None) -> tuple[str, ...]:
+def text_columns(result: ResultFolder, chosen: str | Sequence[str] | None) -> tuple[str, ...]:
     """Columns of the text: the chosen ones, or those of the run.
 
     Raises:

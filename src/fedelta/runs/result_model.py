@@ -1,5 +1,6 @@
 """A result as a plain transformers model with PEFT: from the folder of a finished run, or from any adapter folder."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class ResultFolder:
     config: Config | None
     base: str | None
 
+    @property
+    def task(self) -> Task | None:
+        return self.config.task if self.config else None
+
+    @property
+    def data(self) -> DataSettings:
+        return self.config.data if self.config else DataSettings(max_length=_MAX_LENGTH)
+
 
 def find_result(place: Path | str, client: str | None = None) -> ResultFolder:
     """Find the adapter that the folder of a run, or of an adapter, means.
@@ -90,11 +99,13 @@ def find_result(place: Path | str, client: str | None = None) -> ResultFolder:
     adapter = _of_client(str(place), adapters, client)
     if not (adapter / WEIGHTS).is_file():
         raise FedeltaError(f"{adapter}: no {WEIGHTS}, expected the weights of a PEFT adapter")
-    if config is not None:
-        return ResultFolder(str(place), adapter, config, config.model.name)
     facts = read_task_file(adapter)
     named = read_json(adapter / CONFIG).get("base_model_name_or_path")
     base = named if isinstance(named, str) and named else None
+    if config is not None:
+        # A relative name means the folder that it meant when the run was made, which the adapter names in full.
+        full = base is not None and Path(base).is_absolute() and not (facts and facts.built_in)
+        return ResultFolder(str(place), adapter, config, base if full else config.model.name)
     if facts and facts.built_in and (base is None or not Path(base).is_dir()):
         base = facts.built_in
     return ResultFolder(str(place), adapter, facts.config if facts else None, base)
@@ -157,15 +168,28 @@ def load_result(
         # The adapter of a client has no tokenizer of its own beside it.
         tokenizer = found.config.task.with_template(tokenizer)
     model = load_base(settings, len(classes), tokenizer, 0, task_kind)
-    config = found.config
     return ResultModel(
         found.place,
-        _with_adapter(model, found.adapter),
+        _with_adapter(model, found.adapter, name),
         tokenizer,
-        config.task if config else None,
-        config.data if config else DataSettings(max_length=_MAX_LENGTH),
+        found.task,
+        found.data,
         classes,
     )
+
+
+def check_result(place: Path | str, kind: Kind, client: str | None = None) -> ResultFolder:
+    """Find a result that can do what it is wanted for, without loading its model.
+
+    Args:
+        place, kind, client: as for `load_result`.
+
+    Raises:
+        FedeltaError: if the result does not exist or is of another kind.
+    """
+    found = find_result(place, client)
+    _task_kind(found, read_json(found.adapter / CONFIG), kind)
+    return found
 
 
 _MAX_LENGTH = 512
@@ -236,10 +260,22 @@ def _tokenizer(adapter: Path, settings: ModelSettings) -> Any:
         return with_padding(AutoTokenizer.from_pretrained(adapter, trust_remote_code=False), config)
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
+_MISFIT = re.compile(r"size mismatch for (\S+): .*?torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)")
+
+
+def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
     import peft
 
-    with library_errors(f"{adapter} does not fit the base model"), warnings.catch_warnings():
+    with library_errors(f"{adapter} does not fit the base model {base}"), warnings.catch_warnings():
         # PEFT would leave layers without their factors, and only warn.
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        try:
+            return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+        except RuntimeError as error:
+            if (misfit := _MISFIT.search(str(error))) is None:
+                raise
+            name, found, expected = misfit.groups()
+            raise FedeltaError(
+                f"{adapter} does not fit the base model {base}: {name} is ({found}), expected ({expected})"
+            ) from error

@@ -1,23 +1,31 @@
 """Some answers of the final models beside the reference and the answer of the initial model."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from fedelta.errors import FedeltaError
 from fedelta.federation.generations import BEFORE, TEST
 from fedelta.federation.records import GeneratedAnswer
+from fedelta.reading import read_json
 from fedelta.runs.finished import Run
 
 MODEL = "after"
 """Name of the final model if there is only one."""
 _BREAKS_BEFORE, _BREAKS_AFTER = "<[\n", ">]\n"
 """Characters before and after which a prompt may be cut: those of line breaks and special tokens."""
+_MAX_TOKENIZER = 2**28
+_HEADER = re.compile(r"\s*(?:(?:user|human)\s*\n)?", re.IGNORECASE)
+_ANSWERS_NEXT = re.compile(r"\W*(?:(?:assistant|model)\W*)?(?:\W*think\W*)*", re.IGNORECASE)
+"""What templates write around special tokens: before a user's text, and where an answer begins."""
 
 
 class Example(NamedTuple):
     """Answers to one prompt of the test split.
 
     Args:
-        prompt: the prompt, without what all prompts share.
+        prompt: the prompt, of a chat its last turn, without what all prompts share.
         reference: the first text that an answer is compared with.
         before: answer of the initial model; None if it was not evaluated.
         answers: name of the model and its answer.
@@ -46,7 +54,9 @@ def pick_examples(runs: Sequence[Run], count: int, max_methods: int | None = Non
     records = [run.folder.generations.records() for run in chosen]
     tests, befores = ([_by_row(each, round) for each in records] for round in (TEST, BEFORE))
     rows = [row for row in tests[0] if all(row in test for test in tests)]
-    short = dict(zip(rows, without_shared([tests[0][row]["prompt"] for row in rows]), strict=True))
+    special = _special_tokens(chosen[0].adapter)
+    turns = [last_turn(tests[0][row]["prompt"], special) for row in rows]
+    short = dict(zip(rows, without_shared(turns), strict=True))
     examples = []
     for row in _spread(rows, count):
         first, before = tests[0][row], befores[0].get(row)
@@ -87,6 +97,40 @@ def _by_row(records: Sequence[GeneratedAnswer], round: str) -> dict[int, Generat
 def _spread(rows: Sequence[int], count: int) -> list[int]:
     number = min(count, len(rows))
     return [rows[len(rows) * (2 * i + 1) // (2 * number)] for i in range(number)]
+
+
+def _special_tokens(adapter: Path) -> list[str]:
+    """Special tokens of the tokenizer beside an adapter; none if there is no such file."""
+    files = [adapter / "tokenizer.json", *sorted(adapter.glob("*/tokenizer.json"))]
+    try:
+        tokens = read_json(next(filter(Path.is_file, files)), _MAX_TOKENIZER)["added_tokens"]
+        return [token["content"] for token in tokens if token["special"] and token["content"]]
+    except (FedeltaError, StopIteration, KeyError, TypeError):
+        return []
+
+
+def last_turn(prompt: str, special: Sequence[str]) -> str:
+    r"""Return the last turn before the answer, without special tokens; a prompt without turns is returned whole.
+
+    Args:
+        prompt: text of the prompt, with special tokens.
+        special: the tokenizer's special tokens.
+
+    Example:
+        >>> chat = "<s>system\nBe brief.<e>\n<s>user\nHi<e>\n<s>assistant\nHello.<e>\n<s>user\nWhy?<e>\n<s>assistant\n"
+        >>> last_turn(chat, ["<s>", "<e>"])
+        'Why?'
+        >>> last_turn("<s>a red ship is :", ["<s>"])
+        'a red ship is :'
+    """
+    if not special:
+        return prompt
+    longest_first = sorted(special, key=len, reverse=True)
+    parts = re.split("|".join(map(re.escape, longest_first)), prompt)
+    found = next((part for part in reversed(parts) if not _ANSWERS_NEXT.fullmatch(part)), prompt)
+    header = _HEADER.match(found)
+    # White space at the end of a plain prompt is part of it.
+    return found[header.end() :].rstrip() if header and len(parts) > 2 else found
 
 
 def without_shared(prompts: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from fedelta import __version__
 from fedelta.errors import printable
 from fedelta.files import write_file
 from fedelta.runs.report.examples import Example, pick_examples
-from fedelta.runs.report.summary import caption, cells, columns, default_target, metric_of, summarize
+from fedelta.runs.report.summary import caption, cells, columns, default_target, metric_of, more_metrics, summarize
 from fedelta.runs.runner import Run
 
 EXAMPLES = 5
@@ -30,7 +30,7 @@ def write_page(runs: Sequence[Run], folder: Path) -> Path:
         title=folder.name,
         version=__version__,
         caption=caption(runs),
-        columns=columns(metric, target),
+        columns=columns(metric, target, more_metrics(runs)),
         rows=[cells(metric, row) for row in summarize(runs, target)],
         metric=metric,
         plot=svg[svg.index("<svg") :],

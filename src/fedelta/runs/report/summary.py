@@ -10,7 +10,8 @@ from rich.table import Table
 
 from fedelta.errors import quantity
 from fedelta.files import write_file
-from fedelta.learning.tasks.metrics import Metric
+from fedelta.learning.tasks import LanguageTask
+from fedelta.learning.tasks.metrics import METRICS, Metric
 from fedelta.runs.identity import differing_inputs
 from fedelta.runs.runner import Run
 
@@ -31,6 +32,7 @@ class MethodSummary:
         reached: number of seeds that reached the target.
         mb_down, mb_up: mean megabytes (10⁶ bytes) of all messages of a run, to and from the clients.
         lost: what the method's steps lost of the mean product, mean over rounds and modules; None if not measured.
+        more: further score that was asked for → its mean and standard deviation, as `score`.
     """
 
     method: str
@@ -42,6 +44,7 @@ class MethodSummary:
     mb_down: float
     mb_up: float
     lost: float | None
+    more: dict[str, tuple[float, float | None]]
 
 
 def default_target(runs: Sequence[Run]) -> float:
@@ -55,6 +58,20 @@ def default_target(runs: Sequence[Run]) -> float:
 def metric_of(runs: Sequence[Run]) -> Metric:
     """The metric that these runs are judged by."""
     return runs[0].config.task.judged
+
+
+def more_metrics(runs: Sequence[Run]) -> list[Metric]:
+    """The further scores of generated text that these runs were asked for."""
+    task = runs[0].config.task
+    if not isinstance(task, LanguageTask):
+        return []
+    exact = (*(["exact"] if task.answer else []), *(["exact_macro"] if task.by else []))
+    names = [name for name in (*task.scores, *exact) if name != task.metric]
+    return [METRICS[name] for name in names if all(name in run.test for run in runs)]
+
+
+def _mean_and_spread(scores: Sequence[float]) -> tuple[float, float | None]:
+    return mean(scores), stdev(scores) if len(scores) > 1 else None
 
 
 def rounds_to(target: float, run: Run) -> int | None:
@@ -71,7 +88,7 @@ def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
     rows = []
     for method in dict.fromkeys(run.config.method.name for run in runs):
         own = [run for run in runs if run.config.method.name == method]
-        scores = [run.result["test"][metric_of(runs).name] for run in own]
+        score, score_std = _mean_and_spread([run.test[metric_of(runs).name] for run in own])
         hits = [hit for run in own if (hit := rounds_to(target, run)) is not None]
         traffic = [
             [sum(r[key]["total"] for r in run.records) / MB for run in own] for key in ("bytes_down", "bytes_up")
@@ -81,23 +98,27 @@ def summarize(runs: Sequence[Run], target: float) -> list[MethodSummary]:
             MethodSummary(
                 method=method,
                 seeds=len(own),
-                score=mean(scores),
-                score_std=stdev(scores) if len(own) > 1 else None,
+                score=score,
+                score_std=score_std,
                 rounds_to_target=mean(hits) if hits else None,
                 reached=len(hits),
                 mb_down=mean(traffic[0]),
                 mb_up=mean(traffic[1]),
                 lost=mean(measured) if measured else None,
+                more={
+                    metric.name: _mean_and_spread([run.test[metric.name] for run in own])
+                    for metric in more_metrics(runs)
+                },
             )
         )
     return rows
 
 
-def columns(metric: Metric, target: float) -> list[str]:
-    """Headings of the columns."""
+def columns(metric: Metric, target: float, more: Sequence[Metric] = ()) -> list[str]:
+    """Headings of the columns, with those of `more` after the score by which runs are compared."""
     return [
         "method",
-        f"test {metric.heading}",
+        *(f"test {each.heading}" for each in (metric, *more)),
         f"rounds to {metric.format(target, 1)}",
         "MB down",
         "MB up",
@@ -107,19 +128,23 @@ def columns(metric: Metric, target: float) -> list[str]:
 
 def cells(metric: Metric, row: MethodSummary) -> list[str]:
     """Format a row, in the order of `columns`."""
-    digits = 2 if metric.percent else 3
-    spread = f" ± {metric.factor * row.score_std:.{digits}f}" if row.score_std is not None else ""
     rounds = "not reached" if row.rounds_to_target is None else f"{row.rounds_to_target:.1f}"
     if 0 < row.reached < row.seeds:
         rounds += f" ({row.reached} of {row.seeds})"
     return [
         row.method,
-        f"{metric.factor * row.score:.{digits}f}{spread}",
+        _score_cell(metric, row.score, row.score_std),
+        *(_score_cell(METRICS[name], *values) for name, values in row.more.items()),
         rounds,
         f"{row.mb_down:.2f}",
         f"{row.mb_up:.2f}",
         "–" if row.lost is None else f"{100 * row.lost:.1f}",
     ]
+
+
+def _score_cell(metric: Metric, score: float, spread: float | None) -> str:
+    shown = f"{metric.factor * score:.{metric.digits}f}"
+    return shown if spread is None else f"{shown} ± {metric.factor * spread:.{metric.digits}f}"
 
 
 def caption(runs: Sequence[Run]) -> str:
@@ -156,7 +181,7 @@ def console_table(runs: Sequence[Run]) -> Table:
     target = default_target(runs)
     table = Table(title=runs[0].config.data.title, caption=caption(runs), caption_justify="left")
     metric = metric_of(runs)
-    for i, name in enumerate(columns(metric, target)):
+    for i, name in enumerate(columns(metric, target, more_metrics(runs))):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in summarize(runs, target):
         table.add_row(*cells(metric, row))

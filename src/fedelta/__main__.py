@@ -1,0 +1,5 @@
+"""`python -m fedelta` runs the command line."""
+
+from fedelta.cli.app import main
+
+main()
