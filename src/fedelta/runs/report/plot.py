@@ -1,7 +1,7 @@
 """Validation scores by round, as SVG and PNG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,15 +32,20 @@ def plot_scores(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write `score.svg` and `score.png` into the folder and return their paths."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, points in curves(runs).items():
-        draw_curve(axes, points, label=method)
+    by_method = curves(runs)
+    if all(len(points) == 1 for points in by_method.values()):
+        draw_scores(axes, {method: points[0][1:] for method, points in by_method.items()})
+    else:
+        for method, points in by_method.items():
+            draw_curve(axes, points, label=method)
     if (constant_score := runs[0].result["constant_score"]) is not None:
         axes.axhline(constant_score, color="grey", linewidth=1, linestyle=":", label="most frequent class")
     axes.set(
         ylabel=f"validation {runs[0].config.task.judged.title}",
         title=f"{runs[0].config.data.title}, {quantity(len(runs), 'run')}",
     )
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     return save(figure, folder, "score")
 
 
@@ -73,6 +78,20 @@ def draw_curve(axes: Any, points: Sequence[tuple[int, float, float]], **style: A
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
+
+
+def draw_scores(axes: Any, scores: Mapping[str, tuple[float, float]]) -> None:
+    """Draw one score for each method, where a curve over rounds would be a single point.
+
+    Args:
+        axes: the axes to draw on.
+        scores: method → (mean, standard deviation).
+    """
+    for place, (mean_score, spread) in enumerate(scores.values()):
+        axes.errorbar(place, mean_score, yerr=spread or None, marker="o", capsize=4)
+    axes.set_xticks(range(len(scores)), list(scores))
+    axes.set_xlim(-0.5, len(scores) - 0.5)
+    axes.grid(alpha=0.25, axis="y")
 
 
 def save(figure: Any, folder: Path, name: str) -> list[Path]:
