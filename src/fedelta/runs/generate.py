@@ -12,8 +12,8 @@ from fedelta.errors import FedeltaError
 from fedelta.learning.device import device_errors
 from fedelta.learning.model.padding import longest_text
 from fedelta.learning.tasks import Completion, Conversation, LanguageTask, plain
+from fedelta.learning.tasks.chat_cells import read_asked
 from fedelta.learning.tasks.chat_message import read_tools
-from fedelta.learning.tasks.chat_rows import read_asked
 from fedelta.learning.tasks.chat_template import ChatTemplate, Message
 from fedelta.learning.tasks.turns import Turns
 from fedelta.runs.finished import Run

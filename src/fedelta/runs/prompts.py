@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from fedelta.errors import FedeltaError, listed
 from fedelta.learning.tasks import Completion
-from fedelta.learning.tasks.chat_rows import read_asked
+from fedelta.learning.tasks.chat_cells import read_asked
 
 ANSWER = "answer"
 """Key of the answer in what `fedelta generate` writes."""

@@ -9,7 +9,8 @@ from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.data.cells import IncompleteRow
 from fedelta.learning.data.settings import Use
 from fedelta.learning.data.table import listed, say, without_none
-from fedelta.learning.tasks.chat_message import MessageForm, form_of, read_message, read_tools
+from fedelta.learning.tasks.chat_cells import list_in, read_all
+from fedelta.learning.tasks.chat_message import read_tools
 from fedelta.learning.tasks.column_template import fields_of
 
 ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion"]
@@ -151,11 +152,11 @@ class ChatRows:
             return messages, [True] * len(messages), 0
         if self.column is not None:
             form = self.format if self.format in ("messages", "sharegpt") else None
-            read = _read_all(_list_in(row[self.column]), form)
+            read = read_all(list_in(row[self.column]), form)
             return [message for message, _ in read], [trained for _, trained in read], 0
-        prompt = _read_all(_list_or_text(row["prompt"], "user", "prompt" in self.texts), None, "prompt, ")
+        prompt = read_all(_list_or_text(row["prompt"], "user", "prompt" in self.texts), None, "prompt, ")
         answer = _list_or_text(row["completion"], "assistant", "completion" in self.texts)
-        completion = _read_all(answer, None, "completion, ")
+        completion = read_all(answer, None, "completion, ")
         if completion and completion[0][0]["role"] != "assistant":
             raise FedeltaError(f"completion, turn 1: role is {completion[0][0]['role']!r}, expected 'assistant'")
         both = prompt + completion
@@ -216,52 +217,10 @@ def find_format(
     return ChatRows(chosen, None, user, system, tools, history=chosen == "alpaca" and HISTORY in names)
 
 
-def read_asked(cell: Any) -> list[dict[str, Any]]:
-    """Read the messages that an answer shall follow: a list of messages, or its JSON text.
-
-    Raises:
-        FedeltaError: naming the turn that can't be read, or if nothing is asked.
-    """
-    messages = [message for message, _ in _read_all(_list_in(cell), None)]
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        found = f"the last turn is of the {messages[-1]['role']}" if messages else "found no messages"
-        raise FedeltaError(f"{found}, expected one of the user to answer")
-    return messages
-
-
-def _read_all(values: list[Any], form: MessageForm | None, where: str = "") -> list[tuple[dict[str, Any], bool]]:
-    """Read messages. All of a conversation have the same form."""
-    read = []
-    for turn, value in enumerate(values, 1):
-        try:
-            form = form or form_of(value)
-            read.append(read_message(value, form))
-        except FedeltaError as error:
-            raise FedeltaError(f"{where}turn {turn}: {error}") from error
-    return read
-
-
-def _list_in(cell: Any) -> list[Any]:
-    """The list in a cell of messages, which may be JSON text."""
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError) as error:
-            raise FedeltaError(f"found the text {one_line(repr(cell), 60)}, expected messages as JSON") from error
-    else:
-        cell = without_none(cell)
-    if isinstance(cell, dict) and cell and all(isinstance(values, list) for values in cell.values()):
-        # `datasets` may hold a list of objects as an object of lists.
-        return [without_none(dict(zip(cell, values, strict=False))) for values in zip(*cell.values(), strict=False)]
-    if not isinstance(cell, list):
-        raise FedeltaError(f"found {one_line(repr(cell), 60)}, expected a list of messages")
-    return cell
-
-
 def _list_or_text(cell: Any, role: str, text: bool) -> list[Any]:
     """The messages in a cell: a list, its JSON text unless it is to be a `text`, or a text as one message of a role."""
     if not isinstance(cell, str):
-        return _list_in(cell)
+        return list_in(cell)
     found = None if text else _messages_in(cell)
     return [{"role": role, "content": cell}] if found is None else found
 
@@ -271,7 +230,7 @@ def _messages_in(cell: str) -> list[Any] | None:
     if not cell.lstrip().startswith("["):
         return None
     try:
-        return found if _read_all(found := _list_in(cell), None) else None
+        return found if read_all(found := list_in(cell), None) else None
     except FedeltaError:
         return None
 
