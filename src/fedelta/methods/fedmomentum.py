@@ -39,16 +39,13 @@ class FedMomentum(Method):
     summary = "SVD of the mean product: the top R components to the adapter, the next ones to the base"
     mixed_ranks = False
     properties = Properties(gauge_invariant="always")
+    missing = "zeros"
     covariance = "total"
     keeps_basis = False
     variants = ({"energy": 1.0},)
 
     def holds(self) -> Properties:
         return self.properties._replace(exact="always" if self.energy == 1 else "never")
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # A rank index that a client lacks is zero.
-        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         pairs: dict[str, LoraPair] = {}

@@ -12,7 +12,6 @@ A is never sent. Each client draws it from the seed (`draw_A`), which halves the
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter, LoraPair
-from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -29,14 +28,10 @@ class FFA(Method):
     paper = "FFA-LoRA, arXiv 2403.12313"
     summary = "A frozen at its initial draw, mean of B; exact, half the bytes, fewer directions"
     properties = Properties(exact="always", reduces_to_fedit="equal ranks", linear=True)
+    missing = "unchanged"
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(down=B_ALONE, train=B_ALONE, up=B_ALONE)
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # All clients share one factor. A rank index that a client lacks is unchanged in the other one.
-        mean = moments.mean(module, "unchanged")
-        return add([LowRank(mean.B, mean.A), moments.covariance(module)])
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means("unchanged")

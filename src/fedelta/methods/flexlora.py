@@ -13,7 +13,6 @@ train again. Here they get a drawn row of A and B = 0, as at the start.
 from dataclasses import replace
 
 from fedelta.lora.adapter import Adapter
-from fedelta.lora.lowrank import Product
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -28,13 +27,10 @@ class FlexLoRA(Method):
     paper = "FlexLoRA, arXiv 2402.11505"
     summary = "SVD of the mean product, balanced, cut to each client's rank"
     properties = Properties(no_op_invariant="equal ranks", gauge_invariant="always")
+    missing = "zeros"
     covariance = "total"
     keeps_basis = False
     aliases = (("hlora", "HLoRA, arXiv 2503.00813"),)
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # A rank index that a client lacks is zero.
-        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         pairs = {

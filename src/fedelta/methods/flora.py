@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Literal
 
 from fedelta.lora.adapter import LoraPair
-from fedelta.lora.lowrank import Product
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -36,16 +35,13 @@ class FLoRA(Method):
     paper = "FLoRA, arXiv 2409.05976"
     summary = "stack all clients into the base, restart the adapter; exact at any ranks"
     properties = Properties(exact="always", gauge_invariant="always")
+    missing = "zeros"
     covariance = "total"
     keeps_basis = False
     variants = ({"restart_from": "same"},)
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(down=frozenset())
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # A rank index that a client lacks is zero.
-        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         stacks = {module: moments.mean_product(module) for module in state.adapter}

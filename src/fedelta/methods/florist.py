@@ -35,6 +35,7 @@ class FLoRIST(Method):
     paper = "FLoRIST, arXiv 2506.09199"
     summary = "the stack of all clients, truncated to a share of its energy, into the base; restart"
     properties = Properties(gauge_invariant="always", identity="never")
+    missing = "zeros"
     covariance = "total"
     keeps_basis = False
     variants = ({"energy": 1.0},)
@@ -45,10 +46,6 @@ class FLoRIST(Method):
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(down=frozenset())
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # A rank index that a client lacks is zero.
-        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         patch: dict[str, Product] = {}

@@ -24,7 +24,6 @@ from pydantic import Field
 from torch import Tensor
 
 from fedelta.lora.adapter import Adapter
-from fedelta.lora.lowrank import Product
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -52,6 +51,7 @@ class HetLoRA(Method):
     paper = "HetLoRA, arXiv 2401.06432"
     summary = "zero padding, clients weighted by the norm of their update, small tails pruned"
     properties = Properties(no_op_invariant="equal ranks")
+    missing = "zeros"
 
     def factors(self, round: int) -> FactorPlan:  # noqa: ARG002
         return FactorPlan(prune=self.gamma < 1)
@@ -74,10 +74,6 @@ class HetLoRA(Method):
         if rank < trained.rank and bool(self._tail(trained) < self._tail(start)):
             return trained.truncate(rank)
         return trained
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # A rank index that a client lacks is zero.
-        return moments.mean_product(module)
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         return replace(state, adapter=moments.means("zeros")), {}

@@ -18,7 +18,7 @@ from fedelta.lora.adapter import Adapter, Shapes, initial_adapter
 from fedelta.lora.contribution import Contribution
 from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
-from fedelta.lora.rank_moments import Covariance, RankMoments
+from fedelta.lora.rank_moments import Covariance, Padding, RankMoments
 from fedelta.methods.server_optimizer import MOMENTS, ServerOptimizer
 from fedelta.methods.state import MethodState
 from fedelta.methods.transforms import Transform, move_by_optimizer, refresh, scale_patch, weight_by_norm
@@ -93,6 +93,8 @@ class Method(ABC):
         paper: citation.
         summary: description in one line.
         properties: properties that hold with the default options.
+        missing: what stands in for a rank index that a client lacks, in the mean that the method approximates: the mean
+            of its contributors, zeros, or its unchanged value.
         mixed_ranks: True if clients may have different ranks.
         covariance: moments that `aggregate` needs besides means: "none", "total" for the covariance of the factors, or
             "by rank" for the covariance of each rank index.
@@ -120,6 +122,7 @@ class Method(ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
     properties: ClassVar[Properties]
+    missing: ClassVar[Padding] = "contributors"
     mixed_ranks: ClassVar[bool] = True
     covariance: ClassVar[Covariance] = "none"
     keeps_basis: ClassVar[bool] = True
@@ -226,15 +229,17 @@ class Method(ABC):
     def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
         """Return the mean of the clients' products that `aggregate` approximates, (m, n), at scale 1.
 
-        By default, the mean of the contributors stands in for a rank index that a client lacks. None if the method
-        does not approximate a mean.
+        By default, `missing` stands in for a rank index that a client lacks. None if the method does not approximate
+        a mean.
 
         Args:
             state: state as broadcast in this round.
             moments: moments of the round, kept with a covariance.
             module: name of the adapted layer.
         """
-        mean = moments.mean(module)
+        if self.missing == "zeros":
+            return moments.mean_product(module)
+        mean = moments.mean(module, self.missing)
         return add([LowRank(mean.B, mean.A), moments.covariance(module)])
 
     def step(

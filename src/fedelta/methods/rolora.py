@@ -16,7 +16,6 @@ from typing import Literal
 
 from fedelta.errors import FedeltaError, quantity
 from fedelta.lora.adapter import Adapter, LoraPair
-from fedelta.lora.lowrank import LowRank, Product, add
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -39,6 +38,7 @@ class RoLoRA(Method):
     paper = "RoLoRA, arXiv 2502.01755"
     summary = "rounds train B and A in turn; exact, half the upload"
     properties = Properties(exact="always", linear=True)
+    missing = "unchanged"
     variants = ({"first": "A"},)
 
     def __post_init__(self) -> None:
@@ -52,11 +52,6 @@ class RoLoRA(Method):
     def factors(self, round: int) -> FactorPlan:
         factor = frozenset(("BA" if self.first == "B" else "AB")[round % 2])
         return FactorPlan(train=factor, up=factor)
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # All clients share one factor. A rank index that a client lacks is unchanged in the other one.
-        mean = moments.mean(module, "unchanged")
-        return add([LowRank(mean.B, mean.A), moments.covariance(module)])
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         means = moments.means("unchanged")

@@ -11,7 +11,6 @@ in both factors could never train again.
 
 from dataclasses import replace
 
-from fedelta.lora.lowrank import Product
 from fedelta.lora.patch_log import Patch
 from fedelta.lora.rank_moments import RankMoments
 from fedelta.methods import register
@@ -25,10 +24,7 @@ class ZeroPadding(Method):
     paper = "baseline of Byun & Lee, arXiv 2406.17477"
     summary = "pad with zeros to the largest rank, then average; dilutes indices that few clients hold"
     properties = Properties(no_op_invariant="equal ranks", reduces_to_fedit="equal ranks", linear=True)
-
-    def exact_mean(self, state: MethodState, moments: RankMoments, module: str) -> Product | None:  # noqa: ARG002
-        # A rank index that a client lacks is zero.
-        return moments.mean_product(module)
+    missing = "zeros"
 
     def aggregate(self, state: MethodState, moments: RankMoments) -> tuple[MethodState, Patch]:
         return replace(state, adapter=moments.means("zeros")), {}
