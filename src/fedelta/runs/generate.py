@@ -15,6 +15,7 @@ from fedelta.learning.tasks import Completion, Conversation, LanguageTask, plain
 from fedelta.learning.tasks.chat_cells import read_asked
 from fedelta.learning.tasks.chat_message import read_tools
 from fedelta.learning.tasks.chat_template import ChatTemplate, Message
+from fedelta.learning.tasks.generation import end_tokens, padded_prompts
 from fedelta.learning.tasks.turns import Turns
 from fedelta.runs.finished import Run
 from fedelta.runs.prompts import Prompt, Question, checked_text, read_prompts
@@ -183,31 +184,21 @@ class Writer:
     def _generate(self, prompts: Sequence[Sequence[int]], number: int, streamer: Any = None) -> list[list[int]]:
         from transformers import GenerationConfig
 
-        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
-        padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        own = self._model.get_base_model().generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, self._turns.end if self._turns else None}
-        ends |= set(own if isinstance(own, list) else [own])
+        device, pad = self._model.device, self.tokenizer.pad_token_id
+        inputs = padded_prompts(prompts, pad, device)
+        own = self._model.get_base_model().generation_config
+        ends = end_tokens(own, self.tokenizer, self._turns.end if self._turns else None)
         sampling: dict[str, Any] = {"do_sample": False}
         if self._decoding.sample:
             # transformers keeps the 50 most probable tokens unless it is told otherwise.
             sampling = {"do_sample": True, "temperature": self._decoding.temperature, "top_k": 0}
             sampling["top_p"] = self._decoding.top_p
-        config = GenerationConfig(
-            max_new_tokens=self.limit, pad_token_id=pad, eos_token_id=sorted(ends - {None}) or None, **sampling
-        )
-        device = self._model.device
+        config = GenerationConfig(max_new_tokens=self.limit, pad_token_id=pad, eos_token_id=ends or None, **sampling)
         seed = derive_seed(self._decoding.seed, "answer", number)
         with device_errors("answers are generated", ["lower --max-new-tokens"]), torch_seed(seed, device):
-            generated = self._model.generate(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=config,
-                streamer=streamer,
-            )
-        answers: list[list[int]] = generated[:, longest:].tolist()
-        self.cut += sum(len(answer) >= self.limit and not ends & set(answer) for answer in answers)
+            generated = self._model.generate(**inputs, generation_config=config, streamer=streamer)
+        answers: list[list[int]] = generated[:, inputs["input_ids"].shape[1] :].tolist()
+        self.cut += sum(len(answer) >= self.limit and not set(ends) & set(answer) for answer in answers)
         return answers
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.tasks.chat_rows import Chat
-from fedelta.learning.tasks.chat_template import ChatTemplate, Spans
+from fedelta.learning.tasks.chat_template import ChatTemplate, Spans, common_begin
 
 
 class Answer(NamedTuple):
@@ -121,7 +121,7 @@ class Answers:
         question = self.question(chat, message)
         whole, marked = self._template.render_marked(chat.messages[: message + 1], chat.tools)
         if not whole.startswith(question):
-            common = _common_length(question, whole)
+            common = len(common_begin(question, whole))
             raise FedeltaError(
                 "the tokenizer's chat template changes the turns before an answer when the answer follows: "
                 f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}"
@@ -182,7 +182,7 @@ def difference(answers: Sequence[Answer]) -> str:
     whole = answers[-1].text
     text = next(answer.text for answer in answers if not whole.startswith(answer.text))
     # The difference alone may be a few letters, so that what surrounds it is shown as well.
-    begin = max(0, _common_length(text, whole) - 10)
+    begin = max(0, len(common_begin(text, whole)) - 10)
     return f"{one_line(repr(text[begin:])[:32])} becomes {one_line(repr(whole[begin:])[:32])}"
 
 
@@ -194,7 +194,3 @@ def _is_text(message: dict[str, Any], key: str) -> bool:
 def _mark(message: int, key: str) -> str:
     """A text that no conversation has, and that JSON writes as it is."""
     return f"zq{message}x{key.encode().hex()}qz"
-
-
-def _common_length(one: str, other: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))

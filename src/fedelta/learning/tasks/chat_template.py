@@ -107,3 +107,10 @@ def _compile(source: str, date: str) -> tuple[TemplateSandbox, Any]:
         raise FedeltaError(f"the tokenizer's chat template has {len(source):,} characters, expected {MAX_TEMPLATE:,}")
     environment = TemplateSandbox(datetime.fromisoformat(date))
     return environment, environment.from_string(source)
+
+
+def common_begin(one: str, other: str) -> str:
+    """The text with which both texts begin."""
+    return one[
+        : next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+    ]

@@ -44,14 +44,10 @@ def generate(
     from transformers import GenerationConfig
 
     model.peft.eval()
-    longest = max(map(len, prompts))
-    # Padded on the left, so that all prompts end where the answer begins.
-    padded = [[tokenizer.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    inputs = padded_prompts(prompts, tokenizer.pad_token_id, model.device)
+    longest = inputs["input_ids"].shape[1]
     base = model.peft.get_base_model()
     own = base.generation_config
-    own_ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = {tokenizer.eos_token_id, end, *own_ends} - {None}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.beams,
@@ -59,20 +55,36 @@ def generate(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=end_tokens(own, tokenizer, end) or None,
     )
     # transformers fills what a configuration leaves open from the model's own.
     base.generation_config = config
     try:
         generated = model.peft.generate(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            **inputs,
             generation_config=config,
             logits_processor=_no_repeated_ngrams(settings.no_repeat_ngram_size, longest),
         )
     finally:
         base.generation_config = own
     return [text.strip() for text in tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)]
+
+
+def padded_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Prompts as inputs of a model, padded on the left, so that all of them end where the answer begins."""
+    longest = max(map(len, prompts))
+    padded = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def end_tokens(own: Any, tokenizer: Any, end: int | None) -> list[int]:
+    """Tokens that end an answer: those of the model's own generation configuration, the tokenizer's, and `end`."""
+    own_ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return sorted({tokenizer.eos_token_id, end, *own_ends} - {None})
 
 
 def _no_repeated_ngrams(size: int, begin: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedelta.errors import FedeltaError, one_line
 from fedelta.learning.data.cells import RefusedRow
-from fedelta.learning.tasks.chat_template import ChatTemplate
+from fedelta.learning.tasks.chat_template import ChatTemplate, common_begin
 from fedelta.learning.tasks.plain import Tokens
 
 _NO_CHAT = "; set task.chat: false to train on plain texts"
@@ -36,8 +36,8 @@ class Turns:
         self._template = ChatTemplate(tokenizer, date)
         one, other = ("".join(self._texts("a", answer)[1:]) for answer in ("b", "c"))
         # The common end of both chats follows the answer, and their common begin precedes it.
-        after = _common_begin(one[::-1], other[::-1])[::-1]
-        before = self._encode([_common_begin(one, other)])[0]
+        after = common_begin(one[::-1], other[::-1])[::-1]
+        before = self._encode([common_begin(one, other)])[0]
         self._before = tokenizer.decode(before, skip_special_tokens=True).strip()
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [token for token in self._encode([after])[0] if token in special]
@@ -86,7 +86,7 @@ class Turns:
         question = self._template.render([user], True)
         whole = self._template.render([user, {"role": "assistant", "content": completion}], False)
         if not whole.startswith(question):
-            common = len(_common_begin(question, whole))
+            common = len(common_begin(question, whole))
             raise FedeltaError(
                 "the tokenizer's chat template changes the prompt's turn when an answer follows it: "
                 f"{one_line(question[common:])[:40]!r} becomes {one_line(whole[common:])[:40]!r}{self._advice}"
@@ -101,9 +101,3 @@ class Turns:
     def _encode(self, texts: list[str]) -> list[Tokens]:
         encoded: list[Tokens] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return encoded
-
-
-def _common_begin(one: str, other: str) -> str:
-    return one[
-        : next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
-    ]
